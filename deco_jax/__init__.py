@@ -1,0 +1,1 @@
+"""DeCo, frequency-decoupled pixel diffusion (arXiv 2511.19365), in JAX."""

@@ -1,0 +1,1 @@
+"""The flow from noise to data: path, guidance and samplers, as pure functions."""

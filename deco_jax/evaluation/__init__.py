@@ -1,0 +1,1 @@
+"""FID and its companions as the ADM suite defines them, and frequency spectra."""

@@ -1,0 +1,1 @@
+"""Networks as Flax NNX modules: DeCo and its parts, the baselines, the frozen teachers."""
