@@ -1,0 +1,186 @@
+"""From a source to uint8 batches, through Grain.
+
+    shuffle → repeat → read, decode, crop → flip → batches → this host's → from the step on → worker processes
+
+Every stage is a function of the position in the stream, so the order depends on the seed and the step alone, not on
+the number of workers or hosts, and a run resumes by starting at its step.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags, logging
+
+from deco_jax.data import transforms
+from deco_jax.data.sources import Source
+from deco_jax.errors import UserError
+
+# The share of unreadable images is judged as if at least this many had been read: one bad file is no reason to stop.
+MIN_IMAGES_JUDGED = 1000
+
+
+class Batches(Iterator[dict[str, Any]]):
+    """Batches as dicts: `image` uint8 `[batch, height, width, 3]`, `label` int32 `[batch]`, `unreadable` list of names.
+
+    `unreadable` names the images of this batch that could not be read and were replaced by the next of their class;
+    each name is logged once. When they exceed `max_unreadable` of the images handed out so far (of at least
+    MIN_IMAGES_JUDGED), the next batch raises UserError. `close()` ends the worker processes.
+    """
+
+    def __init__(
+        self,
+        batches: grain.MapDataset,
+        source: Source,
+        num_workers: int,
+        max_unreadable: float,
+        batch_bytes: int,
+    ) -> None:
+        self._source = source
+        self._max_unreadable = max_unreadable
+        self._logged: set[str] = set()
+        self.num_images = 0
+        self.num_unreadable = 0
+        if num_workers:
+            if not flags.FLAGS.is_parsed():  # Grain hands its flags on to the workers; outside app.run nobody parsed
+                flags.FLAGS.mark_as_parsed()
+            dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+            # Small arrays are cheaper to send than to map. Three batches a worker are under way: made, waiting, in use.
+            min_shm_size = 2**20 if _fits_shared_memory(3 * num_workers * batch_bytes) else 2**62
+            options = grain.experimental.DatasetOptions(min_shm_size=min_shm_size)
+            dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers), _start_worker)
+        else:
+            dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+        self._iterator = iter(dataset)
+
+    def __next__(self) -> dict[str, Any]:
+        batch = next(self._iterator)
+        names = [self._source.name(int(i)) for i in batch["unreadable"] if i >= 0]
+        for name in names:
+            if name not in self._logged:
+                logging.warning("unreadable image, replaced by the next one of its class: %s", name)
+                self._logged.add(name)
+        self.num_images += len(batch["unreadable"])
+        self.num_unreadable += len(names)
+        if self.num_unreadable > self._max_unreadable * max(self.num_images, MIN_IMAGES_JUDGED):
+            self.close()
+            raise UserError(
+                f"{self.num_unreadable} of {self.num_images} images could not be read, more than the share of "
+                f"{self._max_unreadable:g} allowed by data.max_unreadable; the last was {names[-1]}"
+            )
+        return {**{key: np.asarray(value) for key, value in batch.items()}, "unreadable": names}
+
+    def close(self) -> None:
+        self._iterator.close()
+        self._iterator = iter(())
+
+
+def train_batches(
+    source: Source,
+    *,
+    image_size: tuple[int, int],
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    host_index: int = 0,
+    host_count: int = 1,
+    num_workers: int = 0,
+    flip: bool = False,
+    max_unreadable: float = 0.01,
+) -> Batches:
+    """Endless batches for training, reshuffled every epoch, from step `start_step` on.
+
+    `image_size` is (height, width), `batch_size` global. Host i gets rows i·local to (i + 1)·local of each global
+    batch, local = batch_size / host_count: the hosts' rows in their order are what a single host would get.
+    `flip` mirrors half of the images.
+    """
+
+    def maybe_flip(sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        return {**sample, "image": transforms.flip(sample["image"])} if rng.random() < 0.5 else sample
+
+    samples = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    samples = samples.map(lambda index: read_one(source, index, image_size))
+    if flip:
+        samples = samples.random_map(maybe_flip)
+    # Hosts take turns with whole local batches, which makes their rows contiguous in the global one.
+    local_size = _local_size(batch_size, host_count)
+    batches = samples.batch(local_size, drop_remainder=True)[host_index::host_count][start_step:]
+    return Batches(batches, source, num_workers, max_unreadable, local_size * image_size[0] * image_size[1] * 3)
+
+
+def epoch(
+    source: Source,
+    image_size: tuple[int, int],
+    *,
+    batch_size: int,
+    host_index: int = 0,
+    host_count: int = 1,
+    num_workers: int = 0,
+    max_unreadable: float = 0.01,
+) -> Batches:
+    """Every sample exactly once, in the source's order, as for training but unshuffled and never mirrored.
+
+    `batch_size` is global; the hosts take turns with batches of batch_size / host_count. The very last batch may be
+    shorter, and hosts may differ by one in their number of batches.
+    """
+    samples = grain.MapDataset.range(len(source)).map(lambda index: read_one(source, index, image_size))
+    local_size = _local_size(batch_size, host_count)
+    batches = samples.batch(local_size)[host_index::host_count]
+    return Batches(batches, source, num_workers, max_unreadable, local_size * image_size[0] * image_size[1] * 3)
+
+
+def read_one(source: Source, index: int, image_size: tuple[int, int]) -> dict[str, Any]:
+    """One sample: `image` uint8 `[height, width, 3]`, `label` int32, `unreadable` int64, and what else its source gives.
+
+    An unreadable image is replaced by the next readable one of its class, and `unreadable` is then `index` instead
+    of −1. Raises UserError where no image of the class can be read.
+    """
+    used = index
+    while True:
+        sample = source[used]
+        try:
+            image = transforms.center_crop(transforms.decode(sample["image"]), image_size)
+        except Exception as error:  # on a damaged file PIL raises nearly anything
+            used = source.next_of_class(used)
+            if used == index:
+                raise UserError(
+                    f"no image of class '{source.class_names[sample['label']]}' can be read, "
+                    f"{source.name(index)} for one: {error}; check the files"
+                ) from error
+        else:
+            unreadable = np.int64(-1 if used == index else index)
+            return {**sample, "image": image, "label": np.int32(sample["label"]), "unreadable": unreadable}
+
+
+def _local_size(batch_size: int, host_count: int) -> int:
+    if batch_size < 1 or batch_size % host_count:
+        raise UserError(f"data.batch_size={batch_size} must be a positive multiple of the number of hosts, {host_count}")
+    return batch_size // host_count
+
+
+def _fits_shared_memory(size: int) -> bool:
+    """Whether /dev/shm has `size` bytes. Containers often have 64 MB in all, and a worker that overruns it is killed."""
+    return not os.path.isdir("/dev/shm") or shutil.disk_usage("/dev/shm").free > size
+
+
+def _start_worker(index: int, count: int) -> None:
+    """The main process answers Ctrl-C and SIGTERM, by saving first; and a worker never outlives it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    main = multiprocessing.parent_process()
+    if main is not None:
+
+        def follow() -> None:
+            main.join()
+            os._exit(1)
+
+        threading.Thread(target=follow, daemon=True).start()

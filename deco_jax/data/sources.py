@@ -1,0 +1,255 @@
+"""Where labelled images come from: embedded digits, class folders, TensorFlow Datasets.
+
+A source knows how many samples there are and hands out one by index, still encoded; it decodes nothing. Sources are
+pickled to worker processes, so they stay small and import neither JAX nor TFDS until they need it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+
+from deco_jax.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+class Source(Protocol):
+    """Labelled images by index, 0 to len(source) − 1."""
+
+    class_names: list[str]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """`image`: encoded bytes, a path, or uint8 `[height, width(, 3)]`; `label`: 0 to num_classes − 1."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call the sample in a message, for instance its file."""
+        ...
+
+    def next_of_class(self, index: int) -> int:
+        """The next sample with the same label, after the last one the first; `index` itself if there is no other."""
+        ...
+
+
+class Digits(Source):
+    """1,797 handwritten digits, 8×8 gray, in ten classes; nothing to download.
+
+    The test set of E. Alpaydin and C. Kaynak's "Optical Recognition of Handwritten Digits", UCI Machine Learning
+    Repository (doi.org/10.24432/C50P49), CC BY 4.0, as scikit-learn distributes it; levels 0..16 scaled to 0..255.
+    """
+
+    def __init__(self) -> None:
+        with np.load(pathlib.Path(__file__).with_name("digits.npz")) as file:
+            self._images = np.round(file["images"] * (255 / 16)).astype(np.uint8)
+            self._labels = file["labels"]
+        self.class_names = [str(digit) for digit in range(10)]
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self._images[index], "label": int(self._labels[index])}
+
+    def name(self, index: int) -> str:
+        return f"digit {index}"
+
+    def next_of_class(self, index: int) -> int:
+        return _next_equal(lambda i: self._labels[i], index, len(self))
+
+
+class ImageFolder(Source):
+    """`root/<class>/.../*.jpg|jpeg|png|webp`, at any depth: ImageNet's layout.
+
+    The classes are the first-level folders in sorted order, as in torchvision. Hidden files and folders are passed
+    over, a class without images is an error. Images are ordered by class, then by path.
+    """
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        try:
+            with os.scandir(root) as entries:
+                self.class_names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+            folders = [os.path.join(root, name) for name in self.class_names]
+            # On network disks listing is waiting, which threads share.
+            with ThreadPoolExecutor(16) as pool:
+                listings = list(pool.map(_list_images, folders))
+        except OSError as error:
+            raise UserError(f"cannot list the images in {root}: {error}; check path and permissions") from error
+        if not listings:
+            raise UserError(f"{root} has no class folders; put the images into {os.path.join(root, '<class>')}/")
+        if not any(counts := [len(ends) for _, ends in listings]):
+            raise UserError(f"{root} holds no images ({', '.join(IMAGE_SUFFIXES)}) in its class folders; check the path")
+        if 0 in counts:
+            empty = folders[counts.index(0)]
+            raise UserError(f"the class folder {empty} holds no images; fill it, or remove it if it is not a class")
+        # One buffer of names instead of a million strings: workers get a copy of it.
+        self._names = b"".join(names for names, _ in listings)
+        lengths = np.concatenate([np.diff(ends, prepend=0) for _, ends in listings])
+        self._ends = np.cumsum(lengths)  # where each name ends in the buffer
+        self._class_ends = np.cumsum(counts)  # where each class ends among the samples
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self._path(index), "label": self._label(index)}
+
+    def _label(self, index: int) -> int:
+        return int(np.searchsorted(self._class_ends, index, side="right"))
+
+    def _path(self, index: int) -> str:
+        start = self._ends[index - 1] if index else 0
+        name = os.fsdecode(self._names[start : self._ends[index]])
+        return os.path.join(self._root, self.class_names[self._label(index)], name)
+
+    def name(self, index: int) -> str:
+        return os.fsencode(self._path(index)).decode("utf-8", "backslashreplace")
+
+    def next_of_class(self, index: int) -> int:
+        label = self._label(index)
+        if index + 1 < self._class_ends[label]:
+            return index + 1
+        return int(self._class_ends[label - 1]) if label else 0
+
+
+def _list_images(folder: str) -> tuple[bytes, np.ndarray]:
+    """The sorted paths of all images under a folder, relative to it, as one buffer and the ends of each."""
+
+    def walk(path: str, prefix: str) -> Iterator[bytes]:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.name.lower().endswith(IMAGE_SUFFIXES):
+                    yield os.fsencode(prefix + entry.name)
+                elif entry.is_dir():
+                    yield from walk(entry.path, f"{prefix}{entry.name}/")
+
+    names = sorted(walk(folder, ""))
+    return b"".join(names), np.cumsum([len(name) for name in names], dtype=np.int64)
+
+
+class Tfds(Source):
+    """A dataset that TensorFlow Datasets prepared as ArrayRecords, with features `image` and `label`.
+
+    `path` is the folder that holds its `dataset_info.json`, or a TFDS name such as `cifar10`, which is downloaded
+    and prepared first (into $TFDS_DATA_DIR or ~/tensorflow_datasets). TensorFlow is not needed, except by TFDS
+    itself to prepare a few datasets, ImageNet among them.
+    """
+
+    def __init__(self, path: str, split: str = "train") -> None:
+        self._split = split
+        self._folder = path if os.path.isdir(path) else _prepare(path)
+        try:
+            features = self._builder.info.features
+            self.class_names = list(features["label"].names)
+            features["image"]  # noqa: B018 — must be there
+            self._length = len(self._records)
+        except (KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{path} needs the features 'image' and 'label' (a class label); missing: {error}") from error
+        except Exception as error:  # TFDS has its own error types for each of these
+            message = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"cannot read the split '{split}' of {path} as ArrayRecords: {message}; "
+                "path is the folder that holds dataset_info.json, prepared with file_format='array_record'"
+            ) from error
+
+    @functools.cached_property
+    def _builder(self) -> Any:
+        import tensorflow_datasets as tfds
+
+        return tfds.builder_from_directory(self._folder)
+
+    @functools.cached_property
+    def _records(self) -> Any:
+        import tensorflow_datasets as tfds
+
+        return self._builder.as_data_source(split=self._split, decoders={"image": tfds.decode.SkipDecoding()})
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Each process opens the files itself.
+        return {key: value for key, value in self.__dict__.items() if key not in ("_builder", "_records")}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            record = self._records[index]
+        except Exception as error:
+            raise UserError(f"{self.name(index)} is damaged ({error}); prepare the dataset again") from error
+        return {"image": record["image"], "label": int(record["label"])}
+
+    def name(self, index: int) -> str:
+        return f"{self._folder} {self._split} record {index}"
+
+    def next_of_class(self, index: int) -> int:
+        return _next_equal(lambda i: self[i]["label"], index, len(self))
+
+
+def _prepare(name: str) -> str:
+    """The folder of a TFDS dataset, downloaded and prepared where it is not there yet."""
+    import tensorflow_datasets as tfds
+
+    if os.sep in name:
+        raise UserError(f"no such folder: {name}; data.path is a prepared TFDS folder, or the name of a TFDS dataset")
+    try:
+        builder = tfds.builder(name, file_format="array_record")
+        builder.download_and_prepare()
+    except ImportError as error:
+        raise UserError(
+            f"TFDS needs another package to prepare {name} ({error}); prepare it once where that package is installed, "
+            "with file_format='array_record', and give the folder as data.path"
+        ) from error
+    except Exception as error:
+        message = str(error).strip().split("\n")[0]
+        raise UserError(f"TFDS cannot prepare '{name}': {message}; give a TFDS name or a prepared folder") from error
+    return str(builder.data_dir)
+
+
+def _next_equal(label: Any, index: int, length: int) -> int:
+    wanted = label(index)
+    return next((i % length for i in range(index + 1, index + length) if label(i % length) == wanted), index)
+
+
+def open_source(data: Any) -> Source:
+    """The source that the `data` section of a config names: `source`, `path`, `split`.
+
+    `split` of an image folder is a subfolder (`train`; empty for none), of a TFDS dataset a TFDS split (empty for
+    `train`). Raises UserError for an unknown source, a missing folder, a folder without images.
+    """
+    path, split = os.path.expanduser(data.get("path") or ""), data.get("split") or ""
+    if data.source not in ("digits", "image_folder", "tfds"):
+        raise UserError(f"unknown data.source '{data.source}'; choose digits, image_folder or tfds")
+    if data.source == "digits":
+        return Digits()
+    if not path:
+        raise UserError(f"data.path is empty; say where the images are: --config.data.path=FOLDER (source {data.source})")
+    if data.source == "tfds":
+        return Tfds(path, split or "train")
+    root = os.path.join(path, split) if split else path
+    if not os.path.isdir(root):
+        raise UserError(f"no such folder: {root}; set --config.data.path (and --config.data.split, its subfolder)")
+    return ImageFolder(root)
+
+
+def check_classes(source: Source, num_classes: int) -> None:
+    """Raises UserError unless the source has as many classes as the model."""
+    if source.num_classes != num_classes:
+        raise UserError(
+            f"the data has {source.num_classes} classes, the model {num_classes}; "
+            f"set --config.model.num_classes={source.num_classes} or check data.path"
+        )

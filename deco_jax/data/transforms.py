@@ -1,0 +1,53 @@
+"""From an encoded image to uint8 pixels of one size, as ADM (guided-diffusion) prepares ImageNet."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image
+
+# PIL warns about damaged metadata, unusual palettes and large images; what it cannot read it raises for, and that counts.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def decode(image: bytes | str | np.ndarray) -> Image.Image:
+    """An RGB picture from an encoded file, a path to one, or uint8 pixels `[height, width]` or `[height, width, 3]`.
+
+    CMYK, palette and gray images are converted, alpha is dropped, 16-bit gray is scaled to 8 bits; EXIF
+    orientation is not applied (ADM's `.convert("RGB")`). Raises whatever PIL raises for a file it cannot read.
+    """
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image).convert("RGB")
+    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as picture:
+        # Dropped by the conversion anyway; but PIL refuses or warns about some kinds of it.
+        picture.info.pop("transparency", None)
+        if picture.mode.startswith("I"):  # PIL's own conversion clips 16 bits at 255
+            levels = np.clip(np.asarray(picture).astype(np.int64), 0, 65535)
+            return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
+        return picture.convert("RGB")
+
+
+def center_crop(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """The centre of an RGB picture as uint8 `[height, width, 3]`, `size` being (height, width).
+
+    ADM's crop (paper §4.1 takes its preprocessing): halve by box averaging while both sides stay at least twice
+    the target, resize bicubically until the target is just covered, cut its centre out. Raises ValueError where
+    the picture is so elongated that covering the target would take more pixels than PIL accepts.
+    """
+    height, width = size
+    while image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+    scale = max(width / image.width, height / image.height)
+    covering = round(image.width * scale), round(image.height * scale)
+    if covering[0] * covering[1] > max(Image.MAX_IMAGE_PIXELS or 0, 16 * width * height):
+        raise ValueError(f"an image of {image.width}×{image.height} pixels is too elongated for {width}×{height}")
+    pixels = np.asarray(image.resize(covering, resample=Image.Resampling.BICUBIC))
+    top, left = (covering[1] - height) // 2, (covering[0] - width) // 2
+    return pixels[top : top + height, left : left + width]
+
+
+def flip(image: np.ndarray) -> np.ndarray:
+    """Left and right exchanged: `[height, width, 3]`."""
+    return image[:, ::-1]
