@@ -1,0 +1,72 @@
+"""The frequency-aware loss (DeCo paper, "Frequency-aware FM loss"): errors weighted as JPEG quantises them."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from deco_jax.dct import RGB_TO_YCBCR, block_dct
+from deco_jax.errors import UserError
+
+# ITU-T T.81, Annex K, tables K.1 and K.2: [vertical frequency, horizontal frequency].
+LUMINANCE_TABLE = np.array(
+    [
+        [16, 11, 10, 16, 24, 40, 51, 61],
+        [12, 12, 14, 19, 26, 58, 60, 55],
+        [14, 13, 16, 24, 40, 57, 69, 56],
+        [14, 17, 22, 29, 51, 87, 80, 62],
+        [18, 22, 37, 56, 68, 109, 103, 77],
+        [24, 35, 55, 64, 81, 104, 113, 92],
+        [49, 64, 78, 87, 103, 121, 120, 101],
+        [72, 92, 95, 98, 112, 100, 103, 99],
+    ]
+)
+CHROMINANCE_TABLE = np.array(
+    [
+        [17, 18, 24, 47, 99, 99, 99, 99],
+        [18, 21, 26, 66, 99, 99, 99, 99],
+        [24, 26, 56, 99, 99, 99, 99, 99],
+        [47, 66, 99, 99, 99, 99, 99, 99],
+        [99, 99, 99, 99, 99, 99, 99, 99],
+        [99, 99, 99, 99, 99, 99, 99, 99],
+        [99, 99, 99, 99, 99, 99, 99, 99],
+        [99, 99, 99, 99, 99, 99, 99, 99],
+    ]
+)
+
+
+def jpeg_weights(quality: float) -> np.ndarray:
+    """Weights of the squared DCT coefficients: the inverse of JPEG's quantisation steps at a quality.
+
+    Args:
+      quality: 1 (only the lowest frequencies count) to 100 (all weights equal); the paper's default is 85.
+
+    Returns:
+      float32 [3, 8, 8], [Y Cb Cr, vertical frequency, horizontal frequency], of mean 1 in each channel.
+
+    Raises:
+      UserError: the quality is outside [1, 100].
+    """
+    if not 1 <= quality <= 100:
+        raise UserError(f"The JPEG quality of the frequency loss is {quality}; give one from 1 to 100 (the paper: 85).")
+    scale = 200 - 2 * quality if quality >= 50 else 5000 / quality
+    tables = np.stack([LUMINANCE_TABLE, CHROMINANCE_TABLE, CHROMINANCE_TABLE])
+    steps = np.clip(np.floor((tables * scale + 50) / 100), 1, 255)
+    weights = 1 / steps
+    return (weights / weights.mean(axis=(1, 2), keepdims=True)).astype(np.float32)
+
+
+def frequency_loss(error: Array, weights: np.ndarray | Array) -> Array:
+    """Weighted mean square of the YCbCr block DCT of v̂ − v: one transform, of the difference, because it is linear.
+
+    Args:
+      error: predicted minus true velocity, [batch, height, width, 3] RGB. Sides not divisible by 8 are reflect-padded.
+      weights: [3, 8, 8] from `jpeg_weights`.
+
+    Returns:
+      float32 [batch].
+    """
+    coefficients = block_dct(error, colour=RGB_TO_YCBCR)  # [batch, height / 8, width / 8, 8, 8, 3]
+    weights = jnp.moveaxis(jnp.asarray(weights, jnp.float32), 0, -1)
+    return jnp.mean(weights * jnp.square(coefficients), axis=(1, 2, 3, 4, 5))

@@ -1,0 +1,30 @@
+"""Representation alignment (REPA, Yu et al. 2025): hidden states pulled towards a frozen encoder's features."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+EPSILON = 1e-8
+
+
+def alignment_loss(projected: Array, teacher: Array) -> Array:
+    """One minus the cosine similarity of matching tokens, averaged over the tokens.
+
+    Each norm has the floor 1e-8, so an all-zero token has similarity 0 and a finite gradient.
+
+    Args:
+      projected: the projector's output, [batch, tokens, features].
+      teacher: the encoder's features, same shape.
+
+    Returns:
+      float32 [batch], in [0, 2].
+    """
+    if projected.shape != teacher.shape:
+        raise ValueError(f"projected tokens {projected.shape} and teacher features {teacher.shape} differ in shape")
+    projected, teacher = projected.astype(jnp.float32), teacher.astype(jnp.float32)
+    dot = jnp.sum(projected * teacher, axis=-1)
+    # The floor sits under the root: the root's gradient at zero would be infinite.
+    squares = [jnp.maximum(jnp.sum(jnp.square(x), axis=-1), EPSILON**2) for x in (projected, teacher)]
+    cosine = dot / (jnp.sqrt(squares[0]) * jnp.sqrt(squares[1]))
+    return jnp.mean(1 - cosine, axis=-1)
