@@ -1,0 +1,56 @@
+"""DeCo: a transformer for the low frequencies, a pixel decoder for the high ones.
+
+Source: DeCo (arXiv 2511.19365) §3.2, Fig. 3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from deco_jax.models.dit import Trunk, intermediates
+from deco_jax.models.pixel_decoder import PixelDecoder
+
+
+class DeCo(Trunk):
+    """Frequency-decoupled pixel diffusion.
+
+    Args:
+        decoder_width, decoder_depth: of the pixel decoder.
+        decoder_patch_size: pixels a side that the decoder treats as one token (1 in the paper's model).
+        decoder_interaction: how the decoder takes the condition, "adaln" or "add".
+        trunk: see `dit.Trunk`.
+    """
+
+    def __init__(
+        self, *, decoder_width: int, decoder_depth: int, decoder_patch_size: int = 1,
+        decoder_interaction: str = "adaln", rngs: nnx.Rngs, **trunk: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(**trunk, rngs=rngs)
+        self.decoder = PixelDecoder(
+            self.width, width=decoder_width, depth=decoder_depth, patch_size=self.patch_size,
+            query_size=decoder_patch_size, interaction=decoder_interaction, rotary=self.with_text,
+            dtype=self.dtype, remat=self.remat, rngs=rngs,
+        )  # fmt: skip
+
+    def __call__(
+        self, images: jax.Array, times: jax.Array, context: jax.Array, aligned_layer: int | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Predict the velocity (or the clean image) of noised images.
+
+        Args:
+            images: [batch, height, width, 3], noised; sides are multiples of the patch size.
+            times: [batch] in [0, 1]; 0 is noise, 1 is data.
+            context: labels int32 [batch] (num_classes: no class), or text features [batch, length, text_width].
+            aligned_layer: blocks after which to take the features that REPA aligns; None: don't.
+
+        Returns:
+            The prediction, float32 [batch, height, width, 3], and the intermediates by name:
+            "low_frequency" [batch, tokens, width], what the decoder is conditioned on (Fig. 4's DiT output), and
+            "aligned" [batch, tokens, width] if asked for.
+        """
+        h, time, _, aligned = self.hidden(images, times, context, aligned_layer)
+        features = jax.nn.silu(time[:, None] + h)
+        return self.decoder(images, features), intermediates(low_frequency=features, aligned=aligned)

@@ -1,0 +1,255 @@
+"""The diffusion transformer: DeCo's low-frequency half, and by itself the baseline.
+
+    images ─ patchify ─ Linear ─┐
+    times ─ TimestepEmbedding ──┼─ blocks (scan) ─ hidden [batch, tokens, width] ─ a head: DeCo, DiT, PixNerd
+    labels or text ─────────────┘
+
+Source: DeCo (arXiv 2511.19365) §3.2; blocks after DiT (Peebles & Xie 2023) with RMSNorm, SwiGLU and
+two-dimensional RoPE.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.nn import initializers
+
+from deco_jax.models.layers import (
+    Dtype,
+    Linear,
+    RMSNorm,
+    SwiGLU,
+    TimestepEmbedding,
+    modulate,
+    normalize,
+    patchify,
+    rotary_angles,
+    rotate,
+    run_stack,
+    stack,
+    unpatchify,
+    xavier,
+    zeros,
+)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with normalised queries and keys; optionally also over a text.
+
+    The text's keys and values are appended behind the image's; its keys share the image's key norm and
+    are not rotated.
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, *, with_text: bool, implementation: str, dtype: Dtype, rngs: nnx.Rngs
+    ) -> None:
+        head_width = width // num_heads
+        self.num_heads, self.implementation = num_heads, implementation
+        self.qkv = Linear(width, 3 * width, use_bias=False, dtype=dtype, rngs=rngs)
+        if with_text:
+            self.text_kv = Linear(width, 2 * width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.q_norm, self.k_norm = RMSNorm(head_width), RMSNorm(head_width)
+        self.out = Linear(width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, angles: jax.Array | None, text: jax.Array | None = None) -> jax.Array:
+        """x [batch, tokens, width], angles [tokens, head_width / 2], text [batch, length, width] → x's shape."""
+        batch, tokens, width = x.shape
+        # [batch, tokens, 3 · width] → 3 × [batch, tokens, heads, head_width]
+        q, k, v = jnp.moveaxis(self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1), 2, 0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        if text is not None:
+            text_k, text_v = jnp.moveaxis(self.text_kv(text).reshape(batch, text.shape[1], 2, self.num_heads, -1), 2, 0)
+            k = jnp.concatenate([k, self.k_norm(text_k)], axis=1)
+            v = jnp.concatenate([v, text_v], axis=1)
+        x = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)
+        return self.out(x.reshape(batch, tokens, width))
+
+
+class Block(nnx.Module):
+    """h += gate₁·Attention(mod(norm(h))); h += gate₂·SwiGLU(mod(norm(h))), modulated by one Linear of the condition.
+
+    The modulation starts like any Linear, not at zero: that is what the published weights were trained from.
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, mlp_hidden: int, *,
+        with_text: bool = False, attention: str = "xla", dtype: Dtype, rngs: nnx.Rngs,
+    ) -> None:  # fmt: skip
+        self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
+        self.attention = Attention(
+            width, num_heads, with_text=with_text, implementation=attention, dtype=dtype, rngs=rngs
+        )
+        self.mlp = SwiGLU(width, mlp_hidden, dtype=dtype, rngs=rngs)
+        self.modulation = Linear(width, 6 * width, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, h: jax.Array, condition: jax.Array, angles: jax.Array | None, text: jax.Array | None = None
+    ) -> jax.Array:
+        """h [batch, tokens, width], condition [batch, width] (already activated) → h's shape."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(condition)[:, None], 6, axis=-1)
+        h = h + gate1 * self.attention(modulate(self.norm1(h), shift1, scale1), angles, text)
+        return h + gate2 * self.mlp(modulate(self.norm2(h), shift2, scale2))
+
+
+class Trunk(nnx.Module):
+    """Embeddings and blocks; what DeCo, the DiT baseline and PixNerd share.
+
+    Conditioned on class labels (text_width = 0), or on a text's features: then refine blocks read the text,
+    every block attends to it, and the condition is the time alone.
+
+    Args:
+        width, depth, num_heads: of the transformer; width / num_heads is a multiple of 4.
+        patch_size: side of a patch in pixels; divides both image sides.
+        num_classes: labels are 0..num_classes − 1, and num_classes means "no class".
+        text_width, text_length, text_depth: channels and tokens of the text features; number of refine blocks.
+        dtype: compute dtype.
+        remat: name of a rematerialisation policy (`layers.REMAT_POLICIES`).
+        unroll: blocks a scan iteration.
+        attention: "xla" or "cudnn" (GPU, bfloat16).
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        num_heads: int,
+        patch_size: int,
+        num_classes: int = 0,
+        text_width: int = 0,
+        text_length: int = 0,
+        text_depth: int = 0,
+        dtype: Dtype = jnp.float32,
+        remat: str = "none",
+        unroll: int = 1,
+        attention: str = "xla",
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.width, self.depth, self.patch_size, self.head_width = width, depth, patch_size, width // num_heads
+        self.with_text = text_width > 0
+        self.dtype, self.remat, self.unroll = dtype, remat, unroll
+        # Class-to-image: two thirds of 4·width, so that the gated MLP costs what a plain one would.
+        mlp_hidden = 4 * width if self.with_text else int(2 * 4 * width / 3)
+
+        def block(rngs: nnx.Rngs, with_text: bool) -> Block:
+            return Block(
+                width, num_heads, mlp_hidden, with_text=with_text, attention=attention, dtype=dtype, rngs=rngs
+            )
+
+        self.patch_embed = Linear(
+            3 * patch_size**2, width, kernel_init=xavier, bias_init=zeros, dtype=dtype, rngs=rngs
+        )
+        self.time_embed = TimestepEmbedding(width, dtype=dtype, rngs=rngs)
+        if self.with_text:
+            self.text_embed = TextEmbedding(text_width, width, dtype=dtype, rngs=rngs)
+            self.text_positions = nnx.Param(jax.random.normal(rngs.params(), (text_length, width)))
+            self.text_blocks = stack(lambda rngs: block(rngs, False), text_depth, rngs)
+        else:
+            self.label_embed = nnx.Embed(
+                num_classes + 1, width, embedding_init=initializers.normal(0.02), dtype=dtype, rngs=rngs
+            )
+        self.blocks = stack(lambda rngs: block(rngs, self.with_text), depth, rngs)
+
+    def hidden(
+        self, images: jax.Array, times: jax.Array, context: jax.Array, aligned_layer: int | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """The low-frequency pathway.
+
+        Args:
+            images: [batch, height, width, 3], noised, in about ±1.
+            times: [batch] in [0, 1]; 0 is noise.
+            context: labels int32 [batch], or text features [batch, text_length, text_width].
+            aligned_layer: number of blocks after which to take the features that REPA aligns.
+
+        Returns:
+            hidden [batch, tokens, width]; time embedding [batch, width]; condition [batch, width];
+            the aligned features [batch, tokens, width] or None.
+        """
+        _, height, width, _ = images.shape
+        patches = patchify(images.astype(self.dtype), self.patch_size)
+        h = self.patch_embed(patches.reshape(*patches.shape[:2], -1))
+        time = self.time_embed(times)
+        rows, columns = height // self.patch_size, width // self.patch_size
+        text = None
+        if self.with_text:
+            condition = jax.nn.silu(time)
+            text = self.text_embed(context.astype(self.dtype)) + self.text_positions[...].astype(self.dtype)
+            text = run_stack(
+                self.text_blocks, text, lambda block, y: block(y, condition, None),
+                dtype=self.dtype, remat=self.remat, unroll=self.unroll,
+            )  # fmt: skip
+            # The reference scales each axis by the other one's length; equal for square images.
+            xs, ys = np.linspace(0, rows, columns), np.linspace(0, columns, rows)
+        else:
+            condition = jax.nn.silu(time + self.label_embed(context))
+            xs, ys = np.linspace(0, 16, columns), np.linspace(0, 16, rows)
+        angles = jnp.asarray(rotary_angles(xs, ys, self.head_width))
+
+        def run(h: jax.Array, start: int, stop: int | None) -> jax.Array:
+            return run_stack(
+                self.blocks, h, lambda block, h: block(h, condition, angles, text),
+                start=start, stop=stop, dtype=self.dtype, remat=self.remat, unroll=self.unroll,
+            )  # fmt: skip
+
+        if aligned_layer is None:
+            return run(h, 0, None), time, condition, None
+        # Two scans, so that one layer's output comes out without keeping every layer's.
+        aligned = run(h, 0, aligned_layer)
+        return run(aligned, aligned_layer, None), time, condition, aligned
+
+
+class TextEmbedding(nnx.Module):
+    """RMSNorm(Linear(text)): [batch, length, text_width] → [batch, length, width]."""
+
+    def __init__(self, text_width: int, width: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+        self.proj = Linear(text_width, width, dtype=dtype, rngs=rngs)
+        self.norm = RMSNorm(width)
+
+    def __call__(self, text: jax.Array) -> jax.Array:
+        return self.norm(self.proj(text))
+
+
+class FinalLayer(nnx.Module):
+    """The baseline's head: a modulated, parameter-free layer norm and one Linear to a patch's pixels, zero at first."""
+
+    def __init__(self, width: int, patch_size: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+        self.modulation = Linear(width, 2 * width, kernel_init=zeros, bias_init=zeros, dtype=dtype, rngs=rngs)
+        self.linear = Linear(
+            width, 3 * patch_size**2, kernel_init=zeros, bias_init=zeros, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, h: jax.Array, condition: jax.Array) -> jax.Array:
+        shift, scale = jnp.split(self.modulation(condition)[:, None], 2, axis=-1)
+        return self.linear(modulate(normalize(h), shift, scale))
+
+
+class DiT(Trunk):
+    """The baseline of the paper's Table 1: one transformer predicts every pixel of a patch.
+
+    With x-prediction (config.model.prediction = "x") it is JiT.
+    """
+
+    def __init__(self, *, rngs: nnx.Rngs, **trunk: Any) -> None:
+        super().__init__(**trunk, rngs=rngs)
+        self.output = FinalLayer(self.width, self.patch_size, dtype=self.dtype, rngs=rngs)
+
+    def __call__(
+        self, images: jax.Array, times: jax.Array, context: jax.Array, aligned_layer: int | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """See `deco.DeCo.__call__`; "low_frequency" is the last block's output."""
+        h, _, condition, aligned = self.hidden(images, times, context, aligned_layer)
+        patches = self.output(h, condition).astype(jnp.float32)
+        patches = patches.reshape(*patches.shape[:2], self.patch_size**2, 3)
+        images = unpatchify(patches, self.patch_size, *images.shape[1:3])
+        return images, intermediates(low_frequency=h, aligned=aligned)
+
+
+def intermediates(**arrays: jax.Array | None) -> dict[str, jax.Array]:
+    """What a model returns beside its output, without the entries that were not asked for."""
+    return {name: array for name, array in arrays.items() if array is not None}

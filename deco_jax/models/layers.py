@@ -1,0 +1,222 @@
+"""The small parts that every network here is made of.
+
+Parameters are float32 and are cast to the compute dtype where they are used; normalisations and
+softmaxes run in float32. Linear layers start as PyTorch's do (the reference implementation never says
+otherwise, so its defaults are part of the recipe): weights and biases uniform within ±1/√fan_in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.nn import initializers
+
+Dtype = Any
+
+REMAT_POLICIES: dict[str, Callable | None] = {
+    "none": None,  # keep every activation for the backward pass
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the matrix products' outputs
+    "full": jax.checkpoint_policies.nothing_saveable,  # keep each block's input only
+}
+
+
+def uniform(bound: float) -> Callable:
+    """Initializer: uniform in ±bound."""
+
+    def initialize(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return initialize
+
+
+xavier = initializers.xavier_uniform()
+zeros = initializers.zeros
+
+
+def Linear(
+    fan_in: int,
+    fan_out: int,
+    *,
+    dtype: Dtype,
+    rngs: nnx.Rngs,
+    use_bias: bool = True,
+    kernel_init: Callable | None = None,
+    bias_init: Callable | None = None,
+) -> nnx.Linear:
+    """A linear layer [..., fan_in] → [..., fan_out] that starts uniform within ±1/√fan_in unless told otherwise."""
+    default = uniform(1 / math.sqrt(fan_in))
+    return nnx.Linear(
+        fan_in, fan_out, use_bias=use_bias, dtype=dtype, rngs=rngs,
+        kernel_init=kernel_init or default, bias_init=bias_init or default,
+    )  # fmt: skip
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · scale over the last axis, in float32; returns the input's dtype."""
+
+    def __init__(self, width: int, *, epsilon: float = 1e-6) -> None:
+        self.scale = nnx.Param(jnp.ones(width))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+def normalize(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+    """Layer normalisation over the last axis without learned parameters, in float32; returns the input's dtype."""
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + epsilon)
+    return y.astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """`normalize` followed by a learned scale and bias; returns the input's dtype."""
+
+    def __init__(self, width: int, *, epsilon: float = 1e-6) -> None:
+        self.scale = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = normalize(x.astype(jnp.float32), self.epsilon)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) · up(x)), without biases."""
+
+    def __init__(self, width: int, hidden: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+        self.gate = Linear(width, hidden, use_bias=False, dtype=dtype, rngs=rngs)
+        self.up = Linear(width, hidden, use_bias=False, dtype=dtype, rngs=rngs)
+        self.down = Linear(hidden, width, use_bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class TimestepEmbedding(nnx.Module):
+    """Times in [0, 1] to vectors: 256 cosines and sines, then Linear–SiLU–Linear.
+
+    The frequencies are 10^(−k/128), k = 0..127: the period is at most 10 (not the usual 10,000) and the
+    times are not rescaled to 0..1000. Cosines come first.
+    """
+
+    WAVES = 128
+
+    def __init__(self, width: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+        normal = initializers.normal(0.02)
+        self.hidden = Linear(2 * self.WAVES, width, kernel_init=normal, dtype=dtype, rngs=rngs)
+        self.out = Linear(width, width, kernel_init=normal, dtype=dtype, rngs=rngs)
+
+    def __call__(self, times: jax.Array) -> jax.Array:
+        """times [batch] → [batch, width]."""
+        frequencies = jnp.asarray(10.0 ** (-np.arange(self.WAVES) / self.WAVES), jnp.float32)
+        angles = times.astype(jnp.float32)[:, None] * frequencies
+        waves = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        return self.out(jax.nn.silu(self.hidden(waves)))
+
+
+def rotary_angles(xs: np.ndarray, ys: np.ndarray, head_width: int) -> np.ndarray:
+    """Angles of the two-dimensional rotary position embedding.
+
+    Args:
+        xs, ys: horizontal positions [columns] and vertical positions [rows].
+        head_width: channels a head, a multiple of 4.
+
+    Returns:
+        float32 [rows · columns, head_width / 2], row by row: for each frequency
+        10000^(−k/head_width), k = 0, 4, 8, ..., the x angle and then the y angle.
+    """
+    frequencies = 10000.0 ** (-np.arange(0, head_width, 4) / head_width)
+    x, y = np.meshgrid(xs, ys)  # [rows, columns]
+    angles = np.stack([x[..., None] * frequencies, y[..., None] * frequencies], axis=-1)
+    return angles.reshape(x.size, head_width // 2).astype(np.float32)
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Turn each pair of adjacent channels (2i, 2i+1) by its angle.
+
+    Args:
+        x: [batch, tokens, heads, head_width]; angles: [tokens, head_width / 2].
+    """
+    even, odd = jnp.split(x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2), 2, axis=-1)
+    cos, sin = (f(angles)[:, None, :, None] for f in (jnp.cos, jnp.sin))
+    turned = jnp.concatenate([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """x · (1 + scale) + shift (adaptive layer normalisation; Peebles & Xie 2023, §3.2)."""
+    return x * (1 + scale) + shift
+
+
+def stack(make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`depth` independently initialised blocks as one module whose parameters have a leading depth axis."""
+
+    @nnx.split_rngs(splits=depth)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make(rngs: nnx.Rngs) -> nnx.Module:
+        return make_block(rngs)
+
+    return make(rngs)
+
+
+def run_stack(
+    blocks: nnx.Module,
+    x: jax.Array,
+    apply: Callable[[Any, jax.Array], jax.Array],
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    dtype: Dtype = jnp.float32,
+    remat: str = "none",
+    unroll: int = 1,
+) -> jax.Array:
+    """x through blocks start..stop of a stack, one `lax.scan`.
+
+    Matrices are cast to the compute dtype before the scan: once a step instead of once a block and pass,
+    and for sharded parameters in front of the gather, which then moves half the bytes. Vectors (norm scales,
+    biases) stay float32.
+
+    Args:
+        blocks: from `stack`.
+        apply: (block, x) → x.
+        remat: a name in REMAT_POLICIES.
+        unroll: blocks a loop iteration.
+    """
+
+    def select(parameter: jax.Array) -> jax.Array:
+        if parameter.ndim >= 3:
+            parameter = parameter.astype(dtype)
+        return parameter[start:stop]
+
+    def body(x: jax.Array, block: nnx.Module) -> tuple[jax.Array, None]:
+        return apply(block, x), None
+
+    if remat != "none":
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    x, _ = jax.lax.scan(body, x, jax.tree.map(select, blocks), unroll=unroll)
+    return x
+
+
+def patchify(images: jax.Array, patch: int) -> jax.Array:
+    """[batch, height, width, channels] → [batch, tokens, patch², channels], tokens and pixels row by row."""
+    batch, height, width, channels = images.shape
+    x = images.reshape(batch, height // patch, patch, width // patch, patch, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, patch * patch, channels)
+
+
+def unpatchify(patches: jax.Array, patch: int, height: int, width: int) -> jax.Array:
+    """[batch, tokens, patch², channels] → [batch, height, width, channels]; undoes `patchify`."""
+    batch, _, _, channels = patches.shape
+    x = patches.reshape(batch, height // patch, width // patch, patch, patch, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, channels)

@@ -1,0 +1,86 @@
+"""PixNerd, a baseline of the paper's Table 1: each patch gets the weights of its own small pixel network.
+
+Source: PixNerd (arXiv 2507.23268) as trained by DeCo's authors for Table 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deco_jax.models.dit import Trunk, intermediates
+from deco_jax.models.layers import Dtype, Linear, RMSNorm, patchify, run_stack, stack, unpatchify, zeros
+from deco_jax.models.pixel_decoder import POSITION_FEATURES, cosine_basis, embed_pixels
+
+
+def unit_columns(weights: jax.Array, floor: float = 1e-12) -> jax.Array:
+    """weights [..., inputs, outputs] divided by their length over the inputs, in float32."""
+    w = weights.astype(jnp.float32)
+    # The floor stands inside the root so that an all-zero column has a gradient.
+    return (w * jax.lax.rsqrt(jnp.maximum(jnp.sum(w * w, axis=-2, keepdims=True), floor**2))).astype(weights.dtype)
+
+
+class GeneratedBlock(nnx.Module):
+    """h += silu(RMSNorm(h)·W₁)·W₂ with W₁ [width, ratio·width], W₂ [ratio·width, width] drawn from the patch."""
+
+    def __init__(self, model_width: int, width: int, ratio: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+        self.width, self.ratio = width, ratio
+        self.generator = Linear(model_width, 2 * ratio * width**2, dtype=dtype, rngs=rngs)
+        self.norm = RMSNorm(width)
+
+    def __call__(self, h: jax.Array, features: jax.Array) -> jax.Array:
+        """h [batch, tokens, patch², width], features [batch, tokens, model_width] → h's shape."""
+        w1, w2 = jnp.split(self.generator(features), 2, axis=-1)
+        w1 = unit_columns(w1.reshape(*features.shape[:2], self.width, self.ratio * self.width))
+        w2 = unit_columns(w2.reshape(*features.shape[:2], self.ratio * self.width, self.width))
+        return h + jax.nn.silu(self.norm(h) @ w1) @ w2
+
+
+class GeneratedDecoder(nnx.Module):
+    """PixNerd's head: pixel embedding, generated blocks, RMSNorm, Linear to RGB (zero at first)."""
+
+    def __init__(
+        self, model_width: int, *, width: int, depth: int, ratio: int, patch_size: int,
+        dtype: Dtype, remat: str, rngs: nnx.Rngs,
+    ) -> None:  # fmt: skip
+        self.depth, self.patch_size, self.dtype, self.remat = depth, patch_size, dtype, remat
+        self.pixel_embed = Linear(3 + POSITION_FEATURES, width, dtype=dtype, rngs=rngs)
+        self.blocks = stack(
+            lambda rngs: GeneratedBlock(model_width, width, ratio, dtype=dtype, rngs=rngs), depth, rngs
+        )
+        self.norm = RMSNorm(width)
+        self.output = Linear(width, 3, kernel_init=zeros, bias_init=zeros, dtype=dtype, rngs=rngs)
+
+    def __call__(self, images: jax.Array, features: jax.Array) -> jax.Array:
+        """images [batch, height, width, 3], features [batch, tokens, model_width] → float32, images' shape."""
+        h = embed_pixels(patchify(images, self.patch_size), cosine_basis(self.patch_size), self.pixel_embed)
+        h = run_stack(
+            self.blocks, h, lambda block, h: block(h, features),
+            dtype=self.dtype, remat=self.remat, unroll=self.depth,
+        )  # fmt: skip
+        pixels = self.output(self.norm(h)).astype(jnp.float32)
+        return unpatchify(pixels, self.patch_size, *images.shape[1:3])
+
+
+class PixNerd(Trunk):
+    """Args: decoder_width, decoder_depth, decoder_ratio (hidden over width) of the generated blocks; see `dit.Trunk`."""
+
+    def __init__(
+        self, *, decoder_width: int, decoder_depth: int, decoder_ratio: int, rngs: nnx.Rngs, **trunk: Any
+    ) -> None:
+        super().__init__(**trunk, rngs=rngs)
+        self.decoder = GeneratedDecoder(
+            self.width, width=decoder_width, depth=decoder_depth, ratio=decoder_ratio, patch_size=self.patch_size,
+            dtype=self.dtype, remat=self.remat, rngs=rngs,
+        )  # fmt: skip
+
+    def __call__(
+        self, images: jax.Array, times: jax.Array, context: jax.Array, aligned_layer: int | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """See `deco.DeCo.__call__`."""
+        h, time, _, aligned = self.hidden(images, times, context, aligned_layer)
+        features = jax.nn.silu(time[:, None] + h)
+        return self.decoder(images, features), intermediates(low_frequency=features, aligned=aligned)
