@@ -119,7 +119,7 @@ def test_mistakes_in_the_config(folder, tmp_path):
         (section("image_folder", folder / "top.png"), "no such folder"),
         (section("image_folder", tmp_path / "empty"), "no class folders"),
         (section("image_folder", tmp_path / "flat"), "no class folders"),
-        (section("image_folder", tmp_path / "none"), "no images"),
+        (section("image_folder", tmp_path / "none"), "without images"),
         (section("image_folder", tmp_path / "partly"), "class folder .*vacant holds no images"),
         (section("tfds", tmp_path / "missing"), "no such folder"),
         (section("tfds", tmp_path / "empty"), "dataset_info.json"),
@@ -133,6 +133,17 @@ def test_class_count():
     check_classes(Digits(), 10)
     with pytest.raises(UserError, match="the data has 10 classes, the model 1000"):
         check_classes(Digits(), 1000)
+
+
+def test_tfds_lacks_a_package(monkeypatch):
+    import tensorflow_datasets as tfds
+
+    def builder(name, **options):
+        raise ModuleNotFoundError("In <Image> with name \"image\":\nNo module named 'tensorflow'")
+
+    monkeypatch.setattr(tfds, "builder", builder)
+    with pytest.raises(UserError, match="'cifar10': No module named 'tensorflow'; install it"):
+        open_source(section("tfds", "cifar10"))
 
 
 PREPARE = """

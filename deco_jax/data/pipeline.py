@@ -60,9 +60,11 @@ class Batches(Iterator[dict[str, Any]]):
             dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers), _start_worker)
         else:
             dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
-        self._iterator = iter(dataset)
+        self._iterator: grain.DatasetIterator | None = iter(dataset)
 
     def __next__(self) -> dict[str, Any]:
+        if self._iterator is None:
+            raise StopIteration
         batch = next(self._iterator)
         names = [self._source.name(int(i)) for i in batch["unreadable"] if i >= 0]
         for name in names:
@@ -80,8 +82,9 @@ class Batches(Iterator[dict[str, Any]]):
         return {**{key: np.asarray(value) for key, value in batch.items()}, "unreadable": names}
 
     def close(self) -> None:
-        self._iterator.close()
-        self._iterator = iter(())
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
 
 
 def train_batches(
@@ -139,7 +142,7 @@ def epoch(
 
 
 def read_one(source: Source, index: int, image_size: tuple[int, int]) -> dict[str, Any]:
-    """One sample: `image` uint8 `[height, width, 3]`, `label` int32, `unreadable` int64, and what else its source gives.
+    """One sample: `image` uint8 `[height, width, 3]`, `label` int32, `unreadable` int64, and what its source adds.
 
     An unreadable image is replaced by the next readable one of its class, and `unreadable` is then `index` instead
     of −1. Raises UserError where no image of the class can be read.
@@ -163,12 +166,12 @@ def read_one(source: Source, index: int, image_size: tuple[int, int]) -> dict[st
 
 def _local_size(batch_size: int, host_count: int) -> int:
     if batch_size < 1 or batch_size % host_count:
-        raise UserError(f"data.batch_size={batch_size} must be a positive multiple of the number of hosts, {host_count}")
+        raise UserError(f"data.batch_size={batch_size} must be a positive multiple of the {host_count} hosts")
     return batch_size // host_count
 
 
 def _fits_shared_memory(size: int) -> bool:
-    """Whether /dev/shm has `size` bytes. Containers often have 64 MB in all, and a worker that overruns it is killed."""
+    """Whether /dev/shm has `size` bytes: containers often have 64 MB, and a worker that overruns it is killed."""
     return not os.path.isdir("/dev/shm") or shutil.disk_usage("/dev/shm").free > size
 
 

@@ -91,7 +91,7 @@ class ImageFolder(Source):
         if not listings:
             raise UserError(f"{root} has no class folders; put the images into {os.path.join(root, '<class>')}/")
         if not any(counts := [len(ends) for _, ends in listings]):
-            raise UserError(f"{root} holds no images ({', '.join(IMAGE_SUFFIXES)}) in its class folders; check the path")
+            raise UserError(f"{root} has class folders without images ({', '.join(IMAGE_SUFFIXES)}); check the path")
         if 0 in counts:
             empty = folders[counts.index(0)]
             raise UserError(f"the class folder {empty} holds no images; fill it, or remove it if it is not a class")
@@ -146,8 +146,8 @@ class Tfds(Source):
     """A dataset that TensorFlow Datasets prepared as ArrayRecords, with features `image` and `label`.
 
     `path` is the folder that holds its `dataset_info.json`, or a TFDS name such as `cifar10`, which is downloaded
-    and prepared first (into $TFDS_DATA_DIR or ~/tensorflow_datasets). TensorFlow is not needed, except by TFDS
-    itself to prepare a few datasets, ImageNet among them.
+    and prepared first (into $TFDS_DATA_DIR or ~/tensorflow_datasets). Reading never needs TensorFlow; TFDS itself
+    needs it to prepare datasets whose images it has to encode (CIFAR-10) or decode, and then says so.
     """
 
     def __init__(self, path: str, split: str = "train") -> None:
@@ -156,10 +156,11 @@ class Tfds(Source):
         try:
             features = self._builder.info.features
             self.class_names = list(features["label"].names)
-            features["image"]  # noqa: B018 — must be there
+            if "image" not in features:
+                raise KeyError("image")
             self._length = len(self._records)
         except (KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{path} needs the features 'image' and 'label' (a class label); missing: {error}") from error
+            raise UserError(f"{path} needs the features 'image' and 'label' (class labels): {error}") from error
         except Exception as error:  # TFDS has its own error types for each of these
             message = str(error).strip().split("\n")[0]
             raise UserError(
@@ -210,9 +211,10 @@ def _prepare(name: str) -> str:
         builder = tfds.builder(name, file_format="array_record")
         builder.download_and_prepare()
     except ImportError as error:
+        message = str(error).strip().split("\n")[-1]
         raise UserError(
-            f"TFDS needs another package to prepare {name} ({error}); prepare it once where that package is installed, "
-            "with file_format='array_record', and give the folder as data.path"
+            f"TFDS itself needs another package to prepare '{name}': {message}; install it for this one time, or "
+            "prepare the dataset elsewhere with file_format='array_record' and give its folder as data.path"
         ) from error
     except Exception as error:
         message = str(error).strip().split("\n")[0]
@@ -237,7 +239,7 @@ def open_source(data: Any) -> Source:
     if data.source == "digits":
         return Digits()
     if not path:
-        raise UserError(f"data.path is empty; say where the images are: --config.data.path=FOLDER (source {data.source})")
+        raise UserError(f"data.path is empty; set --config.data.path=FOLDER for the source {data.source}")
     if data.source == "tfds":
         return Tfds(path, split or "train")
     root = os.path.join(path, split) if split else path

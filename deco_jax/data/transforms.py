@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 from PIL import Image
 
-# PIL warns about damaged metadata, unusual palettes and large images; what it cannot read it raises for, and that counts.
+# PIL warns about damaged metadata and large images; for what it cannot read it raises, and only that matters here.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
