@@ -1,0 +1,270 @@
+"""Weights between PyTorch's names and layouts and ours, by one table a model, strict both ways.
+
+A table is a list of rows; a row ties PyTorch tensors to our parameters and says how the layout changes:
+
+    Row("blocks.{i}.attn.qkv.weight", "blocks.attention.qkv.kernel", TRANSPOSE, count=depth)
+
+`{i}` stands for the block's number: our blocks are one array with a leading depth axis. Every transform
+only moves numbers, so a round trip is exact to the bit. What no row names, on either side, is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from deco_jax.errors import UserError
+
+Arrays = Sequence[np.ndarray]
+SHOWN = 4  # names an error lists before it only counts
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A change of layout and its inverse, each from a list of arrays to a list of arrays.
+
+    Attributes:
+        ndims: the dimensions of each PyTorch tensor; others are refused.
+    """
+
+    name: str
+    ndims: tuple[int, ...]
+    to_ours: Callable[[Arrays], Arrays]
+    to_torch: Callable[[Arrays], Arrays]
+
+
+def one_to_one(
+    name: str, ndim: int, to_ours: Callable[[np.ndarray], np.ndarray], to_torch: Callable[[np.ndarray], np.ndarray]
+) -> Transform:
+    """A transform of one tensor into one parameter."""
+    return Transform(name, (ndim,), lambda arrays: [to_ours(arrays[0])], lambda arrays: [to_torch(arrays[0])])
+
+
+VECTOR = one_to_one("vector", 1, lambda a: a, lambda a: a)
+MATRIX = one_to_one("matrix as it is", 2, lambda a: a, lambda a: a)
+TRANSPOSE = one_to_one("[out, in] to [in, out]", 2, lambda a: a.T, lambda a: a.T)
+DROP_FIRST = one_to_one("[1, length, width] to [length, width]", 3, lambda a: a.squeeze(0), lambda a: a[None])
+
+
+def halves(name: str = "two halves of the rows, each transposed") -> Transform:
+    """One [2·out, in] matrix to two [in, out] kernels."""
+    return Transform(
+        name,
+        (2,),
+        lambda arrays: [half.T for half in np.split(arrays[0], 2)],
+        lambda arrays: [np.concatenate([a.T for a in arrays])],
+    )
+
+
+def fused(count: int, *, bias: bool = False) -> Transform:
+    """`count` equally tall [out, in] matrices (or [out] vectors) to one [in, count·out] kernel (or [count·out])."""
+    if bias:
+        return Transform(
+            f"{count} vectors joined",
+            (1,) * count,
+            lambda arrays: [_join(arrays)],
+            lambda arrays: np.split(arrays[0], count),
+        )
+    return Transform(
+        f"{count} matrices joined",
+        (2,) * count,
+        lambda arrays: [_join(arrays).T],
+        lambda arrays: np.split(arrays[0].T, count),
+    )
+
+
+def _join(arrays: Arrays) -> np.ndarray:
+    if len({a.shape for a in arrays}) > 1:
+        raise ValueError(f"shapes differ: {', '.join(str(list(a.shape)) for a in arrays)}")
+    return np.concatenate(arrays)
+
+
+@dataclass(frozen=True)
+class Row:
+    """PyTorch tensors ↔ our parameters.
+
+    Attributes:
+        torch: a name, or several where a transform joins tensors; `{i}` is the block's number.
+        ours: a dotted path into our nested dictionary, or several where a transform splits a tensor.
+        transform: how a PyTorch tensor becomes ours.
+        count: the number of blocks, stacked on our side's first axis; None for a parameter that stands alone.
+        first: the first block's number.
+    """
+
+    torch: str | tuple[str, ...]
+    ours: str | tuple[str, ...]
+    transform: Transform
+    count: int | None = None
+    first: int = 0
+
+    def torch_names(self) -> Iterator[list[str]]:
+        """The PyTorch names, a list for each block."""
+        patterns = (self.torch,) if isinstance(self.torch, str) else self.torch
+        if self.count is None:
+            yield list(patterns)
+        else:
+            for i in range(self.first, self.first + self.count):
+                yield [pattern.replace("{i}", str(i)) for pattern in patterns]
+
+    def our_paths(self) -> list[str]:
+        return [self.ours] if isinstance(self.ours, str) else list(self.ours)
+
+
+Table = Sequence[Row]
+
+
+def to_ours(
+    table: Table,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    like: Mapping[str, Any] | None = None,
+    dtype: Any = None,
+    what: str = "the file",
+) -> dict[str, Any]:
+    """PyTorch tensors as our nested dictionary.
+
+    Tensors are read one at a time, so a memory-mapped or lazily read file costs the result and one tensor.
+
+    Args:
+        table: the model's rows.
+        tensors: by PyTorch name; the names have to be exactly the table's.
+        like: our parameters' shapes (any leaves with `.shape`), checked name by name. The tensors of one row
+            have to agree even without it.
+        dtype: of the result; None keeps the file's.
+        what: how errors name the source.
+
+    Raises:
+        UserError: tensors are missing, left over, or of the wrong shape.
+    """
+    wanted = [name for row in table for names in row.torch_names() for name in names]
+    _check_names(wanted, tensors, what)
+    expected = None if like is None else flatten(like)
+    if expected is not None:
+        paths = {path for row in table for path in row.our_paths()}
+        _check_names(paths, expected, "the model", "parameter")
+    ours: dict[str, np.ndarray] = {}
+    for row in table:
+        arrays = _read_row(row, tensors, dtype, what)
+        for path, array in zip(row.our_paths(), arrays, strict=True):
+            if expected is not None and array.shape != tuple(expected[path].shape):
+                raise UserError(
+                    f"{what}: {row.torch} gives {path} the shape {list(array.shape)}, but this config's model has "
+                    f"{list(expected[path].shape)}; use the config that these weights were trained with"
+                )
+            ours[path] = array
+    return unflatten(ours)
+
+
+def _read_row(row: Row, tensors: Mapping[str, np.ndarray], dtype: Any, what: str) -> list[np.ndarray]:
+    """A row's parameters, filled block by block into arrays allocated once."""
+    results: list[np.ndarray] = []
+    for i, names in enumerate(row.torch_names()):
+        arrays = [np.asarray(tensors[name]) for name in names]
+        for name, array, ndim in zip(names, arrays, row.transform.ndims, strict=True):
+            if array.ndim != ndim:
+                raise UserError(
+                    f"{what}: {name} has the shape {list(array.shape)}, but {ndim} dimensions are expected; "
+                    "is this another model's file?"
+                )
+        try:
+            blocks = row.transform.to_ours(arrays)
+        except ValueError as error:
+            shapes = ", ".join(str(list(a.shape)) for a in arrays)
+            raise UserError(
+                f"{what}: {', '.join(names)} of shape {shapes} can't be read as {row.transform.name} ({error}); "
+                "use the config that these weights were trained with"
+            ) from error
+        if row.count is None:
+            return [np.array(block, dtype or block.dtype, order="C") for block in blocks]
+        if i == 0:
+            results = [np.empty((row.count, *block.shape), dtype or block.dtype) for block in blocks]
+        for name, result, block in zip(_repeat(names, len(blocks)), results, blocks, strict=True):
+            if block.shape != result.shape[1:] or (dtype is None and block.dtype != result.dtype):
+                raise UserError(
+                    f"{what}: {name} has another shape or type than block {row.first}'s "
+                    f"({list(block.shape)} {block.dtype}, {list(result.shape[1:])} {result.dtype}); the file is damaged"
+                )
+            result[i] = block
+    return results
+
+
+def _repeat(names: list[str], count: int) -> list[str]:
+    return [", ".join(names)] * count
+
+
+def to_torch(table: Table, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Our nested dictionary as PyTorch tensors by name, each contiguous; undoes `to_ours`.
+
+    Raises:
+        UserError: parameters are missing, left over, or stacked to another depth than the table's.
+    """
+    ours = flatten(params)
+    _check_names([path for row in table for path in row.our_paths()], ours, "the parameters", "parameter")
+    tensors: dict[str, np.ndarray] = {}
+    for row in table:
+        arrays = [np.asarray(ours[path]) for path in row.our_paths()]
+        for path, array in zip(row.our_paths(), arrays, strict=True):
+            if row.count is not None and array.shape[:1] != (row.count,):
+                raise UserError(
+                    f"the parameters: {path} has the shape {list(array.shape)}, but the model has {row.count} blocks; "
+                    "use the config that they were trained with"
+                )
+        for i, names in enumerate(row.torch_names()):
+            block = arrays if row.count is None else [array[i] for array in arrays]
+            try:
+                converted = row.transform.to_torch(block)
+            except ValueError as error:
+                raise UserError(
+                    f"the parameters: {', '.join(row.our_paths())} can't be written as {row.transform.name} ({error}); "
+                    "use the config that they were trained with"
+                ) from error
+            for name, tensor in zip(names, converted, strict=True):
+                # A scalar shape survives ascontiguousarray only as [1]; no row here has one.
+                tensors[name] = np.ascontiguousarray(tensor)
+    return tensors
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries to {dotted path: leaf}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{dotted path: leaf} to nested dictionaries."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, last = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few of many names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _check_names(wanted: Iterable[str], found: Iterable[str], what: str, kind: str = "tensor") -> None:
+    wanted, found = dict.fromkeys(wanted), dict.fromkeys(found)
+    missing = [name for name in wanted if name not in found]
+    extra = [name for name in found if name not in wanted]
+    if missing or extra:
+        parts = []
+        if missing:
+            parts.append(f"{kind}s missing: {len(missing)} ({listed(missing)})")
+        if extra:
+            parts.append(f"{kind}s left over: {len(extra)} ({listed(extra)})")
+        raise UserError(f"{what} doesn't fit this config's model: {'; '.join(parts)}; check the config or the file")
