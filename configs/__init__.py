@@ -1,0 +1,1 @@
+"""A file a recipe: each one is the document of what it trains."""

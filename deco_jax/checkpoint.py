@@ -1,0 +1,210 @@
+"""Checkpoints by Orbax: written in the background, atomically; read back onto any mesh.
+
+    workdir/checkpoints/STEP/{train, params, ema, config}
+
+`train` holds what only training needs (optimizer, counters), so that sampling reads `ema` alone. All of it is
+plain dictionaries of arrays, readable without this package.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+import orbax.checkpoint as ocp
+from absl import logging
+from flax import serialization
+from jax.sharding import Mesh
+
+from deco_jax import config as config_lib
+from deco_jax.errors import UserError
+from deco_jax.models.network import Network
+from deco_jax.sharding import state_shardings
+from deco_jax.train_state import State
+
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of one workdir."""
+
+    def __init__(self, workdir: str | pathlib.Path, keep: int) -> None:
+        self.folder = (pathlib.Path(workdir) / FOLDER).absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def steps(self) -> list[int]:
+        """Steps that have a complete checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: State, config: ml_collections.ConfigDict) -> None:
+        """Copy the state to the host and write it in the background; raises what the previous write ran into."""
+        if step in self._manager.all_steps():
+            return
+        self._guarded(step, lambda: self._manager.save(step, args=_save_args(state, config)))
+
+    def wait(self) -> None:
+        """Until the last write is complete."""
+        self._guarded(None, self._manager.wait_until_finished)
+
+    def _guarded(self, step: int | None, action: Any) -> None:
+        try:
+            action()
+            self._manager.check_for_errors()
+        except Exception as error:  # Orbax and TensorStore raise many kinds, from their own threads
+            what = "a checkpoint" if step is None else f"the checkpoint of step {step} (or the one before)"
+            kept = [name for name in _complete_steps(self.folder)]
+            rest = f"step {kept[-1]} is intact and the run resumes from it" if kept else "none is complete yet"
+            raise UserError(f"writing {what} to {self.folder} failed: {_first_line(error)}; free space there; {rest}") from error
+
+    def restore(self, shapes: State, config: ml_collections.ConfigDict) -> State | None:
+        """The newest readable state, or None if there is none yet; damaged ones are named and passed over.
+
+        Args:
+            shapes: of the state, with shardings (`train_state.state_shapes`).
+
+        Raises:
+            UserError: the checkpoint is another model's.
+        """
+        for step in reversed(self.steps()):
+            path = self.folder / str(step)
+            try:
+                check_model(path, config)
+                state = _restore_state(path, shapes)
+            except UserError:
+                raise
+            except Exception as error:
+                logging.error("the checkpoint %s is damaged and passed over: %s", path, _first_line(error))
+                continue
+            return state
+        if self.steps():
+            raise UserError(f"none of the checkpoints in {self.folder} can be read; remove the folder to start anew")
+        return None
+
+    def remove_after(self, step: int) -> None:
+        """Delete checkpoints newer than `step`: damaged ones, which the resumed run writes again."""
+        for later in [s for s in self.steps() if s > step]:
+            self._manager.delete(later)
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def _save_args(state: State, config: ml_collections.ConfigDict) -> ocp.args.Composite:
+    train = {key: state[key] for key in ("step", "skipped")} | {
+        "opt_state": serialization.to_state_dict(state["opt_state"])
+    }
+    return ocp.args.Composite(
+        train=ocp.args.StandardSave(_without_empty(train)),
+        params=ocp.args.StandardSave(state["params"]),
+        ema=ocp.args.StandardSave(state["ema"]),
+        config=ocp.args.JsonSave(config_lib.to_json(config)),
+    )
+
+
+def _restore_state(path: pathlib.Path, shapes: State) -> State:
+    opt_shapes = serialization.to_state_dict(shapes["opt_state"])
+    wanted = {"step": shapes["step"], "skipped": shapes["skipped"], "opt_state": opt_shapes}
+    train = _read(path / "train", _without_empty(wanted))
+    opt_state = serialization.from_state_dict(shapes["opt_state"], _with_empty(opt_shapes, train["opt_state"]))
+    return {
+        "step": train["step"],
+        "skipped": train["skipped"],
+        "params": _read(path / "params", shapes["params"]),
+        "ema": _read(path / "ema", shapes["ema"]),
+        "opt_state": opt_state,
+    }
+
+
+def _without_empty(tree: Any) -> Any:
+    """Nested dictionaries without empty ones: optax's stateless parts, which Orbax can't store."""
+    if not isinstance(tree, dict):
+        return tree
+    pruned = {key: _without_empty(value) for key, value in tree.items()}
+    return {key: value for key, value in pruned.items() if not (isinstance(value, dict) and not value)}
+
+
+def _with_empty(like: Any, tree: Any) -> Any:
+    """Undo `_without_empty`."""
+    if not isinstance(like, dict):
+        return tree
+    return {key: _with_empty(value, tree.get(key, {})) for key, value in like.items()}
+
+
+def _read(path: pathlib.Path, shapes: Any) -> Any:
+    with ocp.StandardCheckpointer() as reader:
+        return reader.restore(path, shapes)
+
+
+def load_config(path: pathlib.Path) -> dict[str, Any]:
+    """The resolved config in a checkpoint, as plain values."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(path / "config")
+
+
+def find(workdir: str, checkpoint: str = "") -> pathlib.Path:
+    """The checkpoint to read: `checkpoint` (a step's folder, or a run's newest), else the workdir's newest.
+
+    Raises:
+        UserError: there is none.
+    """
+    where = pathlib.Path(checkpoint or workdir).absolute()
+    if (where / "ema").is_dir() and (where / "config").is_dir():
+        return where
+    folder = where if where.name == FOLDER else where / FOLDER
+    steps = _complete_steps(folder)
+    if not steps:
+        raise UserError(f"there is no checkpoint in {where}; train first, or name one with --checkpoint")
+    return folder / str(steps[-1])
+
+
+def _complete_steps(folder: pathlib.Path) -> list[int]:
+    """Orbax renames a finished checkpoint to its number, so a number is a complete one."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit() and entry.is_dir())
+
+
+def check_model(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    """Raise UserError if a checkpoint holds another model than the config describes."""
+    differences = config_lib.model_differences(config.model.to_dict(), load_config(path)["model"])
+    if differences:
+        raise UserError(
+            f"{path} is a checkpoint of another model ({'; '.join(differences)}); "
+            "use its config, or another --workdir or --checkpoint"
+        )
+
+
+def load_average(path: pathlib.Path, network: Network, config: ml_collections.ConfigDict, mesh: Mesh) -> Any:
+    """The EMA weights of a checkpoint, on the mesh.
+
+    Raises:
+        UserError: it is another model's, or damaged.
+    """
+    return _load(path, "ema", network.shapes, config, mesh)
+
+
+def load_params(path: pathlib.Path, shapes: Any, config: ml_collections.ConfigDict, mesh: Mesh) -> Any:
+    """The raw weights {"denoiser", "projector"} of a checkpoint, on the mesh; errors as `load_average`."""
+    return _load(path, "params", shapes, config, mesh)
+
+
+def _load(path: pathlib.Path, item: str, shapes: Any, config: ml_collections.ConfigDict, mesh: Mesh) -> Any:
+    try:
+        check_model(path, config)
+        placed = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes, state_shardings(mesh, shapes),
+        )  # fmt: skip
+        return _read(path / item, placed)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the checkpoint {path} can't be read: {_first_line(error)}; choose another") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]

@@ -1,0 +1,20 @@
+"""REPA's projector: from the denoiser's hidden states to the teacher's feature space (Yu et al. 2025, §3)."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from deco_jax.models.layers import Dtype, Linear
+
+
+class Projector(nnx.Module):
+    """Linear–SiLU–Linear–SiLU–Linear: [batch, tokens, width] → [batch, tokens, teacher_width]."""
+
+    def __init__(self, width: int, teacher_width: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+        self.first = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.second = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.third = Linear(width, teacher_width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        return self.third(jax.nn.silu(self.second(jax.nn.silu(self.first(hidden)))))

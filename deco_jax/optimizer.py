@@ -1,0 +1,29 @@
+"""AdamW as the paper uses it, with optional clipping and warm-up, and the exponential moving average."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import ml_collections
+import optax
+
+
+def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """The optax chain of config.optimizer: clip by global norm (0: off), then AdamW at a constant rate after warm-up.
+
+    Decay, if any, is on every parameter, as torch.optim.AdamW does by default.
+    """
+    rate: optax.ScalarOrSchedule = config.learning_rate
+    if config.warmup_steps:
+        # Step 1 already moves: (i + 1) / warmup.
+        rate = optax.linear_schedule(
+            config.learning_rate / config.warmup_steps, config.learning_rate, max(1, config.warmup_steps - 1)
+        )
+    adamw = optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+
+
+def update_average(average: Any, params: Any, decay: float) -> Any:
+    """decay · average + (1 − decay) · params, leaf by leaf, in float32."""
+    return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)

@@ -1,0 +1,53 @@
+"""Everything a run carries from step to step, as nested dictionaries of arrays, sharded from the start.
+
+    step       int32, steps done
+    skipped    int32, steps in a row whose loss or gradient was not finite and that changed nothing
+    params     {"denoiser": ..., "projector": ...}  (the projector only with REPA)
+    ema        the denoiser's moving average; what samples are drawn from
+    opt_state  optax's
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from deco_jax.models.network import Network
+from deco_jax.sharding import state_shardings
+
+State = dict[str, Any]
+
+
+def initial_state(key: jax.Array, networks: dict[str, Network], optimizer: optax.GradientTransformation) -> State:
+    """The state before the first step; each network is drawn from its own key."""
+    params = {name: network.init(jax.random.fold_in(key, i)) for i, (name, network) in enumerate(networks.items())}
+    return {
+        "step": jnp.zeros((), jnp.int32),
+        "skipped": jnp.zeros((), jnp.int32),
+        "params": params,
+        # A copy: donated buffers must not be shared.
+        "ema": jax.tree.map(jnp.copy, params["denoiser"]),
+        "opt_state": optimizer.init(params),
+    }
+
+
+def state_shapes(networks: dict[str, Network], optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
+    """ShapeDtypeStructs with shardings of the whole state; nothing is allocated."""
+    shapes = jax.eval_shape(lambda key: initial_state(key, networks, optimizer), jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes, state_shardings(mesh, shapes),
+    )  # fmt: skip
+
+
+def create_state(
+    seed: int, networks: dict[str, Network], optimizer: optax.GradientTransformation, mesh: Mesh
+) -> State:
+    """A new state, each leaf made where it will live: no device ever holds all of it."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(networks, optimizer, mesh))
+    make = jax.jit(lambda key: initial_state(key, networks, optimizer), out_shardings=shardings)
+    return make(jax.random.key(seed))
