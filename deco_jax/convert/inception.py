@@ -82,7 +82,11 @@ TORCHVISION_NAMES = {
     "conv_2": "Conv2d_2b_3x3",
     "conv_3": "Conv2d_3b_1x1",
     "conv_4": "Conv2d_4a_3x3",
-    **{f"{ours}.{unit}": f"{theirs}.{name}" for ours, (theirs, table) in _BLOCKS.items() for unit, name in table.items()},
+    **{
+        f"{ours}.{unit}": f"{theirs}.{name}"
+        for ours, (theirs, table) in _BLOCKS.items()
+        for unit, name in table.items()
+    },
 }
 
 
@@ -160,7 +164,7 @@ def _check_names(path: pathlib.Path, expected: set[str], found: set[str]) -> Non
         if keys
     ]
     if complaints:
-        raise UserError(f"{path} holds other weights than the 2015 Inception network's: {'; '.join(complaints)}; {WHERE}")
+        raise UserError(f"{path} doesn't hold the 2015 Inception network: {'; '.join(complaints)}; {WHERE}")
 
 
 def _check_values(path: pathlib.Path, flat: dict[str, np.ndarray], classifier: bool) -> None:

@@ -117,14 +117,14 @@ class ConvUnit(nnx.Module):
 
 
 class Tower(nnx.Module):
-    """Units one after another, named conv, conv_1, conv_2, ..., from (width, kernel) or (width, kernel, stride) rows."""
+    """Units in a row, named conv, conv_1, conv_2, ..., from (width, kernel) or (width, kernel, stride)."""
 
     def __init__(self, width_in: int, rows: list[tuple], settings: Settings):
         self.names = tuple("conv" if i == 0 else f"conv_{i}" for i in range(len(rows)))
-        for name, (width, kernel, *stride) in zip(self.names, rows, strict=True):
-            # the graph pads every stride-1 convolution and no strided one
-            unit = ConvUnit(width_in, width, kernel, settings, *stride, padding="VALID" if stride else "SAME")
-            setattr(self, name, unit)
+        for name, (width, kernel, *strided) in zip(self.names, rows, strict=True):
+            # the towers pad every stride-1 convolution and no strided one
+            stride, padding = (strided[0], "VALID") if strided else (1, "SAME")
+            setattr(self, name, ConvUnit(width_in, width, kernel, settings, stride, padding))
             width_in = width
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -289,7 +289,7 @@ def check_images(images: Any, what: str = "images") -> None:
     """uint8 [n, height, width, 3], or a UserError that says what they are instead. Anything with shape and dtype."""
     if np.dtype(images.dtype) != np.uint8:
         raise UserError(
-            f"{what}: {images.dtype} values; the Inception network takes uint8 in 0..255: scale, round and clip them first"
+            f"{what}: {images.dtype} values; the Inception network takes uint8 in 0..255: scale, clip and round first"
         )
     shape = tuple(images.shape)
     if len(shape) != 4 or shape[-1] != 3 or 0 in shape[1:]:

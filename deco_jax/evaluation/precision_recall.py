@@ -1,0 +1,145 @@
+"""Improved precision and recall (arXiv 1904.06991): do samples lie on the data's manifold, and data on the samples'?
+
+A manifold is the union of balls around its points, each as wide as the distance to the point's k-th nearest neighbour.
+Distances are float32, taken block against block on the accelerator, so memory is bounded by the features themselves.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from deco_jax.errors import UserError
+
+# A squared distance this small against the squared norms is what is left of zero in |a|² + |b|² - 2ab in float32.
+_ZERO = 1e-5
+
+
+def precision_recall(
+    reference: np.ndarray,
+    samples: np.ndarray,
+    k: int = 3,
+    row_block: int = 2048,
+    column_block: int = 8192,
+    mesh: Mesh | None = None,
+) -> tuple[float, float]:
+    """Precision and recall in [0, 1] of samples [m, features] against reference [n, features] (float32 pool3).
+
+    Precision: the share of samples inside some reference ball; recall: the share of references inside some sample's
+    ball; a point on the rim is inside. mesh: rows of a block are split over all its axes.
+    """
+    if reference.ndim != 2 or samples.ndim != 2 or reference.shape[1] != samples.shape[1]:
+        raise UserError(f"features of shapes {reference.shape} and {samples.shape} can't be compared")
+    # distances don't change under a shift, and cancel less around a centre
+    centre = np.mean(reference, axis=0, dtype=np.float64).astype(np.float32)
+    sets = [_Points(points - centre, row_block, column_block, mesh) for points in (reference, samples)]
+    radii = [points.squared_radii(k) for points in sets]
+    precision = sets[1].inside(sets[0], radii[0]).mean()
+    recall = sets[0].inside(sets[1], radii[1]).mean()
+    return float(precision), float(recall)
+
+
+def neighbour_radii(
+    features: np.ndarray, k: int = 3, row_block: int = 2048, column_block: int = 8192, mesh: Mesh | None = None
+) -> np.ndarray:
+    """Distance of each point [n, features] to its k-th nearest other point: float32 [n]."""
+    centred = features - np.mean(features, axis=0, dtype=np.float64).astype(np.float32)
+    return np.sqrt(_Points(centred, row_block, column_block, mesh).squared_radii(k))
+
+
+class _Points:
+    """A set of points, whole on each device as padded blocks of columns, and readable in blocks of rows."""
+
+    def __init__(self, features: np.ndarray, row_block: int, column_block: int, mesh: Mesh | None):
+        if mesh is None:
+            mesh = Mesh(np.array(jax.local_devices()[:1]), ("data",))
+        self.split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self.whole = NamedSharding(mesh, PartitionSpec())
+        self.features = np.asarray(features, np.float32)
+        count, width = self.features.shape
+        self.row_block = -(-min(row_block, max(count, 1)) // mesh.size) * mesh.size
+        self.column_block = min(column_block, max(count, 1))
+        blocks = max(-(-count // self.column_block), 1)
+        padded = np.zeros((blocks * self.column_block, width), np.float32)
+        padded[:count] = self.features
+        self.columns = _place(padded.reshape(blocks, self.column_block, width), self.whole)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def squared_radii(self, k: int) -> np.ndarray:
+        if not 1 <= k < len(self):
+            raise UserError(f"{len(self)} images are too few for neighbours of rank {k}; use at least {k + 1}")
+        return self._by_rows(functools.partial(_squared_radii, count=np.int32(len(self)), k=k), self.columns)
+
+    def inside(self, manifold: _Points, squared_radii: np.ndarray) -> np.ndarray:
+        """bool [n]: which of these points lie in the other's manifold."""
+        blocks, size, _ = manifold.columns.shape
+        padded = np.full(blocks * size, -1.0, np.float32)  # no distance is below a padded column's radius
+        padded[: len(manifold)] = squared_radii
+        return self._by_rows(_inside, manifold.columns, _place(padded.reshape(blocks, size), self.whole))
+
+    def _by_rows(self, function: Callable, *arguments: jax.Array) -> np.ndarray:
+        results: list[tuple[int, jax.Array | np.ndarray]] = []
+        for start in range(0, len(self), self.row_block):
+            rows = self.features[start : start + self.row_block]
+            used = len(rows)
+            rows = np.pad(rows, ((0, self.row_block - used), (0, 0)))
+            index = np.arange(start, start + self.row_block, dtype=np.int32)
+            results.append((used, function(_place(rows, self.split), _place(index, self.split), *arguments)))
+            if len(results) > 1:  # one block ahead keeps the device busy and its queue short
+                results[-2] = (results[-2][0], self._read(results[-2][1]))
+        return np.concatenate([self._read(value)[:used] for used, value in results])
+
+    def _read(self, value: jax.Array | np.ndarray) -> np.ndarray:
+        if isinstance(value, jax.Array) and not value.is_fully_addressable:
+            value = jax.jit(lambda x: x, out_shardings=self.whole)(value)
+        return np.asarray(value)
+
+
+def _squared_distances(rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """[r, features], [c, features] -> [r, c]; exact zero for equal points."""
+    norms = jnp.sum(rows**2, axis=1)[:, None] + jnp.sum(columns**2, axis=1)[None, :]
+    products = jnp.matmul(rows, columns.T, precision=jax.lax.Precision.HIGHEST)
+    distances = norms - 2.0 * products
+    return jnp.where(distances <= _ZERO * norms, 0.0, distances)
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def _squared_radii(rows: jax.Array, index: jax.Array, columns: jax.Array, count: jax.Array, k: int) -> jax.Array:
+    """Squared distance of each row to its k-th nearest column that is neither itself nor padding."""
+
+    def body(nearest: jax.Array, block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        points, number = block
+        column = number * points.shape[0] + jnp.arange(points.shape[0], dtype=jnp.int32)
+        distances = _squared_distances(rows, points)
+        excluded = (column[None, :] == index[:, None]) | (column >= count)[None, :]
+        candidates = jnp.concatenate([nearest, jnp.where(excluded, jnp.inf, distances)], axis=1)
+        return -jax.lax.top_k(-candidates, k)[0], None
+
+    start = jnp.full((rows.shape[0], k), jnp.inf, jnp.float32)
+    numbers = jnp.arange(columns.shape[0], dtype=jnp.int32)
+    nearest, _ = jax.lax.scan(body, start, (columns, numbers))
+    return nearest[:, -1]
+
+
+@jax.jit
+def _inside(rows: jax.Array, index: jax.Array, columns: jax.Array, squared_radii: jax.Array) -> jax.Array:
+    del index
+
+    def body(inside: jax.Array, block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        points, radii = block
+        return inside | jnp.any(_squared_distances(rows, points) <= radii[None, :], axis=1), None
+
+    inside, _ = jax.lax.scan(body, jnp.zeros(rows.shape[0], bool), (columns, squared_radii))
+    return inside
+
+
+def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Every process holds the whole array and gives its own devices' parts."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
