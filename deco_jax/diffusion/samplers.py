@@ -63,15 +63,14 @@ def adams(times: np.ndarray, order: int, past_times: Sequence[float] = ()) -> Ta
 def heun(times: np.ndarray) -> Table:
     """Heun's method, two evaluations a step; the last step is Euler's, with one: 2 · steps − 1 in all."""
     steps, dt = len(times) - 1, np.diff(times)
-    predictor = np.arange(2 * steps - 1) % 2 == 0
-    step = np.arange(2 * steps - 1) // 2
-    columns = np.stack([dt[step], np.zeros_like(dt[step])], axis=1)
+    evaluation = np.arange(2 * steps - 1)
+    step, predictor = evaluation // 2, evaluation[:, None] % 2 == 0
     return _table(
         step,
-        np.where(predictor, times[step], times[step + 1]),
-        advance=np.where(predictor[:, None], 0, dt[step, None] / 2),
-        predict=np.where(predictor[:, None], columns, 0),
-        ends=np.arange(1, 2 * steps - 1, 2),
+        times[(evaluation + 1) // 2],
+        advance=np.where(predictor, 0, dt[step, None] * [0.5, 0.5]),
+        predict=np.where(predictor, dt[step, None] * [1.0, 0.0], 0),
+        ends=evaluation[1::2],
     )
 
 
@@ -85,8 +84,8 @@ def heun_reuse(times: np.ndarray) -> Table:
     return _table(
         np.maximum(np.arange(steps) - 1, 0),
         times[:-1],
-        advance=np.stack([corrected / 2, corrected / 2], axis=1),
-        predict=np.stack([dt, np.zeros_like(dt)], axis=1),
+        advance=corrected[:, None] * [0.5, 0.5],
+        predict=dt[:, None] * [1.0, 0.0],
         ends=np.arange(1, steps),
     )
 

@@ -1,0 +1,99 @@
+"""Which steps are guided, and what a guided evaluation computes and costs."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deco_jax.diffusion import guidance
+from deco_jax.diffusion.samplers import timesteps
+from deco_jax.errors import UserError
+from tests.helpers import relative_error
+
+
+@pytest.mark.parametrize("num_steps", [10, 20, 50, 100, 250])
+def test_the_step_at_the_lower_edge_is_unguided(num_steps):
+    guided = guidance.guided_steps(timesteps(num_steps), 3.2, (0.1, 1.0))
+    edge = num_steps // 10
+    assert not guided[: edge + 1].any()
+    assert guided[edge + 1 :].all()
+    assert guided.dtype == bool
+    assert guided.shape == (num_steps,)
+
+
+def test_the_upper_edge_is_guided():
+    np.testing.assert_array_equal(guidance.guided_steps(timesteps(4), 2.0, (0.25, 0.5)), [False, False, True, False])
+
+
+def test_the_first_step_is_unguided_from_zero():
+    np.testing.assert_array_equal(guidance.guided_steps(timesteps(3), 2.0, (0.0, 1.0)), [False, True, True])
+    np.testing.assert_array_equal(guidance.guided_steps(timesteps(3), 2.0, (-1.0, 1.0)), [True, True, True])
+
+
+def test_shifted_times_decide():
+    # Shift 3 moves 0.5 to 0.25.
+    np.testing.assert_array_equal(guidance.guided_steps(timesteps(2, 3.0), 2.0, (0.25, 1.0)), [False, False])
+    np.testing.assert_array_equal(guidance.guided_steps(timesteps(2, 1.0), 2.0, (0.25, 1.0)), [False, True])
+
+
+def test_guidance_of_one_guides_nothing():
+    assert not guidance.guided_steps(timesteps(50), 1.0, (-1.0, 1.0)).any()
+
+
+@pytest.mark.parametrize("interval", [(1.0, 0.1), (0.1,), (0.0, 0.5, 1.0), (float("nan"), 1.0)])
+def test_a_wrong_interval_is_refused(interval):
+    with pytest.raises(UserError, match="guidance interval"):
+        guidance.guided_steps(timesteps(4), 2.0, interval)
+
+
+def test_guide():
+    assert guidance.guide(3.0, 1.0, 1.0) == 3.0
+    assert guidance.guide(3.0, 1.0, 0.0) == 1.0
+    assert guidance.guide(3.0, 1.0, 2.5) == 6.0
+
+
+def toy_network(x, t, condition):
+    """Depends on every input, example by example."""
+    scale = condition["label"] + condition["text"].sum(axis=(1, 2)) + t
+    return x * scale[:, None, None, None]
+
+
+def test_guided_evaluations_are_one_doubled_batch():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 2, 2, 3)).astype(np.float32)
+    condition = {"label": jnp.arange(3.0), "text": jnp.asarray(rng.normal(size=(3, 4, 5)), jnp.float32)}
+    null = {"label": jnp.float32(10.0), "text": jnp.asarray(rng.normal(size=(4, 5)), jnp.float32)}
+    batches = []
+
+    def network(x, t, condition):
+        batches.append((x.shape[0], t.shape[0], condition["label"].shape[0], condition["text"].shape))
+        return toy_network(x, t, condition)
+
+    velocity = guidance.guided_velocity(network, condition, null, 3.2)
+    plain = velocity(x, jnp.float32(0.3), False)
+    guided = velocity(x, jnp.float32(0.3), True)
+    assert batches == [(3, 3, 3, (3, 4, 5)), (6, 6, 6, (6, 4, 5))]
+
+    everywhere = {"label": jnp.full(3, 10.0), "text": jnp.broadcast_to(null["text"], (3, 4, 5))}
+    t = jnp.full(3, 0.3)
+    conditional, unconditional = (np.asarray(toy_network(x, t, c), np.float64) for c in (condition, everywhere))
+    assert relative_error(plain, conditional) < 1e-6
+    assert relative_error(guided, unconditional + 3.2 * (conditional - unconditional)) < 1e-5
+
+
+def test_labels_stay_integers():
+    def network(x, t, label):
+        assert label.dtype == jnp.int32
+        return x * jnp.take(jnp.arange(1.0, 12.0), label)[:, None, None, None]
+
+    velocity = guidance.guided_velocity(network, jnp.array([0, 4], jnp.int32), jnp.int32(10), 2.0)
+    guided = jax.jit(lambda x: velocity(x, 0.5, True))(jnp.ones((2, 1, 1, 1)))
+    np.testing.assert_allclose(guided.ravel(), [11 + 2 * (1 - 11), 11 + 2 * (5 - 11)])
+
+
+def test_a_half_precision_network_gives_float32():
+    velocity = guidance.guided_velocity(lambda x, t, c: x.astype(jnp.bfloat16), jnp.zeros(2), jnp.zeros(2), 2.0)
+    x = jnp.ones((2, 1, 1, 3))
+    assert velocity(x, 0.0, True).dtype == velocity(x, 0.0, False).dtype == jnp.float32

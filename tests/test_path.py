@@ -1,0 +1,73 @@
+"""The flow's path, prediction types and training times."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from deco_jax.diffusion import path
+from deco_jax.errors import UserError
+from tests.helpers import golden, relative_error
+
+
+def images(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(4, 6, 5, 3)).astype(np.float32)
+
+
+def test_the_path_runs_from_noise_to_data():
+    x, noise = images(0), images(1)
+    np.testing.assert_array_equal(path.interpolate(x, noise, np.zeros(4, np.float32)), noise)
+    np.testing.assert_array_equal(path.interpolate(x, noise, np.ones(4, np.float32)), x)
+    t = np.array([0.1, 0.3, 0.6, 0.9], np.float32)
+    expected = np.stack([t[i] * x[i] + (1 - t[i]) * noise[i] for i in range(4)])
+    assert relative_error(path.interpolate(x, noise, t), expected) < 1e-6
+
+
+def test_the_velocity_is_the_paths_derivative():
+    x, noise = images(0), images(1)
+    t = jnp.full((4,), 0.4)
+    _, derivative = jax.jvp(lambda t: path.interpolate(x, noise, t), (t,), (jnp.ones(4),))
+    assert relative_error(path.velocity(x, noise), derivative) < 1e-6
+
+
+def test_x_prediction_is_converted_with_jits_floor():
+    x, noise = images(0), images(1)
+    t = np.array([0.0, 0.5, 0.94, 0.99], np.float32)
+    x_t = np.asarray(path.interpolate(x, noise, t))
+    v = path.to_velocity(x, x_t, t, "x")
+    assert relative_error(v[:3], path.velocity(x, noise)[:3]) < 1e-5
+    # Above t = 0.95 the divisor stays 0.05.
+    np.testing.assert_allclose(v[3], (x[3] - x_t[3]) / 0.05, rtol=1e-5, atol=1e-6)
+    # The samplers pass one time for all.
+    np.testing.assert_allclose(path.to_velocity(x, x_t, jnp.float32(0.5), "x"), (x - x_t) / 0.5, rtol=1e-6)
+
+
+def test_v_prediction_is_the_velocity_already():
+    v = images(2)
+    assert path.to_velocity(v, images(3), np.ones(4), "v") is v
+
+
+def test_an_unknown_prediction_is_refused():
+    with pytest.raises(UserError, match="'v'"):
+        path.to_velocity(images(0), images(1), np.ones(4), "epsilon")
+
+
+@pytest.mark.parametrize("shift", [2, 4])
+def test_golden_time_shift(shift):
+    assert relative_error(path.shift_time(np.linspace(0, 1, 11), shift), golden("losses")[f"timeshift/{shift}"]) < 2e-6
+
+
+@pytest.mark.parametrize("shift,mean,std", [(1.0, 0.0, 1.0), (2.0, 0.0, 1.0), (1.0, -0.8, 0.8)])
+def test_training_times_are_logit_normal(shift, mean, std):
+    t = np.asarray(path.sample_times(jax.random.key(0), 4000, shift, mean, std), np.float64)
+    assert t.shape == (4000,)
+    # Shifting by s adds −log s to the logit.
+    logit = np.log(t / (1 - t)) + np.log(shift)
+    assert scipy.stats.kstest(logit, "norm", args=(mean, std)).pvalue > 0.01
+
+
+def test_training_times_are_float32():
+    assert path.sample_times(jax.random.key(0), 3).dtype == jnp.float32
