@@ -30,7 +30,9 @@ RULES: tuple[tuple[str, int | None], ...] = (
     (r"output/linear/kernel$", -2),
     (r"decoder/condition/kernel$", -2),
     (r"projector/\w+/kernel$", -2),
-    (r"(bias|scale)$", None),
+    (r"teacher/blocks/mlp_in/kernel$", -2),
+    (r"teacher/(blocks/mlp_out/kernel|positions)$", -1),
+    (r"(bias|scale\d?|class_token)$", None),
     (r"decoder/", None),  # the pixel decoder's own layers: some kilobytes
     (r"(^|/)(step|skipped|count|mini_step|gradient_step)$", None),
 )

@@ -25,14 +25,17 @@ from jax.sharding import Mesh
 
 from deco_jax import checkpoint, generate, images, preemption, sharding
 from deco_jax.config import image_sides, to_json
+from deco_jax.convert.dinov2 import load_teacher
 from deco_jax.data import pipeline, sources
 from deco_jax.diffusion import path
 from deco_jax.errors import UserError
 from deco_jax.losses.flow_matching import flow_matching_loss
 from deco_jax.losses.frequency import frequency_loss, jpeg_weights
 from deco_jax.losses.repa import alignment_loss
+from deco_jax.models import dinov2
 from deco_jax.models import network as network_lib
 from deco_jax.models.network import Network
+from deco_jax.models.projector import Projector
 from deco_jax.optimizer import make_optimizer, update_average
 from deco_jax.train_state import State, create_state, state_shapes
 from deco_jax.workdir import make_workdir
@@ -155,7 +158,7 @@ def make_train_step(
             summed, _ = jax.lax.scan(add, zeros, parts)
             metrics, grads = jax.tree.map(lambda a: a / accumulate, summed)
 
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         ema = update_average(state["ema"], params["denoiser"], config.optimizer.ema_decay)
@@ -331,7 +334,26 @@ def make_networks(
     networks = {"denoiser": network_lib.build(config.model.to_dict())}
     if not config.loss.repa_weight:
         return networks, None, {}
-    raise UserError("REPA needs the teacher")
+    teacher = teacher_network(config)
+    dtype = jnp.dtype(config.teacher.dtype)
+    teacher_width, _, _ = dinov2.sizes(config.teacher.size)
+    networks["projector"] = network_lib.functional(
+        lambda rngs: Projector(config.model.width, teacher_width, dtype=jnp.dtype(config.model.dtype), rngs=rngs)
+    )
+    params = load_teacher(config.teacher.path, config.teacher.size, dtype=dtype)
+    placed = jax.device_put({"teacher": params}, sharding.state_shardings(mesh, {"teacher": params}))["teacher"]
+    return networks, functools.partial(teacher_features, teacher, config.model.patch_size), placed
+
+
+def teacher_network(config: ml_collections.ConfigDict) -> Network:
+    """DINOv2 of config.teacher, its forward pass in config.teacher.dtype."""
+    dtype = jnp.dtype(config.teacher.dtype)
+    return network_lib.functional(lambda rngs: dinov2.DINOv2.of_size(config.teacher.size, dtype=dtype, rngs=rngs))
+
+
+def teacher_features(teacher: Network, patch_size: int, params: Any, images: jax.Array) -> jax.Array:
+    """uint8 [batch, height, width, 3] → the features [batch, tokens, teacher_width] that REPA aligns with."""
+    return teacher.apply(params, images, patch_size)
 
 
 def start_from(config: ml_collections.ConfigDict, state: State, mesh: Mesh) -> State:

@@ -1,0 +1,171 @@
+"""The objective, its gradients, five training steps and whole sampling trajectories, as the reference measured them."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import pytest
+
+from deco_jax import optimizer as optimizer_lib
+from deco_jax import train
+from deco_jax.convert import deco
+from deco_jax.diffusion import guidance, path, samplers
+from deco_jax.models import network
+from deco_jax.models.projector import Projector
+from tests.helpers import golden, golden_params, nhwc, relative_error
+from tests.test_deco import MODELS
+
+
+def config_for(model: str, **loss) -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict({
+        "model": MODELS[model] | {"prediction": "x" if model == "baseline_dit" else "v"},
+        "loss": {"frequency_weight": 1.0, "frequency_quality": 85, "repa_weight": 0.5, "repa_layer": 2, **loss},
+    })  # fmt: skip
+
+
+def setup(model: str, **loss):
+    """Networks, the reference's parameters for them, and the objective with float images instead of uint8 ones."""
+    config = config_for(model, **loss)
+    networks = {
+        "denoiser": network.build(config.model.to_dict()),
+        "projector": network.functional(lambda rngs: Projector(48, 20, dtype=jnp.float32, rngs=rngs)),
+    }
+    prefix = "step/proj/"
+    projector = {k.removeprefix(prefix): v for k, v in golden("losses").items() if k.startswith(prefix)}
+    params = {
+        "denoiser": deco.from_torch(config.model, golden_params(model)),
+        "projector": deco.projector_from_torch(projector),
+    }
+    objective = functools.partial(train.objective, networks=networks, config=config)
+    return config, jax.tree.map(jnp.asarray, params), objective
+
+
+def step_inputs(noise: np.ndarray, times: np.ndarray):
+    values = golden("losses")
+    batch = {"image": jnp.asarray(nhwc(values["step/x"])), "label": jnp.asarray(values["step/y"], jnp.int32)}
+    dropped = jnp.zeros(len(times), bool)
+    return batch, train.Draws(jnp.asarray(nhwc(noise)), jnp.asarray(times), dropped), values["step/features"]
+
+
+@pytest.fixture(autouse=True)
+def float_images(monkeypatch):
+    """The reference's images are floats already."""
+    monkeypatch.setattr("deco_jax.images.to_float", lambda images: images)
+
+
+def test_the_whole_objective_and_each_part():
+    values = golden("losses")
+    _, params, objective = setup("deco_c2i")
+    loss, parts = jax.jit(objective)(params, *step_inputs(values["step/noise"], values["step/t"]))
+    assert relative_error(parts["pixel"], values["step/fm_loss"]) < 2e-6
+    assert relative_error(parts["frequency"], values["step/fm_loss_freq"]) < 2e-6
+    assert relative_error(parts["alignment"], values["step/cos_loss"]) < 2e-6
+    assert relative_error(loss, values["step/loss"]) < 2e-6
+
+
+def test_jit_s_objective():
+    """x-prediction on the baseline's weights, no frequency loss."""
+    values, more = golden("losses"), golden("more")
+    _, params, objective = setup("baseline_dit", frequency_weight=0.0)
+    loss, parts = jax.jit(objective)(params, *step_inputs(values["step/noise"], more["jit_step/t"]))
+    assert relative_error(parts["pixel"], more["jit_step/fm_loss"]) < 2e-6
+    assert relative_error(parts["alignment"], more["jit_step/cos_loss"]) < 2e-6
+    assert relative_error(loss, more["jit_step/loss"]) < 2e-6
+
+
+def test_gradients():
+    more = golden("more")
+    config, params, objective = setup("deco_c2i")
+    inputs = step_inputs(more["train/noise"][0], more["train/t"][0])
+    grads, _ = jax.jit(jax.grad(objective, has_aux=True))(params, *inputs)
+    ours = deco.to_torch(config.model, jax.tree.map(np.asarray, grads["denoiser"]))
+    expected = {k.removeprefix("grad/"): v for k, v in more.items() if k.startswith("grad/")}
+    assert len(expected) == 8
+    for name, gradient in expected.items():
+        assert relative_error(ours[name], gradient) < 1e-5, name
+
+
+def test_five_training_steps():
+    """AdamW, the gradient norm over denoiser and projector, and the denoiser's EMA."""
+    more = golden("more")
+    config, params, objective = setup("deco_c2i")
+    settings = ml_collections.ConfigDict({
+        "learning_rate": 1e-3, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 0.0,
+        "warmup_steps": 0,
+    })  # fmt: skip
+    adam = optimizer_lib.make_optimizer(settings)
+    opt_state, ema = adam.init(params), params["denoiser"]
+
+    @jax.jit
+    def step(params, opt_state, ema, batch, draws, features):
+        (loss, parts), grads = jax.value_and_grad(objective, has_aux=True)(params, batch, draws, features)
+        updates, opt_state = adam.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        ema = optimizer_lib.update_average(ema, params["denoiser"], 0.9)
+        row = jnp.stack([parts["pixel"], parts["frequency"], parts["alignment"], loss, optax.tree.norm(grads)])
+        return params, opt_state, ema, row
+
+    rows = []
+    for i in range(5):
+        inputs = step_inputs(more["train/noise"][i], more["train/t"][i])
+        params, opt_state, ema, row = step(params, opt_state, ema, *inputs)
+        rows.append(row)
+    for column in range(5):
+        expected = more["train/fm_freq_cos_loss_gradnorm"][:, column]
+        assert relative_error(np.stack(rows)[:, column], expected) < 1e-5, column
+    for tree, key in ((params["denoiser"], "final"), (ema, "ema")):
+        ours = deco.to_torch(config.model, jax.tree.map(np.asarray, tree))["dec_net.cond_embed.weight"]
+        assert relative_error(ours, more[f"train/{key}/dec_net.cond_embed.weight"]) < 1e-4, key
+
+
+TRAJECTORIES = {  # sampler, steps, guidance, interval, shift
+    "euler": ("euler", 8, 3.2, (0.1, 1), 1.0),
+    "euler_shift3": ("euler", 8, 2.0, (0, 1), 3.0),
+    "heun": ("heun", 6, 3.2, (0.1, 1), 1.0),
+    "adam2": ("adams2", 8, 4.0, (0, 1), 3.0),
+    "adam4": ("adams4", 8, 1.5, (0, 1), 1.0),
+    "heun_reuse": ("heun_reuse", 6, 3.2, (0.1, 1), 1.0),
+    "sde_mean": ("sde", 8, 2.0, (0.1, 1), 1.0),
+    "sde": ("sde", 8, 2.0, (0.1, 1), 1.0),
+    "jit_euler": ("euler", 40, 3.2, (0.1, 1), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", TRAJECTORIES)
+def test_trajectory(name):
+    sampler, steps, scale, interval, shift = TRAJECTORIES[name]
+    values, more = golden("samplers"), golden("more")
+    recorded = values if f"{name}/x" in values else more
+    model, prediction = ("baseline_dit", "x") if name == "jit_euler" else ("deco_c2i", "v")
+    net = network.build(MODELS[model])
+    params = jax.tree.map(jnp.asarray, deco.from_torch(config_for(model).model, golden_params(model)))
+    times = samplers.timesteps(steps, shift)
+    if f"{name}/timesteps" in recorded:
+        assert relative_error(times, recorded[f"{name}/timesteps"]) < 1e-6
+    noises = np.zeros((steps, 2, 16, 16, 3), np.float32)
+    if name == "sde":
+        noises[: steps - 1] = nhwc(more["sde/noise"])
+
+    def velocity(x, t, labels):
+        return path.to_velocity(net.apply(params, x, t, labels)[0], x, t, prediction)
+
+    @jax.jit
+    def run(noise):
+        return samplers.sample(
+            guidance.guided_velocity(
+                velocity, jnp.asarray(values["cond"], jnp.int32), jnp.asarray(values["uncond"], jnp.int32), scale
+            ),
+            noise, sampler=sampler, times=times, guided=guidance.guided_steps(times, scale, interval),
+            step_noise=lambda i: jnp.asarray(noises)[i], return_trajectory=True,
+        )  # fmt: skip
+
+    _, states = run(jnp.asarray(nhwc(values["noise"])))
+    expected = nhwc(recorded[f"{name}/x"])
+    chosen = recorded.get(f"{name}/steps", np.arange(steps + 1))
+    for state, reference in zip(np.asarray(states)[chosen], expected, strict=True):
+        assert relative_error(state, reference) < 1e-4
