@@ -84,7 +84,7 @@ def test_projector():
     losses = golden("losses")
     tensors = {k.removeprefix("step/proj/"): a for k, a in losses.items() if k.startswith("step/proj/")}
     params = deco.projector_from_torch(tensors)
-    assert params["out"]["kernel"].shape == (48, 20)
+    assert params["third"]["kernel"].shape == (48, 20)
     back = deco.projector_to_torch(params)
     assert back.keys() == tensors.keys()
     for key, tensor in tensors.items():

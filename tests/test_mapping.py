@@ -72,6 +72,8 @@ def test_names_left_over_or_missing():
     extra = {**tensors, "head.weight": np.zeros((1, 1))}
     with pytest.raises(UserError, match=r"my\.ckpt .*tensors left over: 1 \(head\.weight\)"):
         to_ours(TABLE, extra, what="my.ckpt")
+    to_ours(TABLE, extra, ignore=["head.weight"])
+    to_ours(TABLE, tensors, ignore=["head.weight"])
     del tensors["norm.weight"]
     with pytest.raises(UserError, match=r"tensors missing: 1 \(norm\.weight\)"):
         to_ours(TABLE, tensors)
@@ -115,6 +117,8 @@ def test_a_model_with_other_parameters_is_refused():
 
 
 def test_dtype():
-    ours = flatten(to_ours(TABLE, make_tensors(), dtype=np.float16))
-    assert {a.dtype for a in ours.values()} == {np.dtype(np.float16)}
+    ours = flatten(to_ours(TABLE, make_tensors(), dtype=lambda path: np.float16 if "blocks" in path else np.float64))
+    assert {path: a.dtype for path, a in ours.items()} == {
+        path: np.float16 if path.startswith("blocks") else np.float64 for path in ours
+    }
     assert flatten(unflatten(ours)).keys() == ours.keys()

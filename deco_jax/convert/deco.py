@@ -29,7 +29,7 @@ from deco_jax.errors import UserError
 
 PROJECTOR: list[Row] = [
     Row(f"0.{index}.{torch}", f"{name}.{ours}", transform)
-    for index, name in ((0, "in"), (2, "hidden"), (4, "out"))
+    for index, name in ((0, "first"), (2, "second"), (4, "third"))
     for torch, ours, transform in (("weight", "kernel", TRANSPOSE), ("bias", "bias", VECTOR))
 ]
 
@@ -39,8 +39,8 @@ def patch_in(patch: int) -> Transform:
     return one_to_one(
         f"a Linear from {patch}×{patch} patches",
         2,
-        lambda w: w.reshape(-1, 3, patch, patch).transpose(2, 3, 1, 0).reshape(3 * patch**2, -1),
-        lambda k: k.reshape(patch, patch, 3, -1).transpose(3, 2, 0, 1).reshape(-1, 3 * patch**2),
+        lambda w: w.reshape(len(w), 3, patch, patch).transpose(2, 3, 1, 0).reshape(3 * patch**2, -1),
+        lambda k: k.reshape(patch, patch, 3, k.shape[1]).transpose(3, 2, 0, 1).reshape(-1, 3 * patch**2),
     )
 
 
@@ -49,8 +49,8 @@ def patch_out(patch: int) -> Transform:
     return one_to_one(
         f"a Linear to {patch}×{patch} patches",
         2,
-        lambda w: w.reshape(3, patch, patch, -1).transpose(3, 1, 2, 0).reshape(-1, 3 * patch**2),
-        lambda k: k.reshape(-1, patch, patch, 3).transpose(3, 1, 2, 0).reshape(3 * patch**2, -1),
+        lambda w: w.reshape(3, patch, patch, w.shape[1]).transpose(3, 1, 2, 0).reshape(-1, 3 * patch**2),
+        lambda k: k.reshape(len(k), patch, patch, 3).transpose(3, 1, 2, 0).reshape(3 * patch**2, -1),
     )
 
 
@@ -140,14 +140,14 @@ def table(model: Any) -> list[Row]:
     text_depth = getattr(model, "text_depth", 0)
     text = bool(text_depth or getattr(model, "text_width", 0))
     patch = model.patch_size
+    embedder = "x_embedder.proj" if model.name == "dit" else "s_embedder.proj"
     rows = [
+        Row(f"{embedder}.weight", "patch_embed.kernel", patch_in(patch)),
+        Row(f"{embedder}.bias", "patch_embed.bias", VECTOR),
         *_linear("t_embedder.mlp.0", "time_embed.hidden"),
         *_linear("t_embedder.mlp.2", "time_embed.out"),
         *_blocks("blocks", "blocks", model.depth, fused_mlp=text, text_keys=text),
     ]
-    embedder = "x_embedder.proj" if model.name == "dit" else "s_embedder.proj"
-    rows.append(Row(f"{embedder}.weight", "patch_embed.kernel", patch_in(patch)))
-    rows.append(Row(f"{embedder}.bias", "patch_embed.bias", VECTOR))
     if text:
         rows += _linear("y_embedder.proj", "text_embed.proj")
         rows.append(Row("y_embedder.norm.weight", "text_embed.norm.scale", VECTOR))

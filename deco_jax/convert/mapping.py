@@ -121,7 +121,8 @@ def to_ours(
     tensors: Mapping[str, np.ndarray],
     *,
     like: Mapping[str, Any] | None = None,
-    dtype: Any = None,
+    dtype: Callable[[str], Any] | None = None,
+    ignore: Iterable[str] = (),
     what: str = "the file",
 ) -> dict[str, Any]:
     """PyTorch tensors as our nested dictionary.
@@ -133,14 +134,16 @@ def to_ours(
         tensors: by PyTorch name; the names have to be exactly the table's.
         like: our parameters' shapes (any leaves with `.shape`), checked name by name. The tensors of one row
             have to agree even without it.
-        dtype: of the result; None keeps the file's.
+        dtype: our path to the dtype it gets; None keeps the file's.
+        ignore: PyTorch names that may be there and mean nothing to us.
         what: how errors name the source.
 
     Raises:
         UserError: tensors are missing, left over, or of the wrong shape.
     """
     wanted = [name for row in table for names in row.torch_names() for name in names]
-    _check_names(wanted, tensors, what)
+    ignored = set(ignore)
+    _check_names(wanted, (name for name in tensors if name not in ignored), what)
     expected = None if like is None else flatten(like)
     if expected is not None:
         paths = {path for row in table for path in row.our_paths()}
@@ -158,9 +161,12 @@ def to_ours(
     return unflatten(ours)
 
 
-def _read_row(row: Row, tensors: Mapping[str, np.ndarray], dtype: Any, what: str) -> list[np.ndarray]:
+def _read_row(
+    row: Row, tensors: Mapping[str, np.ndarray], dtype: Callable[[str], Any] | None, what: str
+) -> list[np.ndarray]:
     """A row's parameters, filled block by block into arrays allocated once."""
     results: list[np.ndarray] = []
+    paths = row.our_paths()
     for i, names in enumerate(row.torch_names()):
         arrays = [np.asarray(tensors[name]) for name in names]
         for name, array, ndim in zip(names, arrays, row.transform.ndims, strict=True):
@@ -178,21 +184,23 @@ def _read_row(row: Row, tensors: Mapping[str, np.ndarray], dtype: Any, what: str
                 "use the config that these weights were trained with"
             ) from error
         if row.count is None:
-            return [np.array(block, dtype or block.dtype, order="C") for block in blocks]
+            return [
+                np.array(block, dtype(path) if dtype else block.dtype, order="C")
+                for path, block in zip(paths, blocks, strict=True)
+            ]
         if i == 0:
-            results = [np.empty((row.count, *block.shape), dtype or block.dtype) for block in blocks]
-        for name, result, block in zip(_repeat(names, len(blocks)), results, blocks, strict=True):
+            results = [
+                np.empty((row.count, *block.shape), dtype(path) if dtype else block.dtype)
+                for path, block in zip(paths, blocks, strict=True)
+            ]
+        for result, block in zip(results, blocks, strict=True):
             if block.shape != result.shape[1:] or (dtype is None and block.dtype != result.dtype):
                 raise UserError(
-                    f"{what}: {name} has another shape or type than block {row.first}'s "
+                    f"{what}: {', '.join(names)} has another shape or type than block {row.first}'s "
                     f"({list(block.shape)} {block.dtype}, {list(result.shape[1:])} {result.dtype}); the file is damaged"
                 )
             result[i] = block
     return results
-
-
-def _repeat(names: list[str], count: int) -> list[str]:
-    return [", ".join(names)] * count
 
 
 def to_torch(table: Table, params: Mapping[str, Any]) -> dict[str, np.ndarray]:

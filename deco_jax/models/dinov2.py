@@ -1,0 +1,144 @@
+"""DINOv2, the frozen vision transformer whose patch features REPA aligns with.
+
+Source: Oquab et al. 2023 (DINOv2); a ViT (Dosovitskiy et al. 2020) with LayerScale. Inference only.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.nn import initializers
+
+from deco_jax.errors import UserError
+from deco_jax.models.layers import Dtype, LayerNorm, Linear, patchify, run_stack, stack
+from deco_jax.resize import resize_bicubic
+
+# The size's letter → width, depth, heads.
+SIZES: dict[str, tuple[int, int, int]] = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
+PATCH = 14
+GRID = 37  # side of the position table: 518² images were the last ones it was trained on
+MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with biases."""
+
+    def __init__(self, width: int, num_heads: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+        self.num_heads = num_heads
+        self.qkv = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
+        self.out = Linear(width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, tokens, width = x.shape
+        # [batch, tokens, 3 · width] → 3 × [batch, tokens, heads, head_width]
+        q, k, v = jnp.moveaxis(self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1), 2, 0)
+        return self.out(jax.nn.dot_product_attention(q, k, v).reshape(batch, tokens, width))
+
+
+class Block(nnx.Module):
+    """h += scale₁·Attention(LN(h)); h += scale₂·MLP(LN(h)) with the exact GELU."""
+
+    def __init__(self, width: int, num_heads: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+        self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
+        self.attention = Attention(width, num_heads, dtype=dtype, rngs=rngs)
+        self.mlp_in = Linear(width, 4 * width, dtype=dtype, rngs=rngs)
+        self.mlp_out = Linear(4 * width, width, dtype=dtype, rngs=rngs)
+        self.scale1, self.scale2 = nnx.Param(jnp.ones(width)), nnx.Param(jnp.ones(width))
+
+    def __call__(self, h: jax.Array) -> jax.Array:
+        """h [batch, tokens, width] → the same shape and dtype."""
+        h = h + self.scale1[...].astype(h.dtype) * self.attention(self.norm1(h))
+        hidden = jax.nn.gelu(self.mlp_in(self.norm2(h)), approximate=False)
+        return h + self.scale2[...].astype(h.dtype) * self.mlp_out(hidden)
+
+
+class DINOv2(nnx.Module):
+    """Images to patch features.
+
+    Args:
+        width, depth, num_heads: of the transformer; `DINOv2.of_size` takes them from a letter.
+        dtype: compute dtype; resizing, norms and softmax are float32.
+    """
+
+    def __init__(
+        self, width: int, depth: int, num_heads: int, *, dtype: Dtype = jnp.float32, rngs: nnx.Rngs
+    ) -> None:
+        self.width, self.dtype = width, dtype
+        normal = initializers.normal(0.02)
+        self.patch_embed = Linear(3 * PATCH**2, width, dtype=dtype, rngs=rngs)
+        self.class_token = nnx.Param(normal(rngs.params(), (width,)))
+        # The class token's position first, then the grid's, row by row.
+        self.positions = nnx.Param(normal(rngs.params(), (1 + GRID**2, width)))
+        self.blocks = stack(lambda rngs: Block(width, num_heads, dtype=dtype, rngs=rngs), depth, rngs)
+        self.norm = LayerNorm(width)
+
+    @classmethod
+    def of_size(cls, size: str, *, dtype: Dtype = jnp.float32, rngs: nnx.Rngs) -> DINOv2:
+        """ViT-S/14, ViT-B/14 or ViT-L/14 by the letter."""
+        return cls(*sizes(size), dtype=dtype, rngs=rngs)
+
+    def __call__(self, images: jax.Array, patch_size: int = 16) -> jax.Array:
+        """Features of the patches that a student with patches of `patch_size` pixels has.
+
+        The images are resized by 14 / patch_size, so that both have the same tokens.
+
+        Args:
+            images: [batch, height, width, 3], uint8 or float in [0, 1]; the sides are multiples of patch_size.
+
+        Returns:
+            float32 [batch, (height / patch_size) · (width / patch_size), width], row by row.
+        """
+        return self.features(preprocess(images, patch_size))
+
+    def features(self, images: jax.Array) -> jax.Array:
+        """Normalised images, sides multiples of 14 → float32 [batch, tokens, width]: the last LayerNorm's
+        output without the class token."""
+        batch, height, width, _ = images.shape
+        rows, columns = height // PATCH, width // PATCH
+        patches = patchify(images.astype(self.dtype), PATCH)
+        h = self.patch_embed(patches.reshape(batch, rows * columns, -1))
+        positions = self.positions[...].astype(jnp.float32)
+        h = h + resize_positions(positions[1:], rows, columns).astype(self.dtype)
+        first = (self.class_token[...].astype(jnp.float32) + positions[0]).astype(self.dtype)
+        h = jnp.concatenate([jnp.broadcast_to(first, (batch, 1, self.width)), h], axis=1)
+        h = run_stack(self.blocks, h, lambda block, h: block(h), dtype=self.dtype)
+        return self.norm(h[:, 1:].astype(jnp.float32))
+
+
+def sizes(size: str) -> tuple[int, int, int]:
+    """Width, depth and heads of a size's letter."""
+    if size not in SIZES:
+        raise UserError(f"unknown DINOv2 size {size!r}; use one of {', '.join(SIZES)}")
+    return SIZES[size]
+
+
+def preprocess(images: jax.Array, patch_size: int = 16) -> jax.Array:
+    """uint8 or [0, 1] images [batch, height, width, 3] to the teacher's input.
+
+    Returns:
+        float32 [batch, height·14/patch_size, width·14/patch_size, 3] with ImageNet's mean and deviation removed.
+    """
+    _, height, width, _ = images.shape
+    if height % patch_size or width % patch_size:
+        raise UserError(f"{height}×{width} images don't divide into patches of {patch_size} pixels; change one of them")
+    x = images.astype(jnp.float32)
+    if images.dtype == jnp.uint8:
+        x = x / 255
+    x = (x - MEAN) / STD
+    return resize_bicubic(x, height * PATCH // patch_size, width * PATCH // patch_size)
+
+
+def resize_positions(table: jax.Array, rows: int, columns: int) -> jax.Array:
+    """The position table [37², width] on another grid: [rows · columns, width].
+
+    The scale has DINOv2's offset of 0.1 in it, so new samples are not quite centred.
+    """
+    side, width = round(len(table) ** 0.5), table.shape[1]
+    if (rows, columns) == (side, side):
+        return table
+    scales = (1 / ((rows + 0.1) / side), 1 / ((columns + 0.1) / side))
+    resized = resize_bicubic(table.reshape(1, side, side, width), rows, columns, scales=scales)
+    return resized.reshape(rows * columns, width)

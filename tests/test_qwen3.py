@@ -1,0 +1,157 @@
+"""models/qwen3.py and convert/qwen3.py against Hugging Face's numbers."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+
+from deco_jax.convert import qwen3 as convert
+from deco_jax.convert.mapping import flatten, to_torch
+from deco_jax.convert.torch_files import write_safetensors
+from deco_jax.errors import UserError
+from deco_jax.models.qwen3 import Qwen3, Sizes
+from tests.helpers import golden, golden_params, relative_error
+
+SMALL = Sizes(64, 32, 48, 3, 4, 2, 16, 1e6, 1e-6)
+CONFIG = {
+    "model_type": "qwen3", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rope_theta": 1000000, "rms_norm_eps": 1e-6,
+    "hidden_act": "silu", "attention_bias": False, "use_sliding_window": False, "rope_scaling": None,
+}  # fmt: skip
+
+
+def build(params: dict, dtype=jnp.float32) -> Qwen3:
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Qwen3(SMALL, dtype=dtype, rngs=nnx.Rngs(0))))
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state)
+
+
+def run(model: Qwen3, name: str) -> jax.Array:
+    values = golden(name)
+    tokens, mask = jnp.asarray(values["input_ids"], jnp.int32), jnp.asarray(values["attention_mask"], jnp.int32)
+    return answer(model, tokens, mask)
+
+
+@jax.jit
+def answer(model: Qwen3, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    return model(tokens, mask)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_empty"])
+def test_golden(name):
+    model = build(convert.from_torch(SMALL, golden_params("qwen3")))
+    assert relative_error(run(model, name), golden(name)["last_hidden_state"]) < 1e-5
+
+
+def test_the_empty_prompt_is_one_vector_in_every_dtype():
+    """Nothing attended to means that a state depends on its own token alone, and all are the padding token."""
+    for dtype in (jnp.float32, jnp.bfloat16):
+        model = build(convert.from_torch(SMALL, golden_params("qwen3")), dtype)
+        states = answer(model, jnp.full((1, 8), 3, jnp.int32), jnp.zeros((1, 8), bool))
+        assert states.dtype == dtype
+        assert np.all(np.isfinite(states))
+        np.testing.assert_array_equal(states, np.broadcast_to(states[:, :1], states.shape))
+
+
+def test_padding_and_the_future_are_not_seen():
+    model = build(convert.from_torch(SMALL, golden_params("qwen3")))
+    tokens = jnp.arange(10, dtype=jnp.int32)[None]
+    mask = jnp.arange(10)[None] < 6
+    states = answer(model, tokens, mask)
+    changed = answer(model, tokens.at[0, 4].set(60), mask)
+    np.testing.assert_array_equal(states[:, :4], changed[:, :4])
+    assert relative_error(changed[:, 5], states[:, 5]) > 1e-3
+    padded = answer(model, tokens.at[0, 7].set(60), mask)
+    np.testing.assert_array_equal(np.delete(states, 7, axis=1), np.delete(padded, 7, axis=1))
+
+
+def test_bfloat16_stays_close():
+    params = convert.from_torch(SMALL, golden_params("qwen3"), dtype=jnp.bfloat16)
+    states = run(build(params, jnp.bfloat16), "qwen3")
+    assert 1e-4 < relative_error(states, golden("qwen3")["last_hidden_state"]) < 5e-2
+
+
+def test_round_trip_is_exact():
+    tensors = golden_params("qwen3")
+    back = to_torch(convert.table(3), convert.from_torch(SMALL, tensors))
+    assert back.keys() == tensors.keys()
+    for name, a in tensors.items():
+        np.testing.assert_array_equal(back[name], a, err_msg=name)
+
+
+def test_the_published_size():
+    """Qwen3-1.7B's published count: 1.7 billion, 1.4 without the embedding."""
+    shapes = flatten(convert.shapes(Sizes()))
+    total = sum(leaf.size for leaf in shapes.values())
+    assert total == 1_720_574_976
+    assert total - shapes["embed.embedding"].size == 1_409_410_048
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A Hugging Face folder: two files, bfloat16, `model.` in front, the tied output layer written out too."""
+    tensors = {f"model.{k}": a.astype(ml_dtypes.bfloat16) for k, a in golden_params("qwen3").items()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    index = {}
+    for shard in range(2):
+        file = f"model-{shard + 1:05d}-of-00002.safetensors"
+        part = dict(list(tensors.items())[shard::2])
+        write_safetensors(tmp_path / file, part)
+        index |= dict.fromkeys(part, file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return tmp_path
+
+
+def test_loading_a_sharded_folder(folder):
+    sizes, params = convert.load_encoder(folder)
+    assert sizes == SMALL
+    assert params["blocks"]["mlp"]["up"]["kernel"].dtype == ml_dtypes.bfloat16
+    assert params["norm"]["scale"].dtype == np.float32
+    rounded = golden_params("qwen3")["layers.2.mlp.up_proj.weight"].astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(params["blocks"]["mlp"]["up"]["kernel"][2], rounded.T)
+    _, params = convert.load_encoder(folder, dtype=np.float32)
+    assert {a.dtype for a in flatten(params).values()} == {np.dtype(np.float32)}
+    assert relative_error(run(build(params), "qwen3"), golden("qwen3")["last_hidden_state"]) < 5e-2
+
+
+def test_newer_configurations(folder):
+    config = {k: v for k, v in CONFIG.items() if k not in ("rope_theta", "rope_scaling")}
+    config["rope_parameters"] = {"rope_theta": 5e5, "rope_type": "default"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert convert.read_sizes(folder).rope_theta == 5e5
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "llama"}, "model_type='llama' isn't supported"),
+        ({"use_sliding_window": True}, "use_sliding_window=True isn't supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling=.*yarn.* isn't supported"),
+        ({"hidden_size": None}, "no readable Qwen3 configuration"),
+        ({"num_hidden_layers": 4}, r"tensors missing: 11 \(layers\.3"),
+        ({"intermediate_size": 64}, r"mlp\.gate_proj.*gives blocks\.mlp\.gate\.kernel the shape"),
+    ],
+)
+def test_other_networks_are_refused(folder, change, message):
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **change}))
+    with pytest.raises(UserError, match=message):
+        convert.load_encoder(folder)
+
+
+def test_what_is_missing_is_said(tmp_path):
+    with pytest.raises(UserError, match=r"no path.*huggingface\.co/Qwen/Qwen3-1\.7B"):
+        convert.load_encoder(None)
+    with pytest.raises(UserError, match=r"no such folder.*huggingface\.co"):
+        convert.load_encoder(tmp_path / "none")
+    with pytest.raises(UserError, match=r"config\.json: no such file"):
+        convert.load_encoder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(UserError, match=r"neither model\.safetensors nor"):
+        convert.load_encoder(tmp_path)
