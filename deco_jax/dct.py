@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -46,14 +45,14 @@ def block_dct(images: Array, block: int = 8, colour: np.ndarray | None = None) -
     """Orthonormal two-dimensional DCT-II of each block × block tile.
 
     Args:
-      images: [batch, height, width, channels], any range. Sides that `block` does not divide are reflect-padded at
-        the bottom and on the right.
-      block: side of a tile, in pixels.
-      colour: [channels_out, channels], applied to each pixel first (e.g. `RGB_TO_YCBCR`).
+        images: [batch, height, width, channels], any range. Sides that `block` does not divide are reflect-padded at
+          the bottom and on the right.
+        block: side of a tile, in pixels.
+        colour: [channels_out, channels], applied to each pixel first (e.g. `RGB_TO_YCBCR`).
 
     Returns:
-      float32 [batch, ceil(height / block), ceil(width / block), block, block, channels_out]; the two block axes are
-      the vertical and the horizontal frequency.
+        float32 [batch, ceil(height / block), ceil(width / block), block, block, channels_out]; the two block axes are
+        the vertical and the horizontal frequency.
     """
     height, width, channels = images.shape[1:]
     images = images.astype(jnp.float32)
@@ -69,4 +68,4 @@ def block_dct(images: Array, block: int = 8, colour: np.ndarray | None = None) -
     tiles = jnp.matmul(tiles, jnp.asarray(across, jnp.float32), precision=lax.Precision.HIGHEST)
     tiles = jnp.einsum("bhiwq,ki->bhkwq", tiles, jnp.asarray(dct_matrix(block)), precision=lax.Precision.HIGHEST)
     tiles = tiles.reshape(batch, height // block, block, width // block, block, -1)
-    return jax.lax.transpose(tiles, (0, 1, 3, 2, 4, 5))
+    return jnp.transpose(tiles, (0, 1, 3, 2, 4, 5))

@@ -19,15 +19,15 @@ def guided_steps(times: np.ndarray, guidance: float, interval: Sequence[float] =
     Decided on the host in float64, so that 5/50, 10/100 and 25/250 all equal 0.1 and lie outside (0.1, 1].
 
     Args:
-      times: float64 [steps + 1] from `samplers.timesteps`, shifted already.
-      guidance: the scale; at 1.0 guidance changes nothing, so no step is guided.
-      interval: (low, high).
+        times: float64 [steps + 1] from `samplers.timesteps`, shifted already.
+        guidance: the scale; at 1.0 guidance changes nothing, so no step is guided.
+        interval: (low, high).
 
     Returns:
-      bool [steps].
+        bool [steps].
 
     Raises:
-      UserError: the interval is not two numbers in ascending order.
+        UserError: the interval is not two numbers in ascending order.
     """
     if len(interval) != 2 or not interval[0] <= interval[1]:
         raise UserError(f"The guidance interval {tuple(interval)} is not (low, high); give two times, low <= high.")
@@ -47,15 +47,15 @@ def guided_velocity(
     """Bind a network to its conditions and guidance: the function of state and time that samplers integrate.
 
     Args:
-      velocity_fn: (x [n, height, width, 3], t [n], condition with leading axis n) -> velocity [n, height, width, 3];
-        called with n = batch or 2 · batch.
-      condition: array or tree of arrays with a leading batch axis: labels [batch], text [batch, tokens, features].
-      null_condition: same tree, its leaves broadcast to the condition's shapes: the "no class" label, the empty prompt.
-      scale: the guidance scale.
+        velocity_fn: (x [n, height, width, 3], t [n], condition with leading axis n) -> velocity [n, height, width, 3];
+            called with n = batch or 2 · batch.
+        condition: array or tree of arrays with a leading batch axis: labels [batch], text [batch, tokens, features].
+        null_condition: same tree, its leaves broadcast to the condition's: the "no class" label, the empty prompt.
+        scale: the guidance scale.
 
     Returns:
-      f(x, t scalar, guided) -> float32 velocity. Guided calls evaluate both halves as one batch of 2 · batch,
-      unguided ones only the conditional half.
+        f(x, t scalar, guided) -> float32 velocity. Guided calls evaluate both halves as one batch of 2 · batch,
+        unguided ones only the conditional half.
     """
 
     def interleave(a: Array, b: Array) -> Array:

@@ -43,13 +43,13 @@ def to_velocity(output: Array, x_t: Array, t: Array, prediction: Prediction | st
     by max(1 − t, 0.05), so above t = 0.95 the target is not x − ε.
 
     Args:
-      output: [batch, height, width, 3].
-      x_t: where the network was evaluated, same shape.
-      t: [batch] or scalar, in [0, 1].
-      prediction: "v", the output is the velocity; "x", it is the clean image.
+        output: [batch, height, width, 3].
+        x_t: where the network was evaluated, same shape.
+        t: [batch] or scalar, in [0, 1].
+        prediction: "v", the output is the velocity; "x", it is the clean image.
 
     Raises:
-      UserError: the prediction has another name.
+        UserError: the prediction has another name.
     """
     if prediction == "v":
         return output

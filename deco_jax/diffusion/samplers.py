@@ -131,7 +131,7 @@ def timesteps(num_steps: int, shift: float = 1.0) -> np.ndarray:
     """Sampling times, float64 [num_steps + 1] from 0 (noise) to 1 (data): i/num_steps, shifted as in `path.shift_time`.
 
     Raises:
-      UserError: fewer than one step, or a shift that is not positive.
+        UserError: fewer than one step, or a shift that is not positive.
     """
     if num_steps < 1 or not shift > 0:
         raise UserError(f"Cannot sample in {num_steps} steps with shift {shift}; give at least 1 step and a shift > 0.")
@@ -237,21 +237,21 @@ def sample(
     """Turn noise into images with the named sampler. To be called under `jax.jit`, with times and guided constant.
 
     Args:
-      velocity: (x [batch, height, width, 3], t scalar, guided: bool) -> velocity, as `guidance.guided_velocity` makes.
-        Which of the two evaluations a step needs is decided when tracing if all steps agree, otherwise by a
-        conditional on the device, so that an unguided step always costs one.
-      noise: [batch, height, width, 3], standard normal.
-      sampler: a name in SAMPLERS.
-      times: float64 [steps + 1] from `timesteps`.
-      guided: bool [steps] from `guidance.guided_steps`.
-      step_noise: traced step index -> standard normal [batch, height, width, 3]; only for "sde".
-      return_trajectory: also return the states [steps + 1, batch, height, width, 3], noise first, images last.
+        velocity: (x [batch, height, width, 3], t scalar, guided: bool) -> velocity, as `guidance.guided_velocity`
+            makes. Which of the two evaluations a step needs is decided when tracing if all steps agree, otherwise
+            by a conditional on the device, so that an unguided step always costs one.
+        noise: [batch, height, width, 3], standard normal.
+        sampler: a name in SAMPLERS.
+        times: float64 [steps + 1] from `timesteps`.
+        guided: bool [steps] from `guidance.guided_steps`.
+        step_noise: traced step index -> standard normal [batch, height, width, 3]; only for "sde".
+        return_trajectory: also return the states [steps + 1, batch, height, width, 3], noise first, images last.
 
     Returns:
-      float32 images, or (images, trajectory).
+        float32 images, or (images, trajectory).
 
     Raises:
-      UserError: no such sampler.
+        UserError: no such sampler.
     """
     times = np.asarray(times, np.float64)
     if np.shape(guided) != (len(times) - 1,):

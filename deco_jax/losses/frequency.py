@@ -40,13 +40,13 @@ def jpeg_weights(quality: float) -> np.ndarray:
     """Weights of the squared DCT coefficients: the inverse of JPEG's quantisation steps at a quality.
 
     Args:
-      quality: 1 (only the lowest frequencies count) to 100 (all weights equal); the paper's default is 85.
+        quality: 1 (only the lowest frequencies count) to 100 (all weights equal); the paper's default is 85.
 
     Returns:
-      float32 [3, 8, 8], [Y Cb Cr, vertical frequency, horizontal frequency], of mean 1 in each channel.
+        float32 [3, 8, 8], [Y Cb Cr, vertical frequency, horizontal frequency], of mean 1 in each channel.
 
     Raises:
-      UserError: the quality is outside [1, 100].
+        UserError: the quality is outside [1, 100].
     """
     if not 1 <= quality <= 100:
         raise UserError(f"The JPEG quality of the frequency loss is {quality}; give one from 1 to 100 (the paper: 85).")
@@ -61,11 +61,11 @@ def frequency_loss(error: Array, weights: np.ndarray | Array) -> Array:
     """Weighted mean square of the YCbCr block DCT of v̂ − v: one transform, of the difference, because it is linear.
 
     Args:
-      error: predicted minus true velocity, [batch, height, width, 3] RGB. Sides not divisible by 8 are reflect-padded.
-      weights: [3, 8, 8] from `jpeg_weights`.
+        error: predicted minus true velocity, [batch, height, width, 3] RGB, any sides (`block_dct` pads them).
+        weights: [3, 8, 8] from `jpeg_weights`.
 
     Returns:
-      float32 [batch].
+        float32 [batch].
     """
     coefficients = block_dct(error, colour=RGB_TO_YCBCR)  # [batch, height / 8, width / 8, 8, 8, 3]
     weights = jnp.moveaxis(jnp.asarray(weights, jnp.float32), 0, -1)

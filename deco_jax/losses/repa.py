@@ -14,11 +14,11 @@ def alignment_loss(projected: Array, teacher: Array) -> Array:
     Each norm has the floor 1e-8, so an all-zero token has similarity 0 and a finite gradient.
 
     Args:
-      projected: the projector's output, [batch, tokens, features].
-      teacher: the encoder's features, same shape.
+        projected: the projector's output, [batch, tokens, features].
+        teacher: the encoder's features, same shape.
 
     Returns:
-      float32 [batch], in [0, 2].
+        float32 [batch], in [0, 2].
     """
     if projected.shape != teacher.shape:
         raise ValueError(f"projected tokens {projected.shape} and teacher features {teacher.shape} differ in shape")
