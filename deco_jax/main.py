@@ -25,54 +25,65 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Checkpoint to read instead 
 
 def parse(argv: list[str]) -> list[str]:
     """Flags by absl and the config's overrides; a mistake is one line and exit status 1."""
+    path = _config_argument(argv)
+    if path is not None and not os.path.isfile(path.split(":")[0]):
+        _fail(f"no config {path!r}; see the files in configs/")
     try:
         rest = flags.FLAGS(argv)
+        if path is not None:
+            _CONFIG.value.to_dict()  # an OSError of the config file waits for the first look
+    except flags.IllegalFlagValueError as error:
+        _fail(_wrong_value(path, error))
     except flags.Error as error:
         _fail(str(error))
-    except FileNotFoundError as error:
-        _fail(f"no config {error.filename or _config_argument(argv)}; see the files in configs/")
-    except (AttributeError, KeyError) as error:
-        _fail(_unknown_key(argv, error))
-    except Exception as error:  # the config file is a program of its own
-        path = _config_argument(argv)
-        if not os.path.exists(path.split(":")[0]):
-            _fail(f"no config {path}; see the files in configs/")
-        _fail(f"the config {path} could not be read: {error}")
+    except Exception as error:  # a key that isn't there, or the config file, which is a program of its own
+        _fail(_unknown_key(argv, path) or f"the config {path} could not be read: {error}")
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}; settings are given as --config.KEY=VALUE")
-    if _CONFIG.value is None:
+    if path is None:
         _fail("--config is missing; start with --config=configs/quickstart.py")
     if not _WORKDIR.value:
         _fail("--workdir is missing; give a folder, for example --workdir=runs/first")
     return rest
 
 
-def _config_argument(argv: list[str]) -> str:
+def _config_argument(argv: list[str]) -> str | None:
+    """The last value of --config, as absl reads it."""
+    value = None
     for i, argument in enumerate(argv):
-        match = re.match(r"--?config(=|$)(.*)", argument)
-        if match:
-            return match[2] if match[1] else " ".join(argv[i + 1 : i + 2])
+        if match := re.match(r"--?config(=|$)(.*)", argument):
+            value = match[2] if match[1] else "".join(argv[i + 1 : i + 2])
+    return value
+
+
+def _wrong_value(path: str | None, error: flags.IllegalFlagValueError) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    if lines[0].startswith("flag --config="):  # ends with the traceback's last line, "ValueError: ..."
+        return f"the config {path} could not be read: {lines[-1].partition(': ')[2] or lines[-1]}"
+    key = re.match(r"flag --config\.([\w.]+)=", lines[0])
+    default = _flatten(flags.FLAGS["config"].value.to_dict()).get(key[1]) if key else None
+    return " ".join(lines) + ("" if default is None else f"; it takes a value like {default}")
+
+
+def _unknown_key(argv: list[str], path: str | None) -> str:
+    """What is wrong with the first override of a key that the config hasn't; "" if there is none."""
+    try:  # without the overrides
+        known = _flatten(flags.FLAGS["config"].parser.parse(path).to_dict())
+    except Exception:  # then it isn't the overrides
+        return ""
+    for given in (match[1] for argument in argv if (match := re.match(r"--?(?:no)?config\.([\w.]+)", argument))):
+        if given not in known and not any(key.startswith(f"{given}.") for key in known):
+            close = difflib.get_close_matches(given, known, n=1)
+            remedy = f"did you mean --config.{close[0]}?" if close else "see the config file"
+            return f"there is no setting --config.{given}; {remedy}"
     return ""
 
 
-def _unknown_key(argv: list[str], error: Exception) -> str:
-    name = str(error).strip("'\" ").split("'")[0]
-    given = [a.split("=")[0].lstrip("-") for a in argv if re.match(r"--?(no)?config\.", a)]
-    guilty = next((key for key in given if name and name in key.split(".")), given[0] if given else "")
-    if not guilty:
-        return f"the config {_config_argument(argv)} could not be read: {error!r}"
-    known: list[str] = []
-    if _CONFIG.value is not None:
-        known = [f"config.{key}" for key in _flatten(_CONFIG.value.to_dict())]
-    close = difflib.get_close_matches(guilty, known, n=1)
-    return f"there is no setting --{guilty}" + (f"; did you mean --{close[0]}?" if close else "; see the config file")
-
-
-def _flatten(values: dict, prefix: str = "") -> list[str]:
-    keys: list[str] = []
+def _flatten(values: dict, prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
     for key, value in values.items():
-        keys += _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
-    return keys
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def _fail(message: str) -> None:
