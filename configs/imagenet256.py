@@ -117,7 +117,8 @@ def smoke(config: ml_collections.ConfigDict) -> None:
     config.model.width, config.model.depth, config.model.num_heads = 32, 3, 4
     config.model.patch_size = 8
     config.model.num_classes = 10
-    config.model.decoder_width, config.model.decoder_depth = 8, 2
+    if "decoder_width" in config.model:
+        config.model.decoder_width, config.model.decoder_depth = 8, 2
     config.model.dtype = "float32"
     config.data.source, config.data.path = "digits", ""
     config.data.image_size = 32

@@ -1,17 +1,20 @@
 """Checkpoints by Orbax: written in the background, atomically; read back onto any mesh.
 
-    workdir/checkpoints/STEP/{train, params, ema, config}
+    workdir/checkpoints/STEP/{counters, params, ema, optimizer, config}
 
-`train` holds what only training needs (optimizer, counters), so that sampling reads `ema` alone. All of it is
-plain dictionaries of arrays, readable without this package.
+Sampling reads `ema` alone. A checkpoint imported from the official code has no `optimizer`. All of it is plain
+dictionaries of arrays, readable without this package.
 """
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import orbax.checkpoint as ocp
 from absl import logging
@@ -55,7 +58,7 @@ class Checkpoints:
             self._manager.check_for_errors()
         except Exception as error:  # Orbax and TensorStore raise many kinds, from their own threads
             what = "a checkpoint" if step is None else f"the checkpoint of step {step} (or the one before)"
-            kept = [name for name in _complete_steps(self.folder)]
+            kept = complete_steps(self.folder.parent)
             rest = f"step {kept[-1]} is intact and the run resumes from it" if kept else "none is complete yet"
             raise UserError(f"writing {what} to {self.folder} failed: {_first_line(error)}; free space there; {rest}") from error
 
@@ -93,29 +96,37 @@ class Checkpoints:
 
 
 def _save_args(state: State, config: ml_collections.ConfigDict) -> ocp.args.Composite:
-    train = {key: state[key] for key in ("step", "skipped")} | {
-        "opt_state": serialization.to_state_dict(state["opt_state"])
+    items = {
+        "counters": {key: state[key] for key in ("step", "skipped")},
+        "params": state["params"],
+        "ema": state["ema"],
     }
+    if "opt_state" in state:
+        items["optimizer"] = _without_empty(serialization.to_state_dict(state["opt_state"]))
     return ocp.args.Composite(
-        train=ocp.args.StandardSave(_without_empty(train)),
-        params=ocp.args.StandardSave(state["params"]),
-        ema=ocp.args.StandardSave(state["ema"]),
         config=ocp.args.JsonSave(config_lib.to_json(config)),
+        **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
     )
 
 
 def _restore_state(path: pathlib.Path, shapes: State) -> State:
+    counters = _read(path / "counters", {key: shapes[key] for key in ("step", "skipped")})
     opt_shapes = serialization.to_state_dict(shapes["opt_state"])
-    wanted = {"step": shapes["step"], "skipped": shapes["skipped"], "opt_state": opt_shapes}
-    train = _read(path / "train", _without_empty(wanted))
-    opt_state = serialization.from_state_dict(shapes["opt_state"], _with_empty(opt_shapes, train["opt_state"]))
+    if (path / "optimizer").exists():
+        stored = _read(path / "optimizer", _without_empty(opt_shapes))
+    else:
+        logging.warning("%s has no optimizer state (imported weights); its moments start at zero", path)
+        stored = jax.tree.map(_zeros, _without_empty(opt_shapes))
     return {
-        "step": train["step"],
-        "skipped": train["skipped"],
+        **counters,
         "params": _read(path / "params", shapes["params"]),
         "ema": _read(path / "ema", shapes["ema"]),
-        "opt_state": opt_state,
+        "opt_state": serialization.from_state_dict(shapes["opt_state"], _with_empty(opt_shapes, stored)),
     }
+
+
+def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)()
 
 
 def _without_empty(tree: Any) -> Any:
@@ -144,24 +155,30 @@ def load_config(path: pathlib.Path) -> dict[str, Any]:
         return reader.restore(path / "config")
 
 
-def find(workdir: str, checkpoint: str = "") -> pathlib.Path:
+def find(workdir: str, checkpoint: str = "", config: ml_collections.ConfigDict | None = None) -> pathlib.Path:
     """The checkpoint to read: `checkpoint` (a step's folder, or a run's newest), else the workdir's newest.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none; or it isn't of the model of `config`, if that is given.
     """
     where = pathlib.Path(checkpoint or workdir).absolute()
     if (where / "ema").is_dir() and (where / "config").is_dir():
-        return where
-    folder = where if where.name == FOLDER else where / FOLDER
-    steps = _complete_steps(folder)
-    if not steps:
-        raise UserError(f"there is no checkpoint in {where}; train first, or name one with --checkpoint")
-    return folder / str(steps[-1])
+        path = where
+    else:
+        run = where.parent if where.name == FOLDER else where
+        steps = complete_steps(run)
+        if not steps:
+            raise UserError(f"there is no checkpoint in {where}; train first, or name one with --checkpoint")
+        path = run / FOLDER / str(steps[-1])
+    if config is not None:
+        with _readable(path):
+            check_model(path, config)
+    return path
 
 
-def _complete_steps(folder: pathlib.Path) -> list[int]:
-    """Orbax renames a finished checkpoint to its number, so a number is a complete one."""
+def complete_steps(workdir: str | pathlib.Path) -> list[int]:
+    """Steps with a complete checkpoint, ascending: Orbax renames a finished one to its number."""
+    folder = pathlib.Path(workdir) / FOLDER
     if not folder.is_dir():
         return []
     return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit() and entry.is_dir())
@@ -192,13 +209,20 @@ def load_params(path: pathlib.Path, shapes: Any, config: ml_collections.ConfigDi
 
 
 def _load(path: pathlib.Path, item: str, shapes: Any, config: ml_collections.ConfigDict, mesh: Mesh) -> Any:
-    try:
+    with _readable(path):
         check_model(path, config)
         placed = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             shapes, state_shardings(mesh, shapes),
         )  # fmt: skip
         return _read(path / item, placed)
+
+
+@contextlib.contextmanager
+def _readable(path: pathlib.Path) -> Iterator[None]:
+    """Whatever reading `path` runs into, as a UserError."""
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:

@@ -224,12 +224,6 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
         raise UserError("config.model.text_width is set, so config.model.text_length must be at least 1")
     if loss.repa_weight and loss.repa_layer > model.depth:
         raise UserError(f"config.loss.repa_layer={loss.repa_layer} is deeper than config.model.depth={model.depth}")
-    if loss.repa_weight and not config.teacher.path:
-        raise UserError(
-            f"config.loss.repa_weight={loss.repa_weight} needs DINOv2's weights: set config.teacher.path to "
-            "dinov2_vitb14_pretrain.pth (from github.com/facebookresearch/dinov2) or to the safetensors of "
-            "facebook/dinov2-base, or set config.loss.repa_weight=0"
-        )
     if loss.repa_weight and (height * 14 % model.patch_size or width * 14 % model.patch_size):
         raise UserError(
             f"the teacher reads the image at 14/{model.patch_size} of its size, which is not whole for {height}x{width}"

@@ -10,16 +10,18 @@ import errno
 import os
 import re
 import sys
+from typing import Any
 
 # Data workers import this file again: everything heavy is imported inside the functions.
 from absl import app, flags
 from ml_collections import config_flags
 
-MODES = ("train", "sample")
+MODES = ("train", "sample", "import", "export")
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py, or configs/NAME.py:VARIANT.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.")
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
+_SOURCE = flags.DEFINE_string("source", "", "import: the official checkpoint, a .ckpt file.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Checkpoint to read instead of the workdir's newest.")
 
 
@@ -31,7 +33,7 @@ def parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
         if path is not None:
-            _CONFIG.value.to_dict()  # an OSError of the config file waits for the first look
+            _flatten(flags.FLAGS["config"].value.to_dict())  # an OSError of the config file waits for the first look
     except flags.IllegalFlagValueError as error:
         _fail(_wrong_value(path, error))
     except flags.Error as error:
@@ -68,7 +70,8 @@ def _wrong_value(path: str | None, error: flags.IllegalFlagValueError) -> str:
 def _unknown_key(argv: list[str], path: str | None) -> str:
     """What is wrong with the first override of a key that the config hasn't; "" if there is none."""
     try:  # without the overrides
-        known = _flatten(flags.FLAGS["config"].parser.parse(path).to_dict())
+        default: Any = flags.FLAGS["config"].parser.parse(path or "")
+        known = _flatten(default.to_dict())
     except Exception:  # then it isn't the overrides
         return ""
     for given in (match[1] for argument in argv if (match := re.match(r"--?(?:no)?config\.([\w.]+)", argument))):
@@ -98,22 +101,34 @@ def main(_: list[str]) -> None:
     from deco_jax.errors import UserError
 
     logging.set_verbosity(logging.WARNING)
+    workdir = _WORKDIR.value or ""
     try:
         config_lib.check(_CONFIG.value)
         if _MODE.value == "train":
             from deco_jax.train import train
 
-            train(_CONFIG.value, _WORKDIR.value)
+            train(_CONFIG.value, workdir)
         elif _MODE.value == "sample":
             from deco_jax.sample import sample
 
-            sample(_CONFIG.value, _WORKDIR.value, _CHECKPOINT.value)
+            sample(_CONFIG.value, workdir, _CHECKPOINT.value)
+        elif _MODE.value == "import":
+            from deco_jax.convert.checkpoints import import_checkpoint
+
+            import_checkpoint(_CONFIG.value, workdir, _SOURCE.value)
+        elif _MODE.value == "export":
+            from deco_jax.convert.checkpoints import export_checkpoint
+
+            export_checkpoint(_CONFIG.value, workdir, _CHECKPOINT.value)
     except UserError as error:
         _fail(str(error))
+    except KeyboardInterrupt:  # before or between what can be saved
+        print("interrupted; the same command goes on from what is saved", file=sys.stderr)
+        sys.exit(130)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        _fail(f"writing to {_WORKDIR.value} failed: {error.strerror}; free space there and start again")
+        _fail(f"writing to {workdir} failed: {error.strerror}; free space there and start again")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from deco_jax.losses.repa import alignment_loss
 from deco_jax.models import dinov2
 from deco_jax.models import network as network_lib
 from deco_jax.models.network import Network
-from deco_jax.models.projector import Projector
+from deco_jax.models.projector import make_projector
 from deco_jax.optimizer import make_optimizer, update_average
 from deco_jax.train_state import State, create_state, state_shapes
 from deco_jax.workdir import make_workdir
@@ -189,6 +189,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
     networks, teacher, teacher_params = make_networks(config, mesh)
     optimizer = make_optimizer(config.optimizer)
     shapes = state_shapes(networks, optimizer, mesh)
+    if config.init_from and not checkpoint.complete_steps(folder):
+        checkpoint.find(config.init_from, config=config)
     make_workdir(folder)
 
     checkpoints = checkpoint.Checkpoints(folder, config.train.keep_checkpoints)
@@ -337,9 +339,7 @@ def make_networks(
     teacher = teacher_network(config)
     dtype = jnp.dtype(config.teacher.dtype)
     teacher_width, _, _ = dinov2.sizes(config.teacher.size)
-    networks["projector"] = network_lib.functional(
-        lambda rngs: Projector(config.model.width, teacher_width, dtype=jnp.dtype(config.model.dtype), rngs=rngs)
-    )
+    networks["projector"] = make_projector(config.model, teacher_width)
     params = load_teacher(config.teacher.path, config.teacher.size, dtype=dtype)
     placed = jax.device_put({"teacher": params}, sharding.state_shardings(mesh, {"teacher": params}))["teacher"]
     return networks, functools.partial(teacher_features, teacher, config.model.patch_size), placed
@@ -358,7 +358,7 @@ def teacher_features(teacher: Network, patch_size: int, params: Any, images: jax
 
 def start_from(config: ml_collections.ConfigDict, state: State, mesh: Mesh) -> State:
     """A new run's state with the weights of the checkpoint config.init_from; the EMA starts from its EMA."""
-    where = checkpoint.find(config.init_from, config.init_from)
+    where = checkpoint.find(config.init_from)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state["params"])
     params = checkpoint.load_params(where, shapes, config, mesh)
     ema = checkpoint.load_average(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from deco_jax.models.layers import Dtype, Linear
+from deco_jax.models.network import Network, functional
 
 
 class Projector(nnx.Module):
@@ -18,3 +22,9 @@ class Projector(nnx.Module):
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         return self.third(jax.nn.silu(self.second(jax.nn.silu(self.first(hidden)))))
+
+
+def make_projector(model: Any, teacher_width: int) -> Network:
+    """The projector that fits `config.model`, computing in its dtype."""
+    dtype = jnp.dtype(model.dtype)
+    return functional(lambda rngs: Projector(model.width, teacher_width, dtype=dtype, rngs=rngs))

@@ -1,0 +1,114 @@
+"""The paper's Table 1 and Table 4 at size L, ImageNet 256²: one name a row.
+
+    python -m deco_jax.main --config=configs/ablation.py:dit --workdir=runs/dit \
+        --config.data.path=/data/imagenet/train --config.teacher.path=/data/dinov2_vitb14_pretrain.pth
+    python -m deco_jax.main --config=configs/ablation.py:dit-smoke --workdir=/tmp/smoke    # seconds, two cores
+
+Every row: 200k steps at batch 256, then 50 Euler steps without guidance. The FIDs below are the paper's (8 A800,
+0.22–0.25 s a step, so 12–14 hours a row). With this code: not measured yet.
+
+    name               FID     what differs from DeCo-L
+    deco               31.35   nothing: decoder width 32, depth 3, patch 1, adaLN, frequency weight 1, quality 85
+    dit                61.10   Table 1's baseline: no decoder, no frequency loss, no REPA; 24 blocks
+    pixnerd            37.49   PixNerd-L with REPA
+    jit                39.06   the DiT with x-prediction and REPA (JiT + REPA)
+    no_repa            67.55   without REPA
+    no_frequency       34.12   without the frequency loss
+    width16, width64   37.63, 35.88   decoder width, without the frequency loss (width 32: 34.12)
+    depth1, depth6     37.10, 35.46   decoder depth, without the frequency loss (depth 3: 34.12)
+    patch4, patch16    34.39, 55.59   side of what the decoder treats as one token
+    add                36.02   condition added instead of adaLN
+    weight0.5, weight2 33.54, 32.97   frequency weight
+    quality50, quality100  31.54, 33.84   JPEG quality of the frequency weights
+
+No official code exists for decoder patches above 1 and for "add"; they are our reading. Patch k: a query is k² pixels
+(3k² values and 64 position features on a grid of 16/k), its condition one of (16/k)² vectors of the patch's Linear.
+Add: h += condition, h += MLP(LN(h)), without adaLN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ml_collections
+
+from configs import imagenet256
+
+Change = Callable[[ml_collections.ConfigDict], None]
+
+
+def _set(**changes: object) -> Change:
+    """section__key=value."""
+
+    def change(config: ml_collections.ConfigDict) -> None:
+        for key, value in changes.items():
+            section, _, name = key.partition("__")
+            config[section][name] = value
+
+    return change
+
+
+def _without_decoder(config: ml_collections.ConfigDict) -> None:
+    with config.unlocked():
+        for key in [key for key in config.model if key.startswith("decoder_")]:
+            del config.model[key]
+    config.model.name = "dit"
+    config.model.depth = 24
+    config.loss.frequency_weight = 0.0
+
+
+def _dit(config: ml_collections.ConfigDict) -> None:
+    _without_decoder(config)
+    config.loss.repa_weight = 0.0
+
+
+def _jit(config: ml_collections.ConfigDict) -> None:
+    _without_decoder(config)
+    config.model.prediction = "x"
+
+
+def _pixnerd(config: ml_collections.ConfigDict) -> None:
+    with config.unlocked():
+        del config.model.decoder_patch_size, config.model.decoder_interaction
+        config.model.decoder_ratio = 2
+    config.model.name = "pixnerd"
+    config.model.decoder_width, config.model.decoder_depth = 64, 2
+    config.loss.frequency_weight = 0.0
+
+
+# name → (the paper's FID, what differs from DeCo-L)
+ROWS: dict[str, tuple[float, Change]] = {
+    "deco": (31.35, _set()),
+    "dit": (61.10, _dit),
+    "pixnerd": (37.49, _pixnerd),
+    "jit": (39.06, _jit),
+    "no_repa": (67.55, _set(loss__repa_weight=0.0)),
+    "no_frequency": (34.12, _set(loss__frequency_weight=0.0)),
+    "width16": (37.63, _set(model__decoder_width=16, loss__frequency_weight=0.0)),
+    "width64": (35.88, _set(model__decoder_width=64, loss__frequency_weight=0.0)),
+    "depth1": (37.10, _set(model__decoder_depth=1, loss__frequency_weight=0.0)),
+    "depth6": (35.46, _set(model__decoder_depth=6, loss__frequency_weight=0.0)),
+    "patch4": (34.39, _set(model__decoder_patch_size=4)),
+    "patch16": (55.59, _set(model__decoder_patch_size=16)),
+    "add": (36.02, _set(model__decoder_interaction="add")),
+    "weight0.5": (33.54, _set(loss__frequency_weight=0.5)),
+    "weight2": (32.97, _set(loss__frequency_weight=2.0)),
+    "quality50": (31.54, _set(loss__frequency_quality=50)),
+    "quality100": (33.84, _set(loss__frequency_quality=100)),
+}
+
+
+def get_config(variant: str = "deco") -> ml_collections.ConfigDict:
+    """A row by its name, or NAME-smoke; plain "smoke" is deco-smoke."""
+    name = "deco" if variant == "smoke" else variant.removesuffix("-smoke")
+    if name not in ROWS:
+        raise ValueError(f"there is no row {name!r}; choose one of {', '.join(ROWS)} (or one of them with -smoke)")
+    config = imagenet256.get_config("L")
+    ROWS[name][1](config)
+    if variant.endswith("smoke"):
+        decoder = {key: value for key, value in config.model.items() if key.startswith("decoder_")}
+        imagenet256.smoke(config)
+        # Keep what makes the row: the decoder's own settings, on patches of 16 as in the paper.
+        config.model.update(decoder)
+        config.model.patch_size = 16
+    return config

@@ -1,0 +1,106 @@
+"""--mode=import and --mode=export: the official code's checkpoints to ours, and back.
+
+Arrays stay on the host: nothing here needs an accelerator, and a file is read tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from deco_jax import checkpoint, sharding
+from deco_jax.config import to_json
+from deco_jax.convert import deco, torch_files
+from deco_jax.errors import UserError
+from deco_jax.models import dinov2, network
+from deco_jax.models.projector import make_projector
+from deco_jax.workdir import make_workdir
+from deco_jax.writer import write_atomically
+
+
+def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: str) -> None:
+    """Make WORKDIR a run that continues from an official checkpoint, which every other mode takes too.
+
+    Args:
+        source: a Lightning `.ckpt` with `denoiser.*`, `ema_denoiser.*` and, for REPA, `diffusion_trainer.proj.*`.
+            If one of the two denoisers is missing, the other stands for both.
+
+    Raises:
+        UserError: the file can't be read, is of another model, or the workdir holds a run already.
+    """
+    if not source:
+        raise UserError("--mode=import needs --source=FILE.ckpt, the checkpoint to import")
+    if checkpoint.complete_steps(workdir):
+        raise UserError(f"--workdir={workdir} has checkpoints already; choose an empty folder for the imported one")
+    file = torch_files.read_lightning(source)
+    like = network.build(config.model.to_dict()).shapes
+    denoiser = deco.from_torch(config.model, file.denoiser or file.ema, like=like, what=source)
+    average = deco.from_torch(config.model, file.ema or file.denoiser, like=like, what=source)
+    params: dict[str, Any] = {"denoiser": denoiser}
+    if config.loss.repa_weight:
+        if not file.projector:
+            raise UserError(f"{source} has no REPA projector; import it with --config.loss.repa_weight=0")
+        width, _, _ = dinov2.sizes(config.teacher.size)
+        shapes = make_projector(config.model, width).shapes
+        params["projector"] = deco.projector_from_torch(file.projector, like=shapes, what=source)
+    elif file.projector:
+        print(f"{source} has a REPA projector, left out because config.loss.repa_weight=0", flush=True)
+
+    folder = pathlib.Path(workdir)
+    make_workdir(folder)
+    state = {"step": np.int32(file.step), "skipped": np.int32(0), "params": params, "ema": average}
+    checkpoints = checkpoint.Checkpoints(folder, config.train.keep_checkpoints)
+    checkpoints.save(file.step, jax.tree.map(_float32, state), config)
+    checkpoints.wait()
+    checkpoints.close()
+    write_atomically(folder / "config.json", (json.dumps(to_json(config), indent=2) + "\n").encode())
+    print(f"imported {source}: step {file.step}, in {folder}; it has no optimizer state, so training goes on "
+          "with zero moments")  # fmt: skip
+
+
+def _float32(array: np.ndarray) -> np.ndarray:
+    """Half-precision weights as the float32 that training keeps."""
+    return array if array.dtype == np.int32 else np.asarray(array, np.float32)
+
+
+def export_checkpoint(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str = "") -> None:
+    """Write a checkpoint in the official layout, and its EMA weights as safetensors with the config beside them.
+
+    Leaves WORKDIR/export/{deco.ckpt, ema.safetensors, config.json}; the names in the safetensors file are the
+    official ones.
+
+    Raises:
+        UserError: there is no checkpoint, or it is another model's.
+    """
+    where = checkpoint.find(workdir, checkpoint_path)
+    stored = checkpoint.load_config(where)
+    mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+    denoiser = network.build(config.model.to_dict())
+    shapes: dict[str, Any] = {"denoiser": denoiser.shapes}
+    if stored["loss"]["repa_weight"]:
+        width, _, _ = dinov2.sizes(stored["teacher"]["size"])
+        shapes["projector"] = make_projector(config.model, width).shapes
+    params = _on_host(checkpoint.load_params(where, shapes, config, mesh))
+    average = _on_host(checkpoint.load_average(where, denoiser, config, mesh))
+
+    folder = pathlib.Path(workdir) / "export"
+    make_workdir(folder)
+    ema = deco.to_torch(config.model, average)
+    projector = deco.projector_to_torch(params["projector"]) if "projector" in params else {}
+    step = int(where.name)
+    torch_files.write_safetensors(folder / "ema.safetensors", ema, {"step": str(step)})
+    write_atomically(folder / "config.json", (json.dumps(stored, indent=2) + "\n").encode())
+    torch_files.write_lightning(
+        folder / "deco.ckpt",
+        torch_files.Checkpoint(deco.to_torch(config.model, params["denoiser"]), ema, projector, step=step),
+    )
+    print(f"exported {where} to {folder}: deco.ckpt, ema.safetensors, config.json")
+
+
+def _on_host(tree: Any) -> Any:
+    return jax.tree.map(np.asarray, tree)

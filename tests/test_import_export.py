@@ -1,0 +1,153 @@
+"""Official checkpoints in and out: the imported answers are the reference's, and what comes back is equal to the bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from configs import ablation, imagenet256
+from deco_jax import checkpoint, sharding
+from deco_jax.convert import checkpoints, torch_files
+from deco_jax.errors import UserError
+from deco_jax.models import dinov2, network
+from tests.helpers import GOLDEN, golden, nhwc, relative_error, run_main
+
+SETTINGS = {
+    "model.width": 48, "model.patch_size": 4, "model.decoder_width": 16, "data.image_size": 16,
+}  # fmt: skip
+ARGUMENTS = ["--config=configs/imagenet256.py:smoke", *(f"--config.{key}={value}" for key, value in SETTINGS.items())]
+FILE = GOLDEN / "lightning.ckpt"
+
+
+def golden_config(repa: float = 0.0):
+    config = imagenet256.get_config("smoke")
+    config.update_from_flattened_dict(SETTINGS)
+    config.loss.repa_weight = repa
+    return config
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("imported")
+    result = run_main(*ARGUMENTS, "--mode=import", f"--workdir={folder}", f"--source={FILE}")
+    assert result.returncode == 0, result.stderr
+    assert "step 1234" in result.stdout
+    assert "zero moments" in result.stdout
+    assert "projector, left out" in result.stdout
+    return folder
+
+
+@pytest.mark.parametrize("which", ["denoiser", "ema"])
+def test_imported_weights_answer_as_the_reference(imported, which):
+    config, values = golden_config(), golden("lightning_expect")
+    net, mesh = network.build(config.model.to_dict()), sharding.make_mesh(1, 1, jax.devices()[:1])
+    where = checkpoint.find(str(imported))
+    if which == "ema":
+        params = checkpoint.load_average(where, net, config, mesh)
+    else:
+        params = checkpoint.load_params(where, {"denoiser": net.shapes}, config, mesh)["denoiser"]
+    labels = jnp.asarray(values["y"], jnp.int32)
+    output, _ = jax.jit(net.apply)(params, jnp.asarray(nhwc(values["x"])), jnp.asarray(values["t"]), labels)
+    assert relative_error(output, nhwc(values[f"out_{which}"])) < 5e-6
+
+
+def test_export_returns_the_same_tensors_to_the_bit(tmp_path, monkeypatch):
+    """With the projector, whose teacher here is 20 wide."""
+    monkeypatch.setitem(dinov2.SIZES, "B", (20, 1, 1))
+    config = golden_config(repa=0.5)
+    checkpoints.import_checkpoint(config, str(tmp_path), str(FILE))
+    checkpoints.export_checkpoint(config, str(tmp_path))
+    before = torch.load(FILE, weights_only=True)
+    after = torch.load(tmp_path / "export" / "deco.ckpt", weights_only=True)
+    assert after["global_step"] == before["global_step"] == 1234
+    assert after["state_dict"].keys() == before["state_dict"].keys()
+    for name, tensor in before["state_dict"].items():
+        assert torch.equal(after["state_dict"][name], tensor), name
+    ema = torch_files.read_safetensors(tmp_path / "export" / "ema.safetensors")
+    for name in ema:
+        np.testing.assert_array_equal(ema[name], before["state_dict"][f"ema_denoiser.{name}"].numpy())
+    stored = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert stored["model"]["width"] == 48
+
+
+def test_sampling_and_training_go_on_from_an_imported_checkpoint(imported, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(imported, folder)
+    result = run_main(*ARGUMENTS, "--mode=sample", f"--workdir={folder}")
+    assert result.returncode == 0, result.stderr
+    assert (folder / "samples" / "grid.png").exists()
+    result = run_main(*ARGUMENTS, f"--workdir={folder}", "--config.train.num_steps=1236")
+    assert result.returncode == 0, result.stderr
+    assert "resumed at step 1234" in result.stdout
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1235, 1236]
+    result = run_main(*ARGUMENTS, "--mode=export", f"--workdir={folder}")
+    assert result.returncode == 0, result.stderr
+    assert torch.load(folder / "export" / "deco.ckpt", weights_only=True)["global_step"] == 1236
+
+
+def damaged(tmp_path):
+    path = tmp_path / "cut.ckpt"
+    path.write_bytes(FILE.read_bytes()[:5000])
+    return path
+
+
+def with_state(tmp_path, change):
+    content = torch.load(FILE, weights_only=True)
+    change(content["state_dict"])
+    torch.save(content, tmp_path / "changed.ckpt")
+    return tmp_path / "changed.ckpt"
+
+
+BAD = {
+    "missing file": (lambda tmp: tmp / "none.ckpt", "no such file"),
+    "damaged file": (damaged, "no readable PyTorch file"),
+    "missing tensor": (
+        lambda tmp: with_state(tmp, lambda s: s.pop("denoiser.blocks.1.attn.qkv.weight")), "blocks.1.attn.qkv.weight",
+    ),
+    "tensor left over": (
+        lambda tmp: with_state(tmp, lambda s: s.update({"denoiser.extra.weight": torch.zeros(2)})), "extra.weight",
+    ),
+    "unknown network": (lambda tmp: with_state(tmp, lambda s: s.update({"vae.weight": torch.zeros(2)})), "vae.weight"),
+    "another size": (
+        lambda tmp: with_state(
+            tmp, lambda s: s.update({"denoiser.dec_net.final_layer.linear.weight": torch.zeros(3, 8)})
+        ), "shape",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_wrong_files_are_refused(case, tmp_path):
+    make, said = BAD[case]
+    with pytest.raises(UserError, match=said) as error:
+        checkpoints.import_checkpoint(golden_config(), str(tmp_path / "run"), str(make(tmp_path)))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_with_a_run_is_refused(imported):
+    with pytest.raises(UserError, match="checkpoints already"):
+        checkpoints.import_checkpoint(golden_config(), str(imported), str(FILE))
+
+
+def test_mistakes_on_the_command_line_are_one_line(tmp_path):
+    result = run_main(*ARGUMENTS, "--mode=import", f"--workdir={tmp_path / 'run'}")
+    assert (result.returncode, len(result.stderr.strip().splitlines())) == (1, 1)
+    assert "--source" in result.stderr
+
+
+@pytest.mark.parametrize("row", ["dit", "jit", "pixnerd", "patch4", "add"])
+def test_round_trip_of_every_architecture(row, tmp_path):
+    """Also those that the official code has no name for."""
+    config = ablation.get_config(f"{row}-smoke")
+    net = network.build(config.model.to_dict())
+    params = jax.tree.map(np.asarray, net.init(jax.random.key(0)))
+    official = checkpoints.deco.to_torch(config.model, params)
+    back = checkpoints.deco.from_torch(config.model, official, like=net.shapes)
+    jax.tree.map(np.testing.assert_array_equal, back, params)
