@@ -9,6 +9,7 @@ import hashlib
 import json
 import pathlib
 import shutil
+import time
 import zipfile
 
 import jax
@@ -37,9 +38,12 @@ def sample(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str
     main_host = jax.process_index() == 0
     print(f"{len(labels):,} images from {where}, {parts.count:,} of them done; compiling ...", flush=True)
     generator = generate.make_generator(network, config, mesh)
+    began, compiled = time.monotonic(), False
     for batch in generate.generate_images(generator, params, labels, settings.batch_size, mesh, parts.count):
         parts.add(batch, write=main_host)
-        print(f"{parts.count:,} of {len(labels):,} images", flush=True)
+        took = "" if compiled else f" (compiled and drawn in {time.monotonic() - began:.1f} s)"
+        compiled = True
+        print(f"{parts.count:,} of {len(labels):,} images{took}", flush=True)
     if not main_host:
         return
 

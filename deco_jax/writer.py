@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import sys
@@ -90,7 +91,9 @@ class Writer:
         """One line of metrics.jsonl and one live line."""
         if not self._active:
             return
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        # JSON has no NaN: what isn't finite is null there.
+        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
         self._board.write_scalars(step, {k: v for k, v in metrics.items() if isinstance(v, int | float)})
         self._board.flush()

@@ -39,9 +39,11 @@ def relative_error(actual, expected) -> float:
     return float(np.max(np.abs(actual - expected)) / np.max(np.abs(expected)))
 
 
-def run_main(*arguments: object, timeout: float = 300, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+def run_main(
+    *arguments: object, timeout: float = 300, env: dict[str, str] | None = None, **options
+) -> subprocess.CompletedProcess:
     """`python -m deco_jax.main ARGUMENTS` from the repository's root, output captured as text."""
     return subprocess.run(
         [sys.executable, "-m", "deco_jax.main", *map(str, arguments)],
-        cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})},
+        cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})}, **options,
     )

@@ -1,0 +1,54 @@
+"""Small finished runs that several test files start from, and what a run leaves, read back."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import pathlib
+import shutil
+import subprocess
+import tempfile
+
+from tests.helpers import run_main
+
+SMOKE = "--config=configs/quickstart.py:smoke"
+# Nothing is lost by them in these tests, and each would compile the sampler.
+NO_SAMPLES = "--config.train.sample_every=0"
+
+
+@functools.cache
+def _two_steps() -> pathlib.Path:
+    workdir = pathlib.Path(tempfile.mkdtemp(prefix="deco_jax_test_"))
+    atexit.register(shutil.rmtree, workdir, ignore_errors=True)
+    succeed(SMOKE, f"--workdir={workdir}", NO_SAMPLES, "--config.train.num_steps=2", "--config.train.save_every=1")
+    return workdir
+
+
+def two_steps(folder: pathlib.Path) -> pathlib.Path:
+    """A copy in `folder` of a run with the checkpoints 1 and 2."""
+    return pathlib.Path(shutil.copytree(_two_steps(), folder / "run"))
+
+
+def succeed(*arguments: object, **options) -> subprocess.CompletedProcess:
+    """`run_main`, which has to exit with 0."""
+    result = run_main(*arguments, **options)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def rows(workdir: pathlib.Path) -> dict[int, dict]:
+    """metrics.jsonl by step; each step once."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert len({line["step"] for line in lines}) == len(lines)
+    return {line["step"]: line for line in lines}
+
+
+def files(folder: pathlib.Path) -> dict[str, bytes]:
+    """Everything under a folder, by relative path."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def steps(workdir: pathlib.Path) -> list[str]:
+    """Names in the folder of checkpoints."""
+    return sorted(entry.name for entry in (workdir / "checkpoints").iterdir())
