@@ -98,6 +98,12 @@ def get_config(variant: str = "XL") -> ml_collections.ConfigDict:
     config.train.sample_every = 10_000
     config.train.keep_checkpoints = 3
     config.train.max_skipped_steps = 10
+    config.train.profile_start = 0  # after so many steps of a process a trace for TensorBoard starts; 0: none
+    config.train.profile_steps = 5
+
+    config.benchmark = ml_collections.ConfigDict()
+    config.benchmark.warmup = 3
+    config.benchmark.repeats = 20
 
     if variant == "L":
         config.model.width, config.model.depth = 1024, 22
@@ -130,3 +136,4 @@ def smoke(config: ml_collections.ConfigDict) -> None:
     config.train.num_steps = 4
     config.train.log_every = 1
     config.train.save_every = config.train.sample_every = 2
+    config.benchmark.warmup, config.benchmark.repeats = 1, 3

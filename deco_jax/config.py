@@ -138,6 +138,12 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "sample_every": Key(int, *at_least(0)),  # 0: never
         "keep_checkpoints": Key(int, *at_least(1)),
         "max_skipped_steps": Key(int, *at_least(0)),  # steps with a non-finite loss or gradient to survive
+        "profile_start": Key(int, *at_least(0)),  # steps of a process before its trace; 0: no trace
+        "profile_steps": Key(int, *at_least(1)),
+    },
+    "benchmark": {
+        "warmup": Key(int, *at_least(1)),  # runs before the timed ones
+        "repeats": Key(int, *at_least(1)),  # timed runs
     },
 }
 TOP = {

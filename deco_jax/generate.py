@@ -5,6 +5,7 @@ Image i depends on the seed, i and its class alone: not on the batch it is drawn
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from deco_jax.config import image_sides
 from deco_jax.diffusion import guidance, path, samplers
 from deco_jax.images import to_uint8
 from deco_jax.models.network import Network, Params
-from deco_jax.sharding import batch_sharding, place_batch, replicated
+from deco_jax.sharding import batch_sharding, place_everywhere, replicated
 
 # (params, {"index": int32 [batch], "label": int32 [batch]}) → uint8 [batch, height, width, 3]
 Generator = Callable[[Params, dict[str, jax.Array]], jax.Array]
@@ -30,7 +31,7 @@ def class_labels(num_images: int, num_classes: int) -> np.ndarray:
 
 
 def make_generator(network: Network, config: ml_collections.ConfigDict, mesh: Mesh) -> Generator:
-    """The jitted sampler of config.sample for batches placed by `place_batch`.
+    """The jitted sampler of config.sample for batches placed by `place_everywhere`.
 
     Raises:
         UserError: settings that no sampler can take.
@@ -68,15 +69,17 @@ def generate_images(
 
     The last batch is filled up with images that are thrown away, so that one compilation serves all.
     """
-    gather = jax.jit(lambda x: x, out_shardings=replicated(mesh))
+    gather = _gather(mesh)
     devices = mesh.size
     batch_size = -(-min(batch_size, len(labels)) // devices) * devices
-    rows = slice(
-        jax.process_index() * batch_size // jax.process_count(),
-        (jax.process_index() + 1) * batch_size // jax.process_count(),
-    )
     for first in range(start, len(labels), batch_size):
         index = np.arange(first, first + batch_size, dtype=np.int32)
-        batch: dict[str, Any] = {"index": index[rows], "label": labels[np.minimum(index, len(labels) - 1)][rows]}
-        images = gather(generator(params, place_batch(mesh, batch)))
+        batch: dict[str, Any] = {"index": index, "label": labels[np.minimum(index, len(labels) - 1)]}
+        images = gather(generator(params, place_everywhere(mesh, batch)))
         yield np.asarray(images)[: len(labels) - first]
+
+
+@functools.cache
+def _gather(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """All of an array onto every device; made once a mesh, so that it is compiled once."""
+    return jax.jit(lambda x: x, out_shardings=replicated(mesh))

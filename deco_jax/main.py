@@ -10,18 +10,30 @@ import errno
 import os
 import re
 import sys
+import time
+import traceback
 from typing import Any
 
 # Data workers import this file again: everything heavy is imported inside the functions.
 from absl import app, flags
 from ml_collections import config_flags
 
-MODES = ("train", "sample", "import", "export")
+_STARTED = time.monotonic()
+
+MODES = ("train", "sample", "compile", "benchmark", "import", "export")
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py, or configs/NAME.py:VARIANT.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.")
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 _SOURCE = flags.DEFINE_string("source", "", "import: the official checkpoint, a .ckpt file.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", "", "compile: the machine to compile for, such as v5e:16x16 or cpu:8; this one if empty."
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "Several processes: HOST:PORT of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Several processes: how many.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Several processes: which one this is, from 0.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other hosts of a TPU pod; SLURM and MPI are noticed.")
+_TIMEOUT = flags.DEFINE_integer("distributed_timeout", 300, "Seconds that each stage of joining may take.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Checkpoint to read instead of the workdir's newest.")
 
 
@@ -95,6 +107,34 @@ def _fail(message: str) -> None:
 
 
 def main(_: list[str]) -> None:
+    code: int | None = None
+    try:
+        _run()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if not _several_processes():
+            raise
+    except BaseException:
+        if not _several_processes():
+            raise
+        traceback.print_exc()
+        code = 1
+    if _several_processes():
+        from deco_jax import distributed
+
+        distributed.leave(code or 0)
+
+
+def _several_processes() -> bool:
+    """Whether this process joined others; without starting JAX only to ask."""
+    if "jax" not in sys.modules:
+        return False
+    import jax
+
+    return jax.distributed.is_initialized()
+
+
+def _run() -> None:
     from absl import logging
 
     from deco_jax import config as config_lib
@@ -103,7 +143,15 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     workdir = _WORKDIR.value or ""
     try:
+        if _MODE.value in ("compile", "benchmark") and not _CONFIG.value.teacher.path:
+            _CONFIG.value.teacher.path = "-"  # its weights' shapes are enough
         config_lib.check(_CONFIG.value)
+        if _MODE.value != "compile":
+            from deco_jax import distributed
+
+            distributed.start(
+                _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _TIMEOUT.value, _DISTRIBUTED.value
+            )
         if _MODE.value == "train":
             from deco_jax.train import train
 
@@ -112,6 +160,14 @@ def main(_: list[str]) -> None:
             from deco_jax.sample import sample
 
             sample(_CONFIG.value, workdir, _CHECKPOINT.value)
+        elif _MODE.value == "compile":
+            from deco_jax.compile import compile_step
+
+            compile_step(_CONFIG.value, workdir, _TOPOLOGY.value)
+        elif _MODE.value == "benchmark":
+            from deco_jax.benchmark import benchmark
+
+            benchmark(_CONFIG.value, workdir, time.monotonic() - _STARTED)
         elif _MODE.value == "import":
             from deco_jax.convert.checkpoints import import_checkpoint
 

@@ -16,7 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from deco_jax import checkpoint, generate, images, sharding
+from deco_jax import checkpoint, distributed, generate, images, sharding
 from deco_jax.config import to_json
 from deco_jax.models import network as network_lib
 from deco_jax.workdir import make_workdir
@@ -36,14 +36,16 @@ def sample(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str
     labels = generate.class_labels(settings.num_images, config.model.num_classes)
     parts = Parts(folder / "parts", fingerprint(config, where))
     main_host = jax.process_index() == 0
-    print(f"{len(labels):,} images from {where}, {parts.count:,} of them done; compiling ...", flush=True)
+    if main_host:
+        print(f"{len(labels):,} images from {where}, {parts.count:,} of them done; compiling ...", flush=True)
     generator = generate.make_generator(network, config, mesh)
     began, compiled = time.monotonic(), False
     for batch in generate.generate_images(generator, params, labels, settings.batch_size, mesh, parts.count):
         parts.add(batch, write=main_host)
         took = "" if compiled else f" (compiled and drawn in {time.monotonic() - began:.1f} s)"
         compiled = True
-        print(f"{parts.count:,} of {len(labels):,} images{took}", flush=True)
+        if main_host:
+            print(f"{parts.count:,} of {len(labels):,} images{took}", flush=True)
     if not main_host:
         return
 
@@ -79,6 +81,7 @@ class Parts:
         self.count = 0
         while (path := self._path(self.count)).exists():
             self.count += len(np.load(path, mmap_mode="r"))
+        self.count = distributed.from_main_host(self.count)
 
     def _path(self, first: int) -> pathlib.Path:
         return self.folder / f"{first:09d}.npy"

@@ -115,7 +115,24 @@ def check_batch(mesh: Mesh, batch_size: int, key: str, parts: int = 1) -> None:
         raise UserError(f"{key}={batch_size} does not divide by {by}; {nearest} would")
 
 
+def host_rank(mesh: Mesh) -> int:
+    """This host's place in the order in which the hosts' rows stand in a batch; it reads that share of the data."""
+    rows = batch_sharding(mesh).devices_indices_map((mesh.size,))
+    first: dict[int, int] = {}
+    for device, (row,) in rows.items():
+        first[device.process_index] = min(row.start or 0, first.get(device.process_index, mesh.size))
+    return sorted(first, key=first.__getitem__).index(jax.process_index())
+
+
 def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """This host's rows of a batch onto its devices, as arrays of the global batch."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def place_everywhere(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """A global batch that every host has all of, split over the devices."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__) for name, rows in batch.items()
+    }

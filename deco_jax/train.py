@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import pathlib
@@ -23,7 +24,7 @@ import optax
 from absl import logging
 from jax.sharding import Mesh
 
-from deco_jax import checkpoint, generate, images, preemption, sharding
+from deco_jax import checkpoint, distributed, generate, images, monitor, preemption, sharding
 from deco_jax.config import image_sides, to_json
 from deco_jax.convert.dinov2 import load_teacher
 from deco_jax.data import pipeline, sources
@@ -174,6 +175,19 @@ def make_train_step(
     return train_step
 
 
+def lower_train_step(
+    networks: dict[str, Network], optimizer: optax.GradientTransformation, config: ml_collections.ConfigDict,
+    teacher: Teacher | None, mesh: Mesh, state: State, batch: dict[str, Any], teacher_params: Any,
+) -> jax.stages.Lowered:  # fmt: skip
+    """`make_train_step` for a state, batch and teacher's weights (arrays, or shapes with shardings), to be compiled."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = jax.jit(
+        make_train_step(networks, optimizer, config, teacher), donate_argnums=0,
+        out_shardings=(shardings, sharding.replicated(mesh)),
+    )  # fmt: skip
+    return step.lower(state, batch, teacher_params)
+
+
 # ---------------------------------------------------------------------------------------- the program
 
 
@@ -194,12 +208,14 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
     make_workdir(folder)
 
     checkpoints = checkpoint.Checkpoints(folder, config.train.keep_checkpoints)
-    state = checkpoints.restore(shapes, config)
+    with distributed.stage("reading the newest checkpoint"):
+        state = checkpoints.restore(shapes, config)
     resumed = state is not None
     if state is None:
-        state = create_state(config.seed, networks, optimizer, mesh)
-        if config.init_from:
-            state = start_from(config, state, mesh)
+        with distributed.stage("creating the state"):
+            state = create_state(config.seed, networks, optimizer, mesh)
+            if config.init_from:
+                state = start_from(config, state, mesh)
     start = int(state["step"])
     checkpoints.remove_after(start)
     main_host = jax.process_index() == 0
@@ -218,7 +234,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
 
     batches = pipeline.train_batches(
         source, image_size=image_sides(config.data.image_size), batch_size=config.data.batch_size, seed=config.seed,
-        start_step=start, host_index=jax.process_index(), host_count=jax.process_count(),
+        start_step=start, host_index=sharding.host_rank(mesh), host_count=jax.process_count(),
         num_workers=config.data.num_workers, flip=config.data.flip, max_unreadable=config.data.max_unreadable,
     )  # fmt: skip
     try:
@@ -241,27 +257,34 @@ def run(
         min(config.sample.num_images, config.sample.grid_images), config.model.num_classes
     )
 
-    batch = next(batches)
+    with distributed.stage("reading the first batch"):
+        batch = next(batches)
     unreadable = len(batch.pop("unreadable"))
     placed = sharding.place_batch(mesh, batch)
     writer.say("compiling the training step ...")
     began = time.monotonic()
-    state_sharding = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step_function = jax.jit(
-        make_train_step(networks, optimizer, config, teacher), donate_argnums=0,
-        out_shardings=(state_sharding, sharding.replicated(mesh)),
-    )  # fmt: skip
     # Compiled once, for these shapes: another shape or sharding later is an error, not a silent recompilation.
-    compiled = step_function.lower(state, placed, teacher_params).compile()
+    with distributed.stage("compiling the training step"):
+        compiled = lower_train_step(
+            networks, optimizer, config, teacher, mesh, state, placed, teacher_params
+        ).compile()
     writer.say(f"compiled in {time.monotonic() - began:.1f} s")
     writer.start_clock()
 
     pending: list[Metrics] = []  # of the steps since the last look, still on the device
-    since = time.monotonic()
-    with preemption.Watch() as watch:
+    since, sampled = time.monotonic(), False
+    profiler = monitor.Profiler(folder, config.train.profile_start, config.train.profile_steps)
+    with preemption.Watch() as watch, monitor.CompileWatch() as compilations, contextlib.closing(profiler):
         for step in range(start + 1, total + 1):
-            state, metrics = compiled(state, placed, teacher_params)
+            profiler.before(step - start - 1)
+            if step == start + 1:
+                with distributed.stage("the first step"), compilations.expected():
+                    state, metrics = jax.block_until_ready(compiled(state, placed, teacher_params))
+            else:
+                state, metrics = compiled(state, placed, teacher_params)
             pending.append(metrics)
+            if profiler.after(step - start, metrics):
+                writer.say(f"wrote a trace of {config.train.profile_steps} steps to {profiler.folder}")
             if step < total:
                 # While the device works on this step, the host brings the next batch.
                 batch = next(batches)
@@ -277,13 +300,19 @@ def run(
                     now = time.monotonic()
                     speed = config.data.batch_size * len(pending) / (now - since)
                     values = {name: float(value) for name, value in history[-1].items() if name != "skipped"}
+                    memory = monitor.peak_memory()
+                    if memory is not None:
+                        values["peak_memory_gib"] = memory / 2**30
                     writer.write(step, {**values, "images_per_second": speed, "unreadable_images": unreadable})
                 since = time.monotonic()
                 pending = []
             if saving:
-                checkpoints.save(step, state, config)
+                with compilations.expected():  # of the copies that a save starts with
+                    checkpoints.save(step, state, config)
             if config.train.sample_every and (step % config.train.sample_every == 0 or step == total):
-                grid = sample_grid(generator, state["ema"], labels, config, mesh)
+                with contextlib.nullcontext() if sampled else compilations.expected():
+                    grid = sample_grid(generator, state["ema"], labels, config, mesh)
+                sampled = True
                 writer.write_image(step, "samples", grid, folder / "samples" / f"step_{step:08d}.png")
                 writer.say(f"wrote {folder / 'samples' / f'step_{step:08d}.png'}")
                 since = time.monotonic()
@@ -333,16 +362,29 @@ def make_networks(
     config: ml_collections.ConfigDict, mesh: Mesh
 ) -> tuple[dict[str, Network], Teacher | None, Any]:
     """The networks that train, and the frozen teacher with its weights on the mesh (None and {} without REPA)."""
+    networks, teacher, shapes = abstract_networks(config, mesh)
+    if teacher is None:
+        return networks, None, {}
+    params = load_teacher(config.teacher.path, config.teacher.size, dtype=jnp.dtype(config.teacher.dtype))
+    return networks, teacher, jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, shapes))
+
+
+def abstract_networks(
+    config: ml_collections.ConfigDict, mesh: Mesh
+) -> tuple[dict[str, Network], Teacher | None, Any]:
+    """`make_networks` without reading a file: the teacher's weights are ShapeDtypeStructs with shardings."""
     networks = {"denoiser": network_lib.build(config.model.to_dict())}
     if not config.loss.repa_weight:
         return networks, None, {}
     teacher = teacher_network(config)
-    dtype = jnp.dtype(config.teacher.dtype)
     teacher_width, _, _ = dinov2.sizes(config.teacher.size)
     networks["projector"] = make_projector(config.model, teacher_width)
-    params = load_teacher(config.teacher.path, config.teacher.size, dtype=dtype)
-    placed = jax.device_put({"teacher": params}, sharding.state_shardings(mesh, {"teacher": params}))["teacher"]
-    return networks, functools.partial(teacher_features, teacher, config.model.patch_size), placed
+    placed = sharding.state_shardings(mesh, {"teacher": teacher.shapes})["teacher"]
+    dtype = jnp.dtype(config.teacher.dtype)
+    shapes = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where), teacher.shapes, placed
+    )
+    return networks, functools.partial(teacher_features, teacher, config.model.patch_size), shapes
 
 
 def teacher_network(config: ml_collections.ConfigDict) -> Network:

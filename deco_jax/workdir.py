@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import pathlib
 
+from deco_jax import distributed
 from deco_jax.errors import UserError
 
 
 def make_workdir(folder: pathlib.Path) -> None:
-    """Create a folder and make sure it can be written to.
+    """Create a folder and make sure it can be written to; with several hosts, by the first, for all.
 
     Raises:
         UserError: it is a file, or can't be written.
     """
+    distributed.on_main_host(lambda: _make(folder))
+
+
+def _make(folder: pathlib.Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"

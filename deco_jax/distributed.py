@@ -1,0 +1,166 @@
+"""Several hosts as one program: joining, agreeing, leaving; and naming the stage in which a start hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from deco_jax.errors import UserError
+
+# A stage that takes longer says so, again and again.
+REMINDER_SECONDS = 60.0
+
+
+def several_tasks(environment: Mapping[str, str]) -> bool:
+    """Whether a scheduler started this process as one of several: srun, mpirun, or a TPU slice's runtime."""
+    counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+    if any(environment.get(name, "1").strip() not in ("", "0", "1") for name in counts):
+        return True
+    return "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+
+
+def start(
+    coordinator: str = "", num_processes: int = 0, process_id: int = -1, timeout: int = 300, forced: bool = False
+) -> None:
+    """Join the other processes, if there are any, before anything touches a device.
+
+    Args:
+        coordinator: host:port of process 0, with the next two; empty: ask the environment (SLURM, MPI, TPU slice).
+        num_processes, process_id: how many there are, and which this one is.
+        timeout: seconds for each stage; then the process ends with status 1 and names the stage.
+        forced: join even if nothing in the environment speaks of several tasks (a TPU pod's virtual machines).
+
+    Raises:
+        UserError: the flags contradict each other, or the others can't be joined.
+    """
+    explicit = bool(coordinator) or num_processes > 0 or process_id >= 0
+    if timeout < 1:
+        raise UserError(f"--distributed_timeout={timeout} must be at least 1 second")
+    if explicit:
+        if not (coordinator and num_processes > 0 and 0 <= process_id < num_processes):
+            raise UserError(
+                f"--coordinator={coordinator or '?'} --num_processes={num_processes} --process_id={process_id}: "
+                "give all three, HOST:PORT of process 0, how many there are, and this one's number from 0"
+            )
+        if not coordinator.rpartition(":")[2].isdigit():
+            raise UserError(f"--coordinator={coordinator} needs a port, as in 10.0.0.1:12345")
+    elif not (forced or several_tasks(os.environ)):
+        return
+
+    who = f"process {process_id} of {num_processes}" if explicit else "this process"
+    where = f"to the coordinator {coordinator}" if explicit else "as the environment says"
+    with stage(f"connecting {where}", timeout, who):
+        try:
+            # The watch over the stage ends a process that waits too long, with a line that JAX wouldn't give.
+            if explicit:
+                jax.distributed.initialize(
+                    coordinator, num_processes=num_processes, process_id=process_id, initialization_timeout=timeout + 60
+                )
+            else:
+                jax.distributed.initialize(initialization_timeout=timeout + 60)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"the processes could not be joined: {str(error).splitlines()[0][:300]}; "
+                "check --coordinator, --num_processes and --process_id, or the scheduler's environment"
+            ) from error
+    with stage("starting the devices", timeout):
+        local, everywhere = jax.local_device_count(), jax.device_count()
+    with stage(f"waiting for all {jax.process_count()} hosts ({local} of {everywhere} devices are here)", timeout):
+        multihost_utils.sync_global_devices("start")
+
+
+@contextlib.contextmanager
+def stage(name: str, limit: float | None = None, who: str = "") -> Iterator[None]:
+    """Log a stage of starting on every host: begin, end with seconds, a reminder each minute.
+
+    Args:
+        limit: seconds after which the process ends with status 1.
+        who: names the process before JAX can; given where there are several for sure.
+    """
+    if not who and jax.process_count() > 1:
+        who = f"host {jax.process_index()} of {jax.process_count()}"
+    prefix = f"[{who}, {socket.gethostname()}] " if who else ""
+    if who:
+        print(f"{prefix}{name} ...", file=sys.stderr, flush=True)
+    began, finished = time.monotonic(), threading.Event()
+
+    def watch() -> None:
+        while True:
+            left = REMINDER_SECONDS if limit is None else began + limit - time.monotonic()
+            if finished.wait(max(0.0, min(left, REMINDER_SECONDS))):
+                return
+            spent = time.monotonic() - began
+            if limit is not None and spent >= limit:
+                print(
+                    f"error: {prefix}still {name} after {spent:.0f} s (--distributed_timeout); "
+                    "is every other process running, and reachable from here?", file=sys.stderr, flush=True,
+                )  # fmt: skip
+                os._exit(1)
+            print(f"{prefix}still {name}, {spent:.0f} s", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        thread.join()
+    if who:
+        print(f"{prefix}{name}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
+
+
+def on_main_host(action: Callable[[], None]) -> None:
+    """Do something on the first host only; return on all hosts when it is done.
+
+    Raises:
+        UserError: it failed there (with the reason, on that host).
+    """
+    if jax.process_count() == 1:
+        action()
+        return
+    failure: BaseException | None = None
+    if jax.process_index() == 0:
+        try:
+            action()
+        except (UserError, OSError) as error:
+            failure = error
+    if from_main_host(failure is not None):
+        raise failure or UserError("the first host could not go on; its log says why")
+
+
+def from_main_host(value: int | bool) -> int:
+    """The first host's value, on all hosts."""
+    if jax.process_count() == 1:
+        return int(value)
+    return int(multihost_utils.broadcast_one_to_all(np.asarray(int(value), np.int32)))
+
+
+def all_hosts(value: bool) -> bool:
+    """Whether all hosts say yes."""
+    if jax.process_count() == 1:
+        return value
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(value))))
+
+
+def leave(code: int, timeout: float = 60.0) -> NoReturn:
+    """End this process of several: after the others are done too if all went well, at once if not.
+
+    Nothing of the interpreter's own end is left to run: with threads of the runtime still there it can hang.
+    """
+    if code == 0:
+        threading.Thread(target=lambda: (time.sleep(timeout), os._exit(code)), daemon=True).start()
+        with contextlib.suppress(RuntimeError):
+            jax.distributed.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

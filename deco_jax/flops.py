@@ -1,0 +1,107 @@
+"""The model's own arithmetic: floating-point operations of a forward pass and of a training step.
+
+A multiply-add counts as two. Only matrix products are counted, as the architecture defines them: what an
+implementation computes twice (rematerialisation) or manages to avoid (the folded pixel embedding) doesn't change
+the figure, so that shares of a chip's peak can be compared between codes. XLA's own cost analysis can't serve: it
+counts the body of a loop once.
+
+Published figures (DeCo, arXiv 2511.19365, Table 1 and its code): L 155, XL 245 GFLOP an image at 256².
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from deco_jax.config import image_sides
+from deco_jax.diffusion import guidance, samplers
+from deco_jax.models.pixel_decoder import POSITION_FEATURES
+
+# DINOv2 (arXiv 2304.07193): width and depth by size; 14-pixel patches, one class token, MLPs of four times the width.
+TEACHERS = {"S": (384, 12), "B": (768, 12), "L": (1024, 24)}
+
+
+def forward(model: Mapping[str, Any], image_size: int | tuple[int, int]) -> dict[str, float]:
+    """FLOPs of one image's forward pass, by part.
+
+    Args:
+        model: config.model.
+        image_size: a side, or (height, width), in pixels.
+    """
+    height, width_px = image_sides(image_size)
+    patch, width, depth = model["patch_size"], model["width"], model["depth"]
+    tokens, pixels = height * width_px // patch**2, height * width_px
+    text = model["text_length"] if model["text_width"] else 0
+    hidden = 4 * width if text else int(2 * 4 * width / 3)
+
+    parts = {
+        "embeddings": tokens * 3 * patch**2 * width + 256 * width + width**2,  # patches, time
+        "modulation": depth * 6 * width**2,
+        "projections": depth * tokens * 4 * width**2,
+        "attention": depth * 2 * tokens * (tokens + text) * width,
+        "mlp": depth * tokens * 3 * width * hidden,
+    }
+    if text:
+        block = text * (4 * width**2 + 2 * text * width + 3 * width * hidden) + 6 * width**2
+        parts["embeddings"] += text * model["text_width"] * width
+        parts["projections"] += depth * text * 2 * width**2
+        parts["text_blocks"] = model["text_depth"] * block
+    if model["name"] == "dit":
+        parts["head"] = 2 * width**2 + tokens * width * 3 * patch**2
+    if model["name"] == "deco":
+        inner, query = model["decoder_width"], model["decoder_patch_size"]
+        queries, values = pixels // query**2, 3 * query**2
+        modulation = 3 * inner**2 if model["decoder_interaction"] == "adaln" else 0
+        parts["condition"] = tokens * width * (patch // query) ** 2 * inner
+        parts["pixel_embed"] = queries * ((values + POSITION_FEATURES) * inner + inner**2)
+        parts["pixel_blocks"] = queries * model["decoder_depth"] * (modulation + 2 * inner**2)
+        parts["pixel_output"] = queries * inner * values
+    if model["name"] == "pixnerd":
+        inner, generated = model["decoder_width"], 2 * model["decoder_ratio"] * model["decoder_width"] ** 2
+        parts["condition"] = model["decoder_depth"] * tokens * width * generated
+        parts["pixel_embed"] = pixels * (3 + POSITION_FEATURES) * inner
+        parts["pixel_blocks"] = model["decoder_depth"] * pixels * generated
+        parts["pixel_output"] = pixels * inner * 3
+    return {name: 2.0 * multiply_adds for name, multiply_adds in parts.items()}
+
+
+def forward_total(model: Mapping[str, Any], image_size: int | tuple[int, int]) -> float:
+    """FLOPs of one image's forward pass."""
+    return sum(forward(model, image_size).values())
+
+
+def teacher(size: str, image_size: int | tuple[int, int], patch_size: int) -> float:
+    """FLOPs of DINOv2's forward pass on one image, which it reads at 14/patch_size of its sides."""
+    height, width_px = image_sides(image_size)
+    width, depth = TEACHERS[size]
+    patches = height * width_px // patch_size**2
+    tokens = patches + 1
+    block = tokens * 12 * width**2 + 2 * tokens**2 * width
+    return 2.0 * (patches * 3 * 14**2 * width + depth * block)
+
+
+def projector(width: int, teacher_size: str, tokens: int) -> float:
+    """FLOPs of REPA's projector on one image."""
+    return 2.0 * tokens * (2 * width**2 + width * TEACHERS[teacher_size][0])
+
+
+def training(config: ml_collections.ConfigDict) -> float:
+    """FLOPs of training on one image: forward and twice that for the gradients, and the teacher's forward."""
+    model, size = config.model, config.data.image_size
+    total = 3 * forward_total(model, size)
+    if config.loss.repa_weight:
+        height, width = image_sides(size)
+        total += 3 * projector(model.width, config.teacher.size, height * width // model.patch_size**2)
+        total += teacher(config.teacher.size, size, model.patch_size)
+    return total
+
+
+def sampling(config: ml_collections.ConfigDict) -> float:
+    """FLOPs of sampling one image by config.sample; a guided evaluation runs the network twice."""
+    settings = config.sample
+    times = samplers.timesteps(settings.num_steps, settings.shift)
+    guided = guidance.guided_steps(times, settings.guidance, settings.guidance_interval)
+    steps = samplers.SAMPLERS[settings.sampler](times).step  # the step that each evaluation belongs to
+    return float(sum(1 + guided[steps])) * forward_total(config.model, config.data.image_size)

@@ -1,0 +1,37 @@
+"""What is known of chips: memory and peak arithmetic, by the makers' data sheets (dense bfloat16, no sparsity)."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import jax
+
+
+class Chip(NamedTuple):
+    """One device as JAX counts them."""
+
+    name: str
+    memory: float  # bytes
+    peak: float  # bfloat16 FLOP/s
+
+
+GIGA, TERA = 1e9, 1e12
+GIB = 2**30
+
+# Pattern of jax.Device.device_kind → chip. TPU memory is what the compiler may use of it.
+CHIPS: tuple[tuple[str, Chip], ...] = (
+    (r"TPU v5 ?(lite|e)", Chip("v5e", 15.75 * GIB, 197 * TERA)),
+    (r"TPU v5p?$", Chip("v5p", 95.74 * GIB, 459 * TERA)),
+    (r"TPU v6 ?(lite|e)", Chip("v6e", 31.25 * GIB, 918 * TERA)),
+    (r"TPU v4$", Chip("v4", 32 * GIB, 275 * TERA)),
+    (r"H200", Chip("H200", 141 * GIGA, 989 * TERA)),
+    (r"(H100|H800)", Chip("H100", 80 * GIGA, 989 * TERA)),
+    (r"(A100|A800).*40", Chip("A100-40GB", 40 * GIGA, 312 * TERA)),
+    (r"(A100|A800)", Chip("A100-80GB", 80 * GIGA, 312 * TERA)),
+)
+
+
+def chip_of(device: jax.Device) -> Chip | None:
+    """The chip of a device (a topology's too); None where nothing is known, such as a CPU."""
+    return next((chip for pattern, chip in CHIPS if re.search(pattern, device.device_kind)), None)

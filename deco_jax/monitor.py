@@ -1,0 +1,86 @@
+"""Watching a run from inside: profiler traces, unexpected compilations, device memory."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from absl import logging
+
+COMPILATION = "/jax/core/compile/backend_compile_duration"
+
+
+class Profiler:
+    """A trace of a few steps for TensorBoard or xprof, in WORKDIR/profile.
+
+    Args:
+        start: steps of this process before the trace begins; 0: no trace.
+        steps: how many it covers.
+    """
+
+    def __init__(self, workdir: pathlib.Path, start: int, steps: int) -> None:
+        self.folder = workdir / "profile"
+        self._first, self._last = start + 1, start + steps if start else 0
+        self._running = False
+
+    def before(self, done: int) -> None:
+        """Call before a step with the steps done so far by this process."""
+        if self._last and done + 1 == self._first:
+            jax.profiler.start_trace(str(self.folder))
+            self._running = True
+
+    def after(self, done: int, result: Any) -> bool:
+        """Call after a step; True once the trace is written."""
+        if not self._running or done < self._last:
+            return False
+        jax.block_until_ready(result)  # steps run behind the host's back
+        self.close()
+        return True
+
+    def close(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+
+
+class CompileWatch:
+    """While entered, each compilation that nobody announced is logged as a warning: it stalls every device."""
+
+    def __init__(self) -> None:
+        self.unexpected = 0
+        self._expected = 0
+
+    def __enter__(self) -> CompileWatch:
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+
+    @contextlib.contextmanager
+    def expected(self) -> Iterator[None]:
+        """Compilations in here are part of the plan."""
+        self._expected += 1
+        try:
+            yield
+        finally:
+            self._expected -= 1
+
+    def _listen(self, event: str, seconds: float, **details: Any) -> None:
+        if event != COMPILATION or self._expected:
+            return
+        self.unexpected += 1
+        name = details.get("fun_name", "a function")
+        logging.warning("%s was compiled again after the first step (%.1f s): a shape or dtype changes", name, seconds)
+
+
+def peak_memory() -> int | None:
+    """Most bytes that this host's first device has held so far; None where the device doesn't say."""
+    try:
+        stats = jax.local_devices()[0].memory_stats() or {}
+    except jax.errors.JaxRuntimeError:
+        return None
+    return stats.get("peak_bytes_in_use")
