@@ -103,9 +103,7 @@ def time_training(config: ml_collections.ConfigDict, mesh: Mesh, add: Callable[.
 
     began = time.monotonic()
     with distributed.stage("compiling the training step"):
-        step = lower_train_step(
-            networks, optimizer, config, teacher, mesh, state, batch, teacher_params
-        ).compile()
+        step = lower_train_step(networks, optimizer, config, teacher, mesh, state, batch, teacher_params).compile()
     add("compile", [time.monotonic() - began])
     began = time.monotonic()
     state, metrics = jax.block_until_ready(step(state, batch, teacher_params))
@@ -151,9 +149,7 @@ def time_forward(config: ml_collections.ConfigDict, mesh: Mesh, add: Callable[..
         add(name, timed(lambda: generator(params, placed), few), count, flops.sampling(config) * count)  # noqa: B023
 
 
-def time_input(
-    config: ml_collections.ConfigDict, mesh: Mesh, source: sources.Source, add: Callable[..., None]
-) -> None:
+def time_input(config: ml_collections.ConfigDict, mesh: Mesh, source: sources.Source, add: Callable[..., None]) -> None:
     """Row: one batch of the configured source, read, decoded and put on the devices."""
     batches = pipeline.train_batches(
         source, image_size=image_sides(config.data.image_size), batch_size=config.data.batch_size, seed=config.seed,

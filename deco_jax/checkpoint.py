@@ -22,6 +22,7 @@ from flax import serialization
 from jax.sharding import Mesh
 
 from deco_jax import config as config_lib
+from deco_jax import distributed
 from deco_jax.errors import UserError
 from deco_jax.models.network import Network
 from deco_jax.sharding import state_shardings
@@ -72,7 +73,7 @@ class Checkpoints:
             UserError: the checkpoint is another model's.
         """
         for step in reversed(self.steps()):
-            path = self.folder / str(step)
+            path, state = self.folder / str(step), None
             try:
                 check_model(path, config)
                 state = _restore_state(path, shapes)
@@ -80,8 +81,9 @@ class Checkpoints:
                 raise
             except Exception as error:
                 logging.error("the checkpoint %s is damaged and passed over: %s", path, _first_line(error))
-                continue
-            return state
+            # Each host reads its own part: what one can't read, none may go on from.
+            if distributed.all_hosts(state is not None):
+                return state
         if self.steps():
             raise UserError(f"none of the checkpoints in {self.folder} can be read; remove the folder to start anew")
         return None

@@ -1,8 +1,8 @@
 """--mode=compile: compile the training step for a machine one may not have, and say whether it fits. Runs nothing.
 
-    --topology=v5e:16x16   a TPU slice, by libtpu's compiler; no TPU is needed
-    --topology=cpu:8       that many devices made of this CPU: shardings and memory in outline
-    (none)                 this machine's own devices
+--topology=v5e:16x16   a TPU slice, by libtpu's compiler; no TPU is needed
+--topology=cpu:8       that many devices made of this CPU: shardings and memory in outline
+(none)                 this machine's own devices
 """
 
 from __future__ import annotations
@@ -170,9 +170,7 @@ def batch_shapes(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, jax
 
 def bytes_a_device(tree: Any) -> int:
     """Bytes that a device holds of arrays (or their shapes) with shardings."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
-    )
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def device_memory(device: jax.Device, mesh: Mesh) -> float | None:
@@ -235,7 +233,8 @@ def describe(report: dict[str, Any]) -> str:
         f"mesh        {mesh} of {report['device_kind']}",
         f"compiling   {report['seconds_to_compile']} s",
         f"arithmetic  {report['flops_per_step'] / 1e12:.4g} TFLOP a step, "
-        f"{report['flops_per_image'] / 1e9:.4g} GFLOP an image" + (", the teacher included" if report["teacher"] else ""),
+        f"{report['flops_per_image'] / 1e9:.4g} GFLOP an image"
+        + (", the teacher included" if report["teacher"] else ""),
         f"GiB a device: parameters {gib['parameters']}, average {gib['average']}, optimizer {gib['optimizer']}, "
         f"arguments {gib['arguments']}, temporaries {gib['temporaries']}, peak {gib['peak']}",
     ]

@@ -158,7 +158,9 @@ def leave(code: int, timeout: float = 60.0) -> NoReturn:
     Nothing of the interpreter's own end is left to run: with threads of the runtime still there it can hang.
     """
     if code == 0:
-        threading.Thread(target=lambda: (time.sleep(timeout), os._exit(code)), daemon=True).start()
+        late = threading.Timer(timeout, os._exit, [code])
+        late.daemon = True
+        late.start()
         with contextlib.suppress(RuntimeError):
             jax.distributed.shutdown()
     sys.stdout.flush()

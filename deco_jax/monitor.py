@@ -69,12 +69,14 @@ class CompileWatch:
         finally:
             self._expected -= 1
 
-    def _listen(self, event: str, seconds: float, **details: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event != COMPILATION or self._expected:
             return
         self.unexpected += 1
-        name = details.get("fun_name", "a function")
-        logging.warning("%s was compiled again after the first step (%.1f s): a shape or dtype changes", name, seconds)
+        name = kwargs.get("fun_name", "a function")
+        logging.warning(
+            "%s was compiled after the first step (%.1f s): a shape or a type that changes?", name, duration_secs
+        )
 
 
 def peak_memory() -> int | None:

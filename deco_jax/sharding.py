@@ -120,7 +120,8 @@ def host_rank(mesh: Mesh) -> int:
     rows = batch_sharding(mesh).devices_indices_map((mesh.size,))
     first: dict[int, int] = {}
     for device, (row,) in rows.items():
-        first[device.process_index] = min(row.start or 0, first.get(device.process_index, mesh.size))
+        host: int = device.process_index  # type: ignore[attr-defined]
+        first[host] = min(row.start or 0, first.get(host, mesh.size))
     return sorted(first, key=first.__getitem__).index(jax.process_index())
 
 

@@ -17,9 +17,7 @@ def paper_config(variant):
     return config
 
 
-@pytest.mark.parametrize(
-    "variant, size, published", [("L", 256, 155), ("XL", 256, 245), ("XL", 512, 1080)]
-)
+@pytest.mark.parametrize("variant, size, published", [("L", 256, 155), ("XL", 256, 245), ("XL", 512, 1080)])
 def test_forward_equals_the_published_figure(variant, size, published):
     model = paper_config(variant).model
     assert flops.forward_total(model, size) / GIGA == pytest.approx(published, rel=0.01)
