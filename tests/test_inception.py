@@ -24,7 +24,7 @@ F = torch.nn.functional
 
 WEIGHTS = os.environ.get("DECO_JAX_INCEPTION")
 needs_weights = pytest.mark.skipif(
-    not WEIGHTS, reason="set DECO_JAX_INCEPTION to the path of the real inception-2015-12-05.pt (83 MiB, not ours to ship)"
+    not WEIGHTS, reason="set DECO_JAX_INCEPTION to the path of the real inception-2015-12-05.pt (83 MiB, not shipped)"
 )
 
 # --- an independent network: torchvision's names and layer table, F.conv2d and F.batch_norm ---------------------------
@@ -341,7 +341,7 @@ def test_wrong_values(state, tmp_path, key, value, message):
 
 
 def test_missing_and_damaged_files(weights, tmp_path):
-    with pytest.raises(UserError, match="no Inception weights at .*; get pt_inception"):
+    with pytest.raises(UserError, match=r"no Inception weights at .*; get pt_inception"):
         load_inception(tmp_path / "none.pt")
     damaged = tmp_path / "damaged.pt"
     for content in (b"", b"not a weight file", weights.read_bytes()[:1_000_000]):

@@ -142,7 +142,8 @@ class Accumulator:
     def load(cls, path: str | os.PathLike) -> Accumulator:
         """Read what `save` wrote; compare `.fingerprint` before going on. UserError if missing or damaged."""
         try:
-            with np.load(path) as file:
+            # np.load leaves a damaged file open if it opened it itself
+            with open(path, "rb") as handle, np.load(handle) as file:
                 state = {key: file[key] for key in file.files}
             if int(state["format"]) != FORMAT:
                 raise ValueError(f"format {state['format']} instead of {FORMAT}")
@@ -317,7 +318,7 @@ def _header(member) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 def _moments(path: pathlib.Path, mean_key: str, covariance_key: str, width: int) -> tuple[np.ndarray, np.ndarray]:
     try:
-        with np.load(path) as file:
+        with open(path, "rb") as handle, np.load(handle) as file:
             mean, covariance = file[mean_key], file[covariance_key]
     except _NPZ_ERRORS as error:
         raise UserError(f"{path} is damaged ({_brief(error)}); download it again") from error
