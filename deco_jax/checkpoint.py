@@ -9,7 +9,11 @@ dictionaries of arrays, readable without this package.
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging as logging_lib
 import pathlib
+import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,8 +39,11 @@ class Checkpoints:
     """The checkpoints of one workdir."""
 
     def __init__(self, workdir: str | pathlib.Path, keep: int) -> None:
+        _hush_orbax()
         self.folder = (pathlib.Path(workdir) / FOLDER).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def steps(self) -> list[int]:
@@ -61,7 +68,9 @@ class Checkpoints:
             what = "a checkpoint" if step is None else f"the checkpoint of step {step} (or the one before)"
             kept = complete_steps(self.folder.parent)
             rest = f"step {kept[-1]} is intact and the run resumes from it" if kept else "none is complete yet"
-            raise UserError(f"writing {what} to {self.folder} failed: {_first_line(error)}; free space there; {rest}") from error
+            raise UserError(
+                f"writing {what} to {self.folder} failed: {_first_line(error)}; free space there; {rest}"
+            ) from error
 
     def restore(self, shapes: State, config: ml_collections.ConfigDict) -> State | None:
         """The newest readable state, or None if there is none yet; damaged ones are named and passed over.
@@ -231,6 +240,30 @@ def _readable(path: pathlib.Path) -> Iterator[None]:
         raise UserError(f"the checkpoint {path} can't be read: {_first_line(error)}; choose another") from error
 
 
+@functools.cache
+def _hush_orbax() -> None:
+    """Keep what Orbax logs, with a stack trace for each thread and array, out of sight: it raises all of that too.
+
+    A failed write also leaves TensorStore with callbacks into an event loop that is closed; they say so one by one.
+    """
+    logging.get_absl_logger().addFilter(lambda record: "/orbax/" not in record.pathname)
+    logging_lib.getLogger("asyncio").setLevel(logging_lib.CRITICAL)
+
+    def without_closed_loop(report: Any) -> Any:
+        def hook(*details: Any) -> None:
+            error = details[1] if len(details) > 1 else details[0].exc_value
+            if str(error) != "Event loop is closed":
+                report(*details)
+
+        return hook
+
+    sys.unraisablehook = without_closed_loop(sys.unraisablehook)
+    sys.excepthook = without_closed_loop(sys.excepthook)
+
+
 def _first_line(error: BaseException) -> str:
+    # TensorStore's chains of messages end with the system's reason.
+    if reason := re.search(r"([^:\[\]]+) \[os_error_code='\d+'", str(error)):
+        return reason[1].strip()
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300]

@@ -1,0 +1,245 @@
+"""What bad input gets, through the command line: one line, exit status 1, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.helpers import ROOT, run_main
+from tests.runs import NO_SAMPLES, SMOKE, files, rows, steps, succeed, two_steps
+
+# What is given on the command line, and what the line has to say. {tmp} is an empty folder, {data} one with faulty
+# data and a file, {run} a finished run of two steps.
+FLAGS = [
+    ([], "--config is missing"),
+    (["--config"], "no config"),
+    (["--config="], "no config"),
+    (["--config=configs/none.py"], "no config 'configs/none.py'"),
+    (["--config=configs"], "no config 'configs'"),
+    (["--config=configs/quickstart.py:nope"], r"there is no variant 'nope'; choose digits or smoke"),
+    (["--config=configs/cifar10.py:nope"], "there is no variant 'nope'"),
+    (["--config=configs/imagenet256.py:nope"], "there is no variant 'nope'"),
+    ([SMOKE, "--config.model.widht=64"], r"--config.model.widht; did you mean --config.model.width"),
+    ([SMOKE, "--config.modle.width=64"], r"--config.modle.width; did you mean --config.model.width"),
+    ([SMOKE, "--noconfig.data.flop"], r"--config.data.flop; did you mean --config.data.flip"),
+    ([SMOKE, "--config.train.num_steps.x=1"], r"no setting --config.train.num_steps.x"),
+    ([SMOKE, "--config.model=3"], r"--config.model=3"),
+    ([SMOKE, "--modus=train"], "modus"),
+    ([SMOKE, "--mode=fly"], "--mode=fly.*train"),
+    ([SMOKE, "somewhere"], "unexpected argument 'somewhere'"),
+    ([SMOKE, "--config.data.batch_size=abc"], "--config.data.batch_size=abc.*a value like 16"),
+    ([SMOKE, "--config.data.batch_size=2.5"], "--config.data.batch_size=2.5.*a value like 16"),
+    ([SMOKE, "--config.data.flip=3"], "--config.data.flip=3.*a value like False"),
+]
+VALUES = [
+    (["--config.data.batch_size=0"], "batch_size=0 must be at least 1"),
+    (["--config.model.patch_size=3"], "patch_size=3 does not divide the image, 16x16"),
+    (["--config.model.num_heads=3"], "num_heads=3 does not divide .*width=32"),
+    (["--config.model.width=24"], "head width 6 .*multiple of 4"),
+    (["--config.data.image_size=4"], "image_size=4 must be a side of at least 8"),
+    (["--config.data.image_size=(16,4)"], r"image_size=\(16, 4\) must be a side of at least 8"),
+]
+MACHINE = [
+    (["--config.mesh.data=1024"], "1024 x 1 = 1024 devices, this machine has"),
+    (["--config.mesh.fsdp=1024"], "1024"),
+    (["--config.data.source=image_folder"], "data.path is empty"),
+    (["--config.data.source=image_folder", "--config.data.path={tmp}/none"], "no such folder: .*/none"),
+    (["--config.data.source=image_folder", "--config.data.path={tmp}"], "no class folders"),
+    (["--config.data.source=tfds", "--config.data.path={tmp}/none"], "no such folder: .*/none"),
+    (["--config.model.num_classes=11"], "the data has 10 classes, the model 11"),
+    (["--config.data.source=image_folder", "--config.data.path={data}/no_images"], "class folders without images"),
+    (
+        ["--config.data.source=image_folder", "--config.data.path={data}/one_class"],
+        "the data has 1 classes.*num_classes=1",
+    ),
+    (["--mode=sample"], "there is no checkpoint in"),
+    (["--mode=sample", "--checkpoint={tmp}/none"], "there is no checkpoint in .*/none"),
+    (["--config.init_from={tmp}/none"], "there is no checkpoint in .*/none"),
+    (["--config.init_from={run}", "--config.model.width=64"], "another model .*width: 32 there, 64 here"),
+    (["--workdir={run}", "--config.model.depth=3"], r"checkpoints/2 is .* another model \(depth: 2 there, 3 here\)"),
+    (["--workdir={run}", "--config.model.depth=3", "--mode=sample"], "another model .*depth: 2 there, 3 here"),
+    (["--workdir={data}/file"], "/file is, or lies under, a file"),
+    (["--workdir={data}/file/run"], "/file/run is, or lies under, a file"),
+    (["--workdir={data}/file", "--mode=sample", "--checkpoint={run}"], "is, or lies under, a file"),
+    # A file system that takes no folders, not even from root.
+    (["--workdir=/proc/run"], "/proc/run can't be written"),
+    (["--workdir=/proc/run", "--mode=sample", "--checkpoint={run}"], "/proc/run/samples can't be written"),
+]
+
+
+def refuse(*arguments: object, says: str, **options) -> None:
+    """The command prints one line and exits with 1."""
+    result = run_main(*arguments, timeout=120, **options)
+    says_what_is_wrong(result.returncode, result.stderr, says)
+
+
+def says_what_is_wrong(code: int, stderr: str, says: str) -> None:
+    assert code == 1, stderr
+    assert re.fullmatch(r"error: [^\n]+\n", stderr), stderr
+    assert re.search(says, stderr), stderr
+
+
+# Runs each command line in a fork of one interpreter that has imported everything: seconds instead of minutes.
+RUN_ALL = """
+import json, os, sys, traceback
+from absl import app
+from deco_jax import main, sample, train
+results = []
+for arguments in json.load(sys.stdin):
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(write, 2)
+        code = 1
+        try:
+            sys.argv = ["deco_jax.main", *arguments]
+            app.run(main.main, flags_parser=main.parse)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(code)
+    os.close(write)
+    with os.fdopen(read) as stderr:
+        said = stderr.read()
+    results.append((os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said))
+json.dump(results, open(sys.argv[1], "w"))
+"""
+CASES = FLAGS + [([SMOKE, *arguments], says) for arguments, says in VALUES + MACHINE]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Of each of CASES: its folder, its exit status, what it wrote to stderr."""
+    folder, data = tmp_path_factory.mktemp("cases"), tmp_path_factory.mktemp("data")
+    run = two_steps(data)
+    for name in ("no_images", "one_class"):
+        (data / name / "cat").mkdir(parents=True)
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(data / "one_class" / "cat" / "1.png")
+    (data / "file").write_text("mine")
+    before = files(data)
+    folders = [folder / str(i) for i in range(len(CASES))]
+    commands = []
+    for case, (arguments, _) in zip(folders, CASES, strict=True):
+        (case / "empty").mkdir(parents=True)
+        filled = [argument.format(tmp=case / "empty", data=data, run=run) for argument in arguments]
+        commands.append([f"--workdir={case / 'run'}", *filled])
+    subprocess.run(
+        [sys.executable, "-c", RUN_ALL, folder / "results"], input=json.dumps(commands), text=True, cwd=ROOT,
+        timeout=240, check=True, capture_output=True,
+    )  # fmt: skip
+    assert files(data) == before
+    results = json.loads((folder / "results").read_text())
+    return [(case, code, said) for case, (code, said) in zip(folders, results, strict=True)]
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=[" ".join(arguments) or "none" for arguments, _ in CASES])
+def test_one_line(outcomes, case):
+    folder, code, said = outcomes[case]
+    says_what_is_wrong(code, said, CASES[case][1])
+    assert [entry.name for entry in folder.iterdir()] == ["empty"]
+    assert not any((folder / "empty").iterdir())
+
+
+@pytest.mark.parametrize("arguments, says", [FLAGS[3], FLAGS[5], FLAGS[8], FLAGS[17]] + CASES[len(FLAGS) :: 6][:3])
+def test_as_a_command(tmp_path, arguments, says):
+    """The same, each in an interpreter of its own."""
+    refuse(*arguments, f"--workdir={tmp_path / 'run'}", says=says)
+    assert not any(tmp_path.iterdir())
+
+
+def test_missing_workdir():
+    refuse(SMOKE, says="--workdir is missing")
+
+
+@pytest.mark.parametrize(
+    "program, says",
+    [
+        ("raise RuntimeError('boom\\nand more')", "bad.py could not be read: boom and more"),
+        ("def get_config(:", "bad.py could not be read: invalid syntax"),
+        ("def get_config():\n    return {}['nope']", "bad.py could not be read: .*nope"),
+        ("open('/nowhere/at/all')", "bad.py could not be read: .*nowhere"),
+        ("import ml_collections as m\ndef get_config():\n    return m.ConfigDict()", "config.seed is missing"),
+    ],
+)
+def test_config_that_fails_itself(tmp_path, program, says):
+    (tmp_path / "bad.py").write_text(program)
+    refuse(f"--config={tmp_path / 'bad.py'}", f"--workdir={tmp_path / 'run'}", says=says)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("item", ["ema", "config"])
+def test_damaged_checkpoint_to_sample_from(tmp_path, item):
+    workdir = two_steps(tmp_path)
+    for file in (workdir / "checkpoints" / "2" / item).rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:7])
+    refuse(SMOKE, f"--workdir={workdir}", "--mode=sample", says="checkpoints/2 can't be read: .*choose another")
+    assert not (workdir / "samples").exists()
+
+
+def test_no_readable_checkpoint_to_resume_from(tmp_path):
+    workdir = two_steps(tmp_path)
+    for step in (1, 2):
+        shutil.rmtree(workdir / "checkpoints" / str(step) / "params" / "d")
+        shutil.rmtree(workdir / "checkpoints" / str(step) / "params" / "ocdbt.process_0")
+    before = files(workdir)
+    result = run_main(SMOKE, f"--workdir={workdir}", NO_SAMPLES)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "none of the checkpoints" in result.stderr.splitlines()[-1]
+    assert files(workdir) == before
+
+
+def test_disk_that_fills_while_saving(tmp_path):
+    """A limit on the size of files stands in for the disk: the write fails in the same place, with EFBIG."""
+    workdir = two_steps(tmp_path)
+    before = files(workdir / "checkpoints" / "2")
+    metrics = rows(workdir)
+    command = [SMOKE, f"--workdir={workdir}", NO_SAMPLES]
+    succeed(SMOKE, f"--workdir={tmp_path / 'whole'}", NO_SAMPLES)  # also fills the compile cache
+
+    def fill() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    result = run_main(*command, preexec_fn=fill)
+    assert result.returncode == 1, (result.stdout, result.stderr)
+    assert re.fullmatch(r"error: writing .* failed: [^\n]*free space[^\n]*step 2 is intact[^\n]*\n", result.stderr)
+    assert files(workdir / "checkpoints" / "2") == before
+
+    succeed(*command)
+    assert steps(workdir) == ["1", "2", "4"]
+    assert {step: row["loss"] for step, row in rows(workdir).items()} == {
+        step: row["loss"] for step, row in rows(tmp_path / "whole").items()
+    }
+    assert rows(workdir)[2] == metrics[2]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1.5 MB, where one may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    if (
+        not mount
+        or subprocess.run([mount, "-t", "tmpfs", "-o", "size=1500k", "tmpfs", folder], capture_output=True).returncode
+    ):
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_small_disk(small_disk):
+    command = [SMOKE, f"--workdir={small_disk / 'run'}", NO_SAMPLES, "--config.train.save_every=1"]
+    refuse(*command, says="writing .* failed: .*free space")
