@@ -69,7 +69,7 @@ def _jit(config: ml_collections.ConfigDict) -> None:
 
 def _pixnerd(config: ml_collections.ConfigDict) -> None:
     with config.unlocked():
-        del config.model.decoder_patch_size, config.model.decoder_interaction
+        del config.model.decoder_patch_size, config.model.decoder_interaction, config.model.decoder_chunk
         config.model.decoder_ratio = 2
     config.model.name = "pixnerd"
     config.model.decoder_width, config.model.decoder_depth = 64, 2

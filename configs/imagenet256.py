@@ -37,6 +37,7 @@ def get_config(variant: str = "XL") -> ml_collections.ConfigDict:
     config.model.decoder_width, config.model.decoder_depth = 32, 3
     config.model.decoder_patch_size = 1  # the decoder works at every pixel
     config.model.decoder_interaction = "adaln"
+    config.model.decoder_chunk = 0  # pixels at a time; 0: all at once. 4096 on a CPU
     config.model.text_width = config.model.text_length = config.model.text_depth = 0
     config.model.dtype = "bfloat16"
     config.model.remat = "full"  # none: fastest, most memory; dots; full: least memory

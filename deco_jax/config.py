@@ -71,6 +71,7 @@ MODEL = {
     "deco": TRUNK | DECODER | {
         "decoder_patch_size": Key(int, *at_least(1)),
         "decoder_interaction": Key(str, *one_of("adaln", "add")),
+        "decoder_chunk": Key(int, *at_least(0)),  # queries at a time, 0: all; some thousands on a CPU
     },
     "dit": TRUNK,
     "pixnerd": TRUNK | DECODER | {"decoder_ratio": Key(int, *at_least(1))},
@@ -248,6 +249,6 @@ def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def model_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """Settings in which two model sections describe different parameters, as "key: theirs there, ours here"."""
-    harmless = {"dtype", "remat", "unroll", "attention"}
+    harmless = {"dtype", "remat", "unroll", "attention", "decoder_chunk"}
     keys = [key for key in {**ours, **theirs} if key not in harmless and ours.get(key) != theirs.get(key)]
     return [f"{key}: {theirs.get(key)} there, {ours.get(key)} here" for key in keys]

@@ -1,9 +1,9 @@
 """The training program, top to bottom.
 
-    uint8 batch ─ to_float ─ x ─┐
-                     noise ε ───┼─ x_t = t·x + (1−t)·ε ─ denoiser ─ v̂ ─ v̂ − v ─┬─ pixel flow matching
-             t ~ logit-normal ──┘         labels, dropped ─┘   │               ├─ JPEG-weighted DCT
-    uint8 batch ─ frozen DINOv2 ─ features ──────────── projector(hidden) ─────┴─ REPA
+uint8 batch ─ to_float ─ x ─┐
+                 noise ε ───┼─ x_t = t·x + (1−t)·ε ─ denoiser ─ v̂ ─ v̂ − v ─┬─ pixel flow matching
+         t ~ logit-normal ──┘         labels, dropped ─┘   │               ├─ JPEG-weighted DCT
+uint8 batch ─ frozen DINOv2 ─ features ──────────── projector(hidden) ─────┴─ REPA
 """
 
 from __future__ import annotations
@@ -143,9 +143,7 @@ def make_train_step(
             metrics, grads = loss_and_gradient(state["params"], batch, draws, teacher_params)
         else:
             # Part i takes every accumulate-th row, so that each device works on its own rows in every part.
-            parts = jax.tree.map(
-                lambda a: jnp.swapaxes(a.reshape(-1, accumulate, *a.shape[1:]), 0, 1), (batch, draws)
-            )
+            parts = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(-1, accumulate, *a.shape[1:]), 0, 1), (batch, draws))
 
             def add(total: Any, part: Any) -> tuple[Any, None]:
                 result = loss_and_gradient(state["params"], *part, teacher_params)
@@ -253,9 +251,7 @@ def run(
     """The loop of `train`, with everything made."""
     start, total = int(state["step"]), config.train.num_steps
     generator = generate.make_generator(networks["denoiser"], config, mesh)
-    labels = generate.class_labels(
-        min(config.sample.num_images, config.sample.grid_images), config.model.num_classes
-    )
+    labels = generate.class_labels(min(config.sample.num_images, config.sample.grid_images), config.model.num_classes)
 
     with distributed.stage("reading the first batch"):
         batch = next(batches)
@@ -265,9 +261,7 @@ def run(
     began = time.monotonic()
     # Compiled once, for these shapes: another shape or sharding later is an error, not a silent recompilation.
     with distributed.stage("compiling the training step"):
-        compiled = lower_train_step(
-            networks, optimizer, config, teacher, mesh, state, placed, teacher_params
-        ).compile()
+        compiled = lower_train_step(networks, optimizer, config, teacher, mesh, state, placed, teacher_params).compile()
     writer.say(f"compiled in {time.monotonic() - began:.1f} s")
     writer.start_clock()
 
@@ -358,9 +352,7 @@ def sample_grid(
 # ---------------------------------------------------------------------------------------- setting up
 
 
-def make_networks(
-    config: ml_collections.ConfigDict, mesh: Mesh
-) -> tuple[dict[str, Network], Teacher | None, Any]:
+def make_networks(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[dict[str, Network], Teacher | None, Any]:
     """The networks that train, and the frozen teacher with its weights on the mesh (None and {} without REPA)."""
     networks, teacher, shapes = abstract_networks(config, mesh)
     if teacher is None:
@@ -369,9 +361,7 @@ def make_networks(
     return networks, teacher, jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, shapes))
 
 
-def abstract_networks(
-    config: ml_collections.ConfigDict, mesh: Mesh
-) -> tuple[dict[str, Network], Teacher | None, Any]:
+def abstract_networks(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[dict[str, Network], Teacher | None, Any]:
     """`make_networks` without reading a file: the teacher's weights are ShapeDtypeStructs with shardings."""
     networks = {"denoiser": network_lib.build(config.model.to_dict())}
     if not config.loss.repa_weight:
@@ -403,9 +393,7 @@ def start_from(config: ml_collections.ConfigDict, state: State, mesh: Mesh) -> S
     where = checkpoint.find(config.init_from)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state["params"])
     params = checkpoint.load_params(where, shapes, config, mesh)
-    ema = checkpoint.load_average(
-        where, Network(_no_init, _no_init, shapes["denoiser"]), config, mesh
-    )
+    ema = checkpoint.load_average(where, Network(_no_init, _no_init, shapes["denoiser"]), config, mesh)
     return {**state, "params": params, "ema": ema}
 
 

@@ -1,4 +1,4 @@
-"""Official checkpoints in and out: the imported answers are the reference's, and what comes back is equal to the bit."""
+"""Official checkpoints in and out: imported ones answer as the reference does, exported ones are equal to the bit."""
 
 from __future__ import annotations
 

@@ -21,18 +21,19 @@ class DeCo(Trunk):
         decoder_width, decoder_depth: of the pixel decoder.
         decoder_patch_size: pixels a side that the decoder treats as one token (1 in the paper's model).
         decoder_interaction: how the decoder takes the condition, "adaln" or "add".
+        decoder_chunk: queries the decoder works on at a time; see `pixel_decoder.PixelDecoder`.
         trunk: see `dit.Trunk`.
     """
 
     def __init__(
         self, *, decoder_width: int, decoder_depth: int, decoder_patch_size: int = 1,
-        decoder_interaction: str = "adaln", rngs: nnx.Rngs, **trunk: Any,
+        decoder_interaction: str = "adaln", decoder_chunk: int = 0, rngs: nnx.Rngs, **trunk: Any,
     ) -> None:  # fmt: skip
         super().__init__(**trunk, rngs=rngs)
         self.decoder = PixelDecoder(
             self.width, width=decoder_width, depth=decoder_depth, patch_size=self.patch_size,
-            query_size=decoder_patch_size, interaction=decoder_interaction, rotary=self.with_text,
-            dtype=self.dtype, remat=self.remat, rngs=rngs,
+            query_size=decoder_patch_size, interaction=decoder_interaction, chunk=decoder_chunk,
+            rotary=self.with_text, dtype=self.dtype, remat=self.remat, rngs=rngs,
         )  # fmt: skip
 
     def __call__(

@@ -63,9 +63,7 @@ class DINOv2(nnx.Module):
         dtype: compute dtype; resizing, norms and softmax are float32.
     """
 
-    def __init__(
-        self, width: int, depth: int, num_heads: int, *, dtype: Dtype = jnp.float32, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, width: int, depth: int, num_heads: int, *, dtype: Dtype = jnp.float32, rngs: nnx.Rngs) -> None:
         self.width, self.dtype = width, dtype
         normal = initializers.normal(0.02)
         self.patch_embed = Linear(3 * PATCH**2, width, dtype=dtype, rngs=rngs)

@@ -138,13 +138,9 @@ class Trunk(nnx.Module):
         mlp_hidden = 4 * width if self.with_text else int(2 * 4 * width / 3)
 
         def block(rngs: nnx.Rngs, with_text: bool) -> Block:
-            return Block(
-                width, num_heads, mlp_hidden, with_text=with_text, attention=attention, dtype=dtype, rngs=rngs
-            )
+            return Block(width, num_heads, mlp_hidden, with_text=with_text, attention=attention, dtype=dtype, rngs=rngs)
 
-        self.patch_embed = Linear(
-            3 * patch_size**2, width, kernel_init=xavier, bias_init=zeros, dtype=dtype, rngs=rngs
-        )
+        self.patch_embed = Linear(3 * patch_size**2, width, kernel_init=xavier, bias_init=zeros, dtype=dtype, rngs=rngs)
         self.time_embed = TimestepEmbedding(width, dtype=dtype, rngs=rngs)
         if self.with_text:
             self.text_embed = TextEmbedding(text_width, width, dtype=dtype, rngs=rngs)
@@ -220,9 +216,7 @@ class FinalLayer(nnx.Module):
 
     def __init__(self, width: int, patch_size: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
         self.modulation = Linear(width, 2 * width, kernel_init=zeros, bias_init=zeros, dtype=dtype, rngs=rngs)
-        self.linear = Linear(
-            width, 3 * patch_size**2, kernel_init=zeros, bias_init=zeros, dtype=dtype, rngs=rngs
-        )
+        self.linear = Linear(width, 3 * patch_size**2, kernel_init=zeros, bias_init=zeros, dtype=dtype, rngs=rngs)
 
     def __call__(self, h: jax.Array, condition: jax.Array) -> jax.Array:
         shift, scale = jnp.split(self.modulation(condition)[:, None], 2, axis=-1)

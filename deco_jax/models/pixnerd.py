@@ -48,9 +48,7 @@ class GeneratedDecoder(nnx.Module):
     ) -> None:  # fmt: skip
         self.depth, self.patch_size, self.dtype, self.remat = depth, patch_size, dtype, remat
         self.pixel_embed = Linear(3 + POSITION_FEATURES, width, dtype=dtype, rngs=rngs)
-        self.blocks = stack(
-            lambda rngs: GeneratedBlock(model_width, width, ratio, dtype=dtype, rngs=rngs), depth, rngs
-        )
+        self.blocks = stack(lambda rngs: GeneratedBlock(model_width, width, ratio, dtype=dtype, rngs=rngs), depth, rngs)
         self.norm = RMSNorm(width)
         self.output = Linear(width, 3, kernel_init=zeros, bias_init=zeros, dtype=dtype, rngs=rngs)
 
