@@ -53,6 +53,7 @@ fi
 
 logs=$(mktemp -d)
 pids=()
+# shellcheck disable=SC2329  # by the traps
 forward() { kill -"$1" "${pids[@]}" 2>/dev/null || true; }
 trap 'forward TERM' TERM
 trap 'forward INT' INT

@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# GPUs of one or several SLURM nodes: one process a GPU, joined by jax.distributed through SLURM's own variables.
+#
+#   launch/slurm.sh [--dry-run] [--nodes=2] [--gpus=8] [--time=24:00:00] [--name=deco] [--sbatch=OPTION ...] -- \
+#       --config=configs/imagenet256.py --workdir=/shared/runs/xl --config.mesh.fsdp=8
+#
+# --gpus is for each node; --sbatch=--partition=x and the like are passed on. The workdir must be on a file system
+# that all nodes share. Two minutes before its time is over the job gets SIGTERM, saves, and is put into the queue
+# again; --dry-run prints the batch script.
+set -euo pipefail
+
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+
+dry_run=""
+nodes=1
+gpus=8
+limit=24:00:00
+name=deco
+extra=()
+while [[ $# -gt 0 ]]; do
+  case $1 in
+    --dry-run) dry_run=1 ;;
+    --nodes=*) nodes=${1#*=} ;;
+    --gpus=*) gpus=${1#*=} ;;
+    --time=*) limit=${1#*=} ;;
+    --name=*) name=${1#*=} ;;
+    --sbatch=*) extra+=("${1#*=}") ;;
+    --) shift; break ;;
+    *) usage ;;
+  esac
+  shift
+done
+[[ $nodes =~ ^[1-9][0-9]*$ && $gpus =~ ^[1-9][0-9]*$ && $# -gt 0 ]] || usage
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+arguments=$(printf '%q ' "$@")
+batch() {
+  cat <<SBATCH
+#!/usr/bin/env bash
+#SBATCH --job-name=$name
+#SBATCH --nodes=$nodes
+#SBATCH --ntasks-per-node=$gpus
+#SBATCH --gpus-per-node=$gpus
+#SBATCH --time=$limit
+#SBATCH --signal=B:TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%j.log
+SBATCH
+  for option in "${extra[@]+"${extra[@]}"}"; do echo "#SBATCH $option"; done
+  cat <<SBATCH
+set -uo pipefail
+cd $(printf '%q' "$root") || exit 1
+
+stopped=""
+# shellcheck disable=SC2329  # by the trap
+stop() { stopped=1; kill -TERM "\$step"; }
+trap stop TERM
+# Every task sees all GPUs of its node and takes the one of its local number.
+srun --kill-on-bad-exit=1 --gpu-bind=none ${PYTHON:-python} -m deco_jax.main $arguments&
+step=\$!
+wait "\$step"
+code=\$?
+if [[ \$stopped ]]; then
+  wait "\$step"
+  code=\$?
+  if [[ \$code -eq 0 ]]; then scontrol requeue "\$SLURM_JOB_ID"; fi
+fi
+exit "\$code"
+SBATCH
+}
+
+if [[ $dry_run ]]; then batch; else batch | sbatch; fi

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from launch import sweep
+from tests.helpers import ROOT
+
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+ARGUMENTS = ["--config=configs/quickstart.py:smoke", "--workdir=a folder"]
+
+
+def run(*command, **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHON": sys.executable}
+    return subprocess.run(
+        list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment, **options
+    )
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck(script):
+    result = run("shellcheck", script)
+    assert result.returncode == 0, result.stdout
+
+
+DRY_RUNS = {
+    "single_gpu.sh": (["--gpu=3"], "CUDA_VISIBLE_DEVICES=3"),
+    "slurm.sh": (["--nodes=4", "--gpus=8", "--sbatch=--partition=x"], "#SBATCH --nodes=4"),
+    "tpu_pod.sh": (["--name=slice", "--zone=here"], "--worker=all"),
+    "local_processes.sh": (["3"], "--process_id=2"),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_dry_run_prints_the_command_and_runs_nothing(script):
+    options, expected = DRY_RUNS[script.name]
+    result = run(script, "--dry-run", *options, "--", *ARGUMENTS)
+    assert result.returncode == 0, result.stderr
+    assert expected in result.stdout
+    assert "deco_jax.main" in result.stdout
+    assert "a\\ folder" in result.stdout.replace("\\\\\\", "\\")  # quoted, however deep
+    assert not (ROOT / "a folder").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_without_arguments_it_says_how_to_call_it(script):
+    result = run(script)
+    assert result.returncode == 2
+    assert f"launch/{script.name}" in result.stderr
+
+
+def test_slurm_script_is_sound():
+    script = run("launch/slurm.sh", "--dry-run", "--", *ARGUMENTS).stdout
+    assert run("bash", "-n", "/dev/stdin", input=script).returncode == 0
+    assert "--ntasks-per-node=8" in script
+    assert "--signal=B:TERM@120" in script
+
+
+def test_values_split_at_commas_outside_brackets():
+    assert sweep.split_values("1e-4,2e-4") == ["1e-4", "2e-4"]
+    assert sweep.split_values("(0.,1.),(.1,1.)") == ["(0.,1.)", "(.1,1.)"]
+
+
+def test_grid_times_list():
+    runs = sweep.plan(pathlib.Path("w"), ["a.x=1,2"], ["b.y=3 c=4  # a comment", "", "b.y=5"])
+    assert [r.settings for r in runs] == [
+        {"b.y": "3", "c": "4", "a.x": "1"}, {"b.y": "3", "c": "4", "a.x": "2"},
+        {"b.y": "5", "a.x": "1"}, {"b.y": "5", "a.x": "2"},
+    ]  # fmt: skip
+    assert len({r.folder for r in runs}) == 4
+
+
+def test_runs_whose_names_would_be_equal_get_two_folders():
+    runs = sweep.plan(pathlib.Path("w"), ["path=a/b,a_b"], [])
+    assert len({r.folder for r in runs}) == 2
+
+
+def finished(folder: pathlib.Path, loss: float, step: int = 10) -> None:
+    (folder / "checkpoints" / "10").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"train": {"num_steps": 10}}))
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": step, "loss": loss}) + '\n{"step": 1')
+
+
+def test_table_is_sorted_and_unfinished_runs_come_last(tmp_path):
+    runs = sweep.plan(tmp_path, ["seed=0,1,2"], [])
+    finished(runs[0].folder, 2.0)
+    finished(runs[1].folder, 1.0, step=5)
+    (runs[0].folder / "evaluation.json").write_text(json.dumps({"fid": 3.5, "files": {}}))
+    table = sweep.gather(runs, tmp_path, "loss", descending=False).splitlines()
+    assert table[0] == "| seed | done | loss | step | fid |"
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| 1", "| 0", "| 2"]
+    rows = json.loads((tmp_path / "sweep.json").read_text())
+    assert [row["done"] for row in rows] == [False, True, False]
+    descending = sweep.gather(runs, tmp_path, "loss", descending=True).splitlines()
+    assert [line.split(" | ")[0] for line in descending[2:]] == ["| 0", "| 1", "| 2"]
+
+
+def test_sweep_runs_skips_and_gathers(tmp_path):
+    arguments = [
+        "launch/sweep.py", "--config=configs/quickstart.py:smoke", f"--workdir={tmp_path}", "--grid", "seed=0,1",
+        "--", "--config.train.num_steps=1", "--config.train.sample_every=0",
+    ]  # fmt: skip
+    dry = run(sys.executable, arguments[0], "--dry-run", *arguments[1:])
+    assert dry.stdout.count("deco_jax.main") == 2
+    assert not list(tmp_path.iterdir())
+    first = run(sys.executable, *arguments)
+    assert first.returncode == 0, first.stderr
+    assert "running seed=0" in first.stdout
+    assert (tmp_path / "sweep.md").read_text().count("True") == 2
+    again = run(sys.executable, *arguments)
+    assert again.stdout.count("done already") == 2
+
+
+def test_sweep_says_which_run_failed(tmp_path):
+    result = run(
+        sys.executable, "launch/sweep.py", "--config=configs/quickstart.py:smoke", f"--workdir={tmp_path}", "--grid",
+        "model.num_heads=5",
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "1 of 1 runs failed: num_heads=5" in result.stderr
+
+
+def test_sweep_as_an_array(tmp_path):
+    result = run(
+        sys.executable, "launch/sweep.py", "--config=configs/quickstart.py:smoke", f"--workdir={tmp_path}", "--grid",
+        "seed=0,1,2", "--slurm", "--sbatch=--gpus=1", "--dry-run", "--", "--config.train.num_steps=1",
+    )  # fmt: skip
+    assert "#SBATCH --array=0-2" in result.stdout
+    assert "#SBATCH --gpus=1" in result.stdout
+    assert '--only="$SLURM_ARRAY_TASK_ID" -- --config.train.num_steps=1' in result.stdout
+    assert run("bash", "-n", "/dev/stdin", input=result.stdout).returncode == 0
