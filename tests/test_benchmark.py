@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import json
+
+import ml_collections
+import pytest
+
+from deco_jax import benchmark
+from tests.helpers import run_main
+
+
+def test_figures_of_a_row():
+    row = benchmark.row([2.0, 1.0, 4.0], images=8, arithmetic=6e12, peak=12e12)
+    assert row["seconds"] == {"median": 2.0, "min": 1.0, "max": 4.0}
+    assert row["images_per_second"] == 4.0
+    assert row["tflop_per_second"] == 3.0
+    assert row["share_of_peak"] == 0.25
+    text = benchmark.line("train step", row)
+    assert "25.0%" in text
+    assert len(text) == len(benchmark.HEADER)
+
+
+def test_a_row_without_arithmetic_or_a_known_chip():
+    assert set(benchmark.row([1.0], 0, 0.0, 1e12)) == {"seconds", "runs"}
+    assert "share_of_peak" not in benchmark.row([1.0], 1, 1e9, None)
+
+
+def test_warm_up_is_not_timed():
+    calls = []
+    seconds = benchmark.timed(lambda: calls.append(0), ml_collections.ConfigDict({"warmup": 2, "repeats": 3}))
+    assert (len(calls), len(seconds)) == (5, 3)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("benchmark")
+    result = run_main("--config=configs/benchmark_cpu.py:smoke", f"--workdir={workdir}", "--mode=benchmark")
+    assert result.returncode == 0, result.stderr
+    for name in ("train step", "forward", "input batch"):
+        assert f"  {name} " in result.stdout
+    return json.loads((workdir / "benchmark.json").read_text())
+
+
+def test_every_part_is_timed(report):
+    rows = report["rows"]
+    names = [
+        "import", "build", "compile", "first step", "train step", "forward", "sample one image", "sample 10",
+        "input batch",
+    ]  # fmt: skip
+    assert list(rows) == names
+    for row in rows.values():
+        seconds = row["seconds"]
+        assert 0 < seconds["min"] <= seconds["median"] <= seconds["max"]
+    assert rows["train step"]["images_per_second"] == pytest.approx(8 / rows["train step"]["seconds"]["median"])
+    assert report["chip"] is None
+    assert "share_of_peak" not in rows["train step"]
