@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deco_jax import distributed
+from deco_jax.errors import UserError
+from tests.helpers import ROOT, run_main
+from tests.runs import SMOKE, rows, steps, succeed
+
+MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=4")
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, False),  # inside an allocation, but not started by srun
+        ({"SLURM_STEP_NUM_TASKS": "8"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+    ],
+)
+def test_who_started_this_process(environment, expected):
+    assert distributed.several_tasks(environment) is expected
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"coordinator": "a:1"}, "give all three"),
+        ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "give all three"),
+        ({"num_processes": 2, "process_id": 0}, "give all three"),
+        ({"coordinator": "a", "num_processes": 2, "process_id": 0}, "needs a port"),
+        ({"timeout": 0}, "at least 1 second"),
+    ],
+)
+def test_flags_that_contradict_each_other(flags, message):
+    with pytest.raises(UserError, match=message):
+        distributed.start(**flags)
+
+
+def test_one_process_agrees_with_itself():
+    done = []
+    distributed.on_main_host(lambda: done.append(1))
+    assert done == [1]
+    assert distributed.from_main_host(3) == 3
+    assert distributed.all_hosts(True)
+    assert not distributed.all_hosts(False)
+
+
+def test_stage_logs_where_there_are_several(capsys):
+    with distributed.stage("testing", who="process 1 of 2"):
+        pass
+    logged = capsys.readouterr().err
+    assert "process 1 of 2" in logged
+    assert "testing ..." in logged
+    with distributed.stage("testing"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_that_waits_in_vain_names_the_stage(process, tmp_path):
+    result = run_main(
+        SMOKE, f"--workdir={tmp_path / 'run'}", f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2",
+        f"--process_id={process}", "--distributed_timeout=4", timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 1
+    last = [line for line in result.stderr.splitlines() if line.startswith("error:")][-1]
+    assert "still connecting to the coordinator 127.0.0.1:" in last
+    assert f"process {process} of 2" in last
+    assert not (tmp_path / "run").exists()
+
+
+def together(workdir, *arguments: str) -> list[subprocess.Popen]:
+    """Two processes with four devices each."""
+    port = free_port()
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    return [
+        subprocess.Popen(
+            [
+                sys.executable, "-m", "deco_jax.main", SMOKE, f"--workdir={workdir}", *MESH, *arguments,
+                f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}",
+            ],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+
+
+def finish(processes: list[subprocess.Popen], timeout: float = 400) -> list[str]:
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    return outputs
+
+
+@pytest.mark.slow
+def test_two_hosts_train_and_sample_like_one_and_one_goes_on(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    succeed(SMOKE, f"--workdir={one}", *MESH, env=eight, timeout=400)
+
+    outputs = finish(together(two, "--config.train.num_steps=2"))
+    assert "done: step 2" in outputs[0]
+    assert "done: step 2" not in outputs[1]  # one host speaks
+    for stage in ("connecting", "creating the state", "compiling the training step", "the first step"):
+        assert all(stage in output for output in outputs)
+    # One process with the same eight devices takes over.
+    succeed(SMOKE, f"--workdir={two}", *MESH, env=eight, timeout=400)
+
+    expected, actual = rows(one), rows(two)
+    assert list(expected) == list(actual) == [1, 2, 3, 4]
+    for step in expected:
+        for name in ("loss", "pixel", "frequency", "gradient_norm"):
+            assert actual[step][name] == pytest.approx(expected[step][name], rel=1e-5)
+    for name in ("step_00000002.png", "step_00000004.png"):
+        grids = [np.asarray(Image.open(folder / "samples" / name), np.int32) for folder in (one, two)]
+        assert np.abs(grids[0] - grids[1]).max() <= 1
+
+    outputs = finish(together(two, "--mode=sample", "--config.sample.npz=True"))
+    assert "samples.npz" in outputs[0]
+    succeed(SMOKE, f"--workdir={one}", *MESH, "--mode=sample", "--config.sample.npz=True", env=eight, timeout=400)
+    images = [np.load(folder / "samples" / "samples.npz")["arr_0"].astype(np.int32) for folder in (one, two)]
+    assert np.abs(images[0] - images[1]).max() <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_sigterm_on_any_host_saves_the_same_step_on_all(signalled, tmp_path):
+    processes = together(
+        tmp_path, "--config.train.num_steps=100000", "--config.train.save_every=100000",
+        "--config.train.sample_every=0",
+    )  # fmt: skip
+    metrics = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 400
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert time.monotonic() < deadline, finish(processes, timeout=1)
+        time.sleep(0.1)
+    processes[signalled].send_signal(signal.SIGTERM)
+    outputs = finish(processes)
+    (saved,) = steps(tmp_path)
+    assert f"saved step {saved}" in outputs[0]
+    assert rows(tmp_path)[int(saved) - 1]["step"] == int(saved) - 1
