@@ -69,7 +69,9 @@ def topology_devices(topology: str) -> list[jax.Device]:
     kind = {"v5e": "v5litepod", "v6e": "v6e"}.get(match[3], match[3])
     cores = 1 if kind in ("v5litepod", "v6e") else 2  # the older generations are named by their cores
     for name, value in {
-        "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": f"{kind}-{cores * chips}",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is touched, so it does not matter who holds one
+        "TPU_ACCELERATOR_TYPE": f"{kind}-{cores * chips}",
         "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
     }.items():  # fmt: skip
         os.environ.setdefault(name, value)
