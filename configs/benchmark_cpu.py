@@ -23,6 +23,7 @@ def get_config(variant: str = "S") -> ml_collections.ConfigDict:
     config.model.dtype = "float32"
     config.model.remat = "none"
     config.model.unroll = 12
+    config.model.decoder_chunk = 4096
     config.data.source, config.data.path = "digits", ""
     config.data.batch_size = 8
     config.data.num_workers = 0

@@ -28,6 +28,7 @@ def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
     config.model.dtype = "float32"
     config.model.remat = "none"
     config.model.unroll = 4
+    config.model.decoder_chunk = 1024
     config.data.source = "digits"
     config.data.image_size = 16
     config.data.batch_size = 64

@@ -45,7 +45,7 @@ def parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
         if path is not None:
-            _flatten(flags.FLAGS["config"].value.to_dict())  # an OSError of the config file waits for the first look
+            _settings()  # an OSError of the config file waits for the first look
     except flags.IllegalFlagValueError as error:
         _fail(_wrong_value(path, error))
     except flags.Error as error:
@@ -70,12 +70,17 @@ def _config_argument(argv: list[str]) -> str | None:
     return value
 
 
+def _settings() -> dict[str, Any]:
+    """The config as it stands, by dotted key."""
+    return _flatten(_CONFIG.value.to_dict()) if _CONFIG.value is not None else {}
+
+
 def _wrong_value(path: str | None, error: flags.IllegalFlagValueError) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     if lines[0].startswith("flag --config="):  # ends with the traceback's last line, "ValueError: ..."
         return f"the config {path} could not be read: {lines[-1].partition(': ')[2] or lines[-1]}"
     key = re.match(r"flag --config\.([\w.]+)=", lines[0])
-    default = _flatten(flags.FLAGS["config"].value.to_dict()).get(key[1]) if key else None
+    default = _settings().get(key[1]) if key else None
     return " ".join(lines) + ("" if default is None else f"; it takes a value like {default}")
 
 

@@ -51,7 +51,7 @@ def sample(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str
 
     shown = np.unique(np.linspace(0, len(labels) - 1, min(settings.grid_images, len(labels))).round().astype(int))
     grid = images.class_grid(parts.take(shown), config.model.num_classes)
-    save_png(folder / "grid.png", images.enlarge(grid, max(1, 512 // max(grid.shape[:2]))))
+    save_png(folder / "grid.png", images.enlarge(grid, max(1, round(720 / max(grid.shape[:2])))))
     print(f"wrote {folder / 'grid.png'}")
     if settings.npz:
         write_npz(folder / "samples.npz", parts)

@@ -146,13 +146,14 @@ def make_train_step(
             parts = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(-1, accumulate, *a.shape[1:]), 0, 1), (batch, draws))
 
             def add(total: Any, part: Any) -> tuple[Any, None]:
-                result = loss_and_gradient(state["params"], *part, teacher_params)
+                part_batch, part_draws = part
+                result = loss_and_gradient(state["params"], part_batch, part_draws, teacher_params)
                 return jax.tree.map(jnp.add, total, result), None
 
-            first = jax.tree.map(lambda a: a[0], parts)
+            batch, draws = jax.tree.map(lambda a: a[0], parts)
             zeros = jax.tree.map(
                 lambda a: jnp.zeros(a.shape, a.dtype),
-                jax.eval_shape(loss_and_gradient, state["params"], *first, teacher_params),
+                jax.eval_shape(loss_and_gradient, state["params"], batch, draws, teacher_params),
             )
             summed, _ = jax.lax.scan(add, zeros, parts)
             metrics, grads = jax.tree.map(lambda a: a / accumulate, summed)
@@ -346,7 +347,7 @@ def sample_grid(
     batch_size = config.sample.batch_size
     samples = np.concatenate(list(generate.generate_images(generator, params, labels, batch_size, mesh)))
     grid = images.class_grid(samples, config.model.num_classes)
-    return images.enlarge(grid, max(1, 512 // max(grid.shape[:2])))
+    return images.enlarge(grid, max(1, round(720 / max(grid.shape[:2]))))
 
 
 # ---------------------------------------------------------------------------------------- setting up

@@ -110,8 +110,9 @@ def gather(runs: list[Run], workdir: pathlib.Path, sort: str, descending: bool) 
 
     def rank(row: dict[str, Any]) -> tuple[bool, float]:
         value = row.get(sort)
-        known = isinstance(value, int | float)
-        return not known, (-value if descending else value) if known else 0.0
+        if not isinstance(value, int | float):
+            return True, 0.0
+        return False, -value if descending else value
 
     rows.sort(key=rank)
     settings = list(dict.fromkeys(key for run in runs for key in run.settings))

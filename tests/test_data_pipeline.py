@@ -11,12 +11,12 @@ import time
 
 import numpy as np
 import pytest
-from helpers import ROOT
 from PIL import Image
 
 from deco_jax.data.pipeline import MIN_IMAGES_JUDGED, epoch, read_one, train_batches
 from deco_jax.data.sources import Digits, ImageFolder, Source
 from deco_jax.errors import UserError
+from tests.helpers import ROOT
 
 SIZE = (4, 6)
 

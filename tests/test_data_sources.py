@@ -11,12 +11,12 @@ import sys
 import ml_collections
 import numpy as np
 import pytest
-from helpers import ROOT
 from PIL import Image
 
 from deco_jax.data.pipeline import epoch, read_one
 from deco_jax.data.sources import Digits, ImageFolder, Tfds, check_classes, open_source
 from deco_jax.errors import UserError
+from tests.helpers import ROOT
 
 
 def section(source: str, path: object = "", split: str = "") -> ml_collections.ConfigDict:

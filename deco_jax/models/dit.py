@@ -10,7 +10,7 @@ two-dimensional RoPE.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ class Attention(nnx.Module):
     """
 
     def __init__(
-        self, width: int, num_heads: int, *, with_text: bool, implementation: str, dtype: Dtype, rngs: nnx.Rngs
+        self, width: int, num_heads: int, *, with_text: bool, implementation: Literal["xla", "cudnn"], dtype: Dtype, rngs: nnx.Rngs
     ) -> None:
         head_width = width // num_heads
         self.num_heads, self.implementation = num_heads, implementation
@@ -79,7 +79,7 @@ class Block(nnx.Module):
 
     def __init__(
         self, width: int, num_heads: int, mlp_hidden: int, *,
-        with_text: bool = False, attention: str = "xla", dtype: Dtype, rngs: nnx.Rngs,
+        with_text: bool = False, attention: Literal["xla", "cudnn"] = "xla", dtype: Dtype, rngs: nnx.Rngs,
     ) -> None:  # fmt: skip
         self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
         self.attention = Attention(
@@ -128,7 +128,7 @@ class Trunk(nnx.Module):
         dtype: Dtype = jnp.float32,
         remat: str = "none",
         unroll: int = 1,
-        attention: str = "xla",
+        attention: Literal["xla", "cudnn"] = "xla",
         rngs: nnx.Rngs,
     ) -> None:
         self.width, self.depth, self.patch_size, self.head_width = width, depth, patch_size, width // num_heads

@@ -39,7 +39,7 @@ xavier = initializers.xavier_uniform()
 zeros = initializers.zeros
 
 
-def Linear(
+def Linear(  # noqa: N802 (stands where a module class would)
     fan_in: int,
     fan_out: int,
     *,

@@ -16,7 +16,7 @@ from deco_jax.models.deco import DeCo
 from deco_jax.models.dit import DiT
 from deco_jax.models.pixnerd import PixNerd
 
-MODELS: dict[str, type[nnx.Module]] = {"deco": DeCo, "dit": DiT, "pixnerd": PixNerd}
+MODELS: dict[str, Callable[..., nnx.Module]] = {"deco": DeCo, "dit": DiT, "pixnerd": PixNerd}
 
 Params = dict[str, Any]
 

@@ -54,6 +54,13 @@ def rotary_basis(side: int) -> np.ndarray:
     return np.cos(rotary_angles(positions, positions, 2 * POSITION_FEATURES))
 
 
+def weights(linear: nnx.Linear) -> tuple[jax.Array, jax.Array]:
+    """A Linear's kernel [inputs, outputs] and bias [outputs]."""
+    if linear.bias is None:
+        raise ValueError("this Linear has no bias")
+    return linear.kernel[...], linear.bias[...]
+
+
 def embed_pixels(
     values: jax.Array, basis: np.ndarray, embed: nnx.Linear, following: nnx.Linear | None = None
 ) -> jax.Array:
@@ -71,10 +78,11 @@ def embed_pixels(
     """
     channels = values.shape[-1]
     with jax.default_matmul_precision("highest"):  # tiny, so exactness is free
-        kernel, bias = embed.kernel[...], embed.bias[...]
+        kernel, bias = weights(embed)
         weight, offset = kernel[:channels], jnp.asarray(basis) @ kernel[channels:] + bias
         if following is not None:
-            weight, offset = weight @ following.kernel[...], offset @ following.kernel[...] + following.bias[...]
+            kernel, bias = weights(following)
+            weight, offset = weight @ kernel, offset @ kernel + bias
     rows = values.astype(embed.dtype).reshape(-1, channels) @ weight.astype(embed.dtype)
     return rows.reshape(*values.shape[:-1], -1) + offset.astype(embed.dtype)
 

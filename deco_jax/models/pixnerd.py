@@ -64,7 +64,7 @@ class GeneratedDecoder(nnx.Module):
 
 
 class PixNerd(Trunk):
-    """Args: decoder_width, decoder_depth, decoder_ratio (hidden over width) of the generated blocks; see `dit.Trunk`."""
+    """Args: decoder_width, decoder_depth, decoder_ratio (hidden / width) of the generated blocks; see `dit.Trunk`."""
 
     def __init__(
         self, *, decoder_width: int, decoder_depth: int, decoder_ratio: int, rngs: nnx.Rngs, **trunk: Any
