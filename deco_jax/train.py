@@ -237,7 +237,12 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
         num_workers=config.data.num_workers, flip=config.data.flip, max_unreadable=config.data.max_unreadable,
     )  # fmt: skip
     try:
-        run(config, folder, mesh, networks, optimizer, teacher, teacher_params, state, batches, checkpoints, writer)
+        # From here on, compiling included, a signal asks to save and stop.
+        with preemption.Watch() as watch:
+            run(
+                config, folder, mesh, networks, optimizer, teacher, teacher_params, state, batches, checkpoints, writer,
+                watch,
+            )  # fmt: skip
     finally:
         batches.close()
         writer.close()
@@ -247,7 +252,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
 def run(
     config: ml_collections.ConfigDict, folder: pathlib.Path, mesh: Mesh, networks: dict[str, Network],
     optimizer: optax.GradientTransformation, teacher: Teacher | None, teacher_params: Any, state: State,
-    batches: pipeline.Batches, checkpoints: checkpoint.Checkpoints, writer: Writer,
+    batches: pipeline.Batches, checkpoints: checkpoint.Checkpoints, writer: Writer, watch: preemption.Watch,
 ) -> None:  # fmt: skip
     """The loop of `train`, with everything made."""
     start, total = int(state["step"]), config.train.num_steps
@@ -269,7 +274,7 @@ def run(
     pending: list[Metrics] = []  # of the steps since the last look, still on the device
     since, sampled = time.monotonic(), False
     profiler = monitor.Profiler(folder, config.train.profile_start, config.train.profile_steps)
-    with preemption.Watch() as watch, monitor.CompileWatch() as compilations, contextlib.closing(profiler):
+    with monitor.CompileWatch() as compilations, contextlib.closing(profiler):
         for step in range(start + 1, total + 1):
             profiler.before(step - start - 1)
             if step == start + 1:
