@@ -8,9 +8,12 @@ import json
 import pathlib
 import shutil
 import subprocess
+import sys
 import tempfile
+import time
+from collections.abc import Callable
 
-from tests.helpers import run_main
+from tests.helpers import ROOT, run_main
 
 SMOKE = "--config=configs/quickstart.py:smoke"
 # Nothing is lost by them in these tests, and each would compile the sampler.
@@ -50,5 +53,29 @@ def files(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 def steps(workdir: pathlib.Path) -> list[str]:
-    """Names in the folder of checkpoints."""
-    return sorted(entry.name for entry in (workdir / "checkpoints").iterdir())
+    """Names in the folder of checkpoints, numbers in their order."""
+    return sorted((entry.name for entry in (workdir / "checkpoints").iterdir()), key=lambda name: (len(name), name))
+
+
+def signal_when(number: int, due: Callable[[str], bool], *arguments: object) -> tuple[int, str]:
+    """Start the command, send it a signal once `due` is true of what it has printed; its exit status and output.
+
+    `due` is asked again every few milliseconds, so it may look at files as well.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        output = pathlib.Path(folder) / "output"
+        with output.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "deco_jax.main", *map(str, arguments)], cwd=ROOT, stdout=file, stderr=file
+            )
+        try:
+            end = time.monotonic() + 300
+            while not due(output.read_text()):
+                assert process.poll() is None, output.read_text()
+                assert time.monotonic() < end, output.read_text()
+                time.sleep(0.002)
+            process.send_signal(number)
+            return process.wait(timeout=120), output.read_text()
+        finally:
+            process.kill()
+            process.wait()

@@ -1,0 +1,129 @@
+"""Killed, asked to stop, damaged, diverged: a run goes on as if nothing had been, to the bit."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import re
+import shutil
+import signal
+
+import pytest
+
+from tests.helpers import run_main
+from tests.runs import NO_SAMPLES, SMOKE, files, rows, signal_when, steps, succeed, two_steps
+
+TOTAL = 60
+LONG = (SMOKE, NO_SAMPLES, f"--config.train.num_steps={TOTAL}", "--config.train.save_every=3")
+SHORT = (SMOKE, NO_SAMPLES, "--config.train.num_steps=5", "--config.train.save_every=5")
+
+
+def losses(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
+    """All that is logged and depends on the computation alone."""
+    timed = ("images_per_second", "peak_memory_gib")
+    return {step: {k: v for k, v in row.items() if k not in timed} for step, row in rows(workdir).items()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """What a run logs that nothing happens to: its first 5 steps are those of SHORT."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    succeed(*LONG, "--config.train.save_every=1000", f"--workdir={workdir}")
+    expected = losses(workdir)
+    assert list(expected) == list(range(1, TOTAL + 1))
+    assert len({row["loss"] for row in expected.values()}) > TOTAL / 2
+    return expected
+
+
+def saving(workdir: pathlib.Path) -> bool:
+    return any("orbax-checkpoint-tmp" in entry.name for entry in (workdir / "checkpoints").iterdir())
+
+
+def test_killed(tmp_path, undisturbed):
+    """While it compiles, between saves, in the middle of a save."""
+
+    def saving_late(said: str) -> bool:
+        return "step 20/" in said and saving(tmp_path)
+
+    for due in (lambda said: "compiling" in said, lambda said: "step 8/" in said, saving_late):
+        code, _ = signal_when(signal.SIGKILL, due, *LONG, f"--workdir={tmp_path}")
+        assert code == -signal.SIGKILL
+    said = succeed(*LONG, f"--workdir={tmp_path}").stdout
+    resumed = re.search(r"resumed at step (\d+)", said)
+    assert resumed
+    assert 15 <= int(resumed[1]) < TOTAL
+    assert losses(tmp_path) == undisturbed
+    assert not saving(tmp_path)
+    assert len(steps(tmp_path)) == 3  # config.train.keep_checkpoints
+
+    said = succeed(*LONG, f"--workdir={tmp_path}").stdout
+    assert f"already trained to step {TOTAL}" in said
+    assert losses(tmp_path) == undisturbed
+
+
+def test_asked_to_stop(tmp_path, undisturbed):
+    """SIGTERM and Ctrl-C save first, whatever the save interval."""
+    command = [*LONG, "--config.train.save_every=1000", f"--workdir={tmp_path}"]
+    before = 0
+    for number, expected_code, line in ((signal.SIGTERM, 0, "step 8/"), (signal.SIGINT, 130, "step 25/")):
+        code, said = signal_when(number, functools.partial(lambda line, said: line in said, line), *command)
+        assert code == expected_code, said
+        assert "Traceback" not in said
+        saved = re.search(r"saved step (\d+); the same command goes on", said)
+        assert saved, said
+        assert before < int(saved[1]) < TOTAL
+        assert steps(tmp_path)[-1] == saved[1]
+        if before:
+            assert f"resumed at step {before}" in said
+        before = int(saved[1])
+    assert f"resumed at step {before}" in succeed(*command).stdout
+    assert losses(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_damaged_checkpoint_is_named_and_passed_over(tmp_path, undisturbed, damage):
+    workdir = two_steps(tmp_path)
+    newest = workdir / "checkpoints" / "2"
+    if damage == "cut":
+        for file in (newest / "params").rglob("d/*"):
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    else:
+        shutil.rmtree(newest / "optimizer")
+        shutil.rmtree(newest / "config")
+    result = run_main(*SHORT, f"--workdir={workdir}")
+    assert result.returncode == 0, result.stderr
+    assert "resumed at step 1" in result.stdout
+    assert f"{newest} is damaged and passed over" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert steps(workdir) == ["1", "5"]
+    assert losses(workdir) == {step: undisturbed[step] for step in range(1, 6)}
+
+
+def test_loss_that_is_not_finite(tmp_path, undisturbed):
+    """Stops with the step named; the last good checkpoint stays, and the run goes on from it."""
+    workdir = two_steps(tmp_path)
+    good = files(workdir / "checkpoints" / "2")
+    command = [*SHORT, f"--workdir={workdir}"]
+    # The third step is still finite and moves every weight out of range.
+    diverging = [*command, "--config.optimizer.learning_rate=1e30"]
+
+    result = run_main(*diverging, "--config.train.max_skipped_steps=0")
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert re.fullmatch(
+        r"error: step 4: the loss or its gradient is not finite [^\n]*the checkpoint of step 2 is good[^\n]*\n",
+        result.stderr,
+    )
+    assert steps(workdir) == ["1", "2"]
+    assert files(workdir / "checkpoints" / "2") == good
+
+    allowed = pathlib.Path(shutil.copytree(workdir, tmp_path / "allowed"))
+    result = run_main(*diverging, f"--workdir={allowed}", "--config.train.max_skipped_steps=2")
+    assert result.returncode == 0, result.stderr
+    for step in (4, 5):
+        assert f"step {step} skipped: the loss or its gradient is not finite" in result.stderr
+    assert rows(allowed)[3]["loss"] == undisturbed[3]["loss"]
+    assert rows(allowed)[4]["gradient_norm"] is None  # JSON has no NaN
+
+    succeed(*command)
+    assert losses(workdir) == {step: undisturbed[step] for step in range(1, 6)}
