@@ -45,8 +45,9 @@ class Attention(nnx.Module):
     """
 
     def __init__(
-        self, width: int, num_heads: int, *, with_text: bool, implementation: Literal["xla", "cudnn"], dtype: Dtype, rngs: nnx.Rngs
-    ) -> None:
+        self, width: int, num_heads: int, *, with_text: bool, implementation: Literal["xla", "cudnn"],
+        dtype: Dtype, rngs: nnx.Rngs,
+    ) -> None:  # fmt: skip
         head_width = width // num_heads
         self.num_heads, self.implementation = num_heads, implementation
         self.qkv = Linear(width, 3 * width, use_bias=False, dtype=dtype, rngs=rngs)
