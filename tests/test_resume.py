@@ -13,8 +13,8 @@ import pytest
 from tests.helpers import run_main
 from tests.runs import NO_SAMPLES, SMOKE, files, rows, signal_when, steps, succeed, two_steps
 
-TOTAL = 60
-LONG = (SMOKE, NO_SAMPLES, f"--config.train.num_steps={TOTAL}", "--config.train.save_every=3")
+TOTAL = 40
+LONG = (SMOKE, NO_SAMPLES, f"--config.train.num_steps={TOTAL}", "--config.train.save_every=5")
 SHORT = (SMOKE, NO_SAMPLES, "--config.train.num_steps=5", "--config.train.save_every=5")
 
 

@@ -1,0 +1,157 @@
+"""Every setting is checked, and read by something; every config is a document that passes."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import re
+
+import pytest
+
+from configs import ablation, imagenet256, quickstart
+from deco_jax import config as config_lib
+from deco_jax.errors import UserError
+from deco_jax.models.network import MODELS
+from tests.helpers import ROOT
+
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+TEXT = "\n".join(p.read_text() for p in (ROOT / "deco_jax").rglob("*.py") if p.name not in ("config.py", "main.py"))
+
+
+def variants(name: str) -> set[str]:
+    """The default, smoke, and those that the refusal of an unknown one lists."""
+    module = importlib.import_module(f"configs.{name}")
+    default = inspect.signature(module.get_config).parameters["variant"].default
+    with pytest.raises(ValueError, match="there is no .*'nope'; choose") as caught:
+        module.get_config("nope")
+    listed = re.sub(r"\(.*\)|one of", "", str(caught.value).partition("choose ")[2])
+    return {default, "smoke", *re.split(r", | or ", listed.strip())}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_variant_passes(name):
+    module = importlib.import_module(f"configs.{name}")
+    for variant in variants(name):
+        config = module.get_config(variant)
+        assert config.is_locked
+        config_lib.check(config)
+        assert json.loads(json.dumps(config_lib.to_json(config))) == config_lib.to_json(config)
+
+
+@pytest.mark.parametrize("row", ablation.ROWS)
+def test_every_row_of_the_ablation_passes(row):
+    for variant in (row, f"{row}-smoke"):
+        config_lib.check(ablation.get_config(variant))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_is_a_document(name):
+    document = importlib.import_module(f"configs.{name}").__doc__
+    assert f"python -m deco_jax.main --config=configs/{name}.py" in document
+    for word in (r"[Hh]ardware|cores|GPU|A800", r"[Tt]ime|seconds|minutes|hours", r"FID|[Ee]xpected|[Mm]easure"):
+        assert re.search(word, document), f"{name} says nothing of {word}"
+
+
+@pytest.mark.parametrize("section", [*config_lib.SECTIONS, "top"])
+def test_every_setting_is_read(section):
+    """A crude search that finds what nobody mentions: `.key` in the code outside the table."""
+    keys = config_lib.TOP if section == "top" else config_lib.SECTIONS[section]
+    assert [key for key in keys if not re.search(rf"\.{key}\b|\"{key}\"", TEXT)] == []
+
+
+@pytest.mark.parametrize("name", config_lib.MODEL)
+def test_model_settings_are_the_model_s_arguments(name):
+    arguments = set(inspect.signature(MODELS[name].__init__).parameters) - {"self", "rngs"}
+    assert set(config_lib.MODEL[name]) - {"name", "prediction"} == arguments
+
+
+WRONG = [
+    ("seed", -1, "seed=-1 must be at least 0"),
+    ("seed", 1.5, "seed=1.5 must be of type int"),
+    ("model.name", "unet", "model.name='unet'"),
+    ("model.prediction", "eps", "one of v, x"),
+    ("model.width", 0, "width=0 must be at least"),
+    ("model.num_heads", 5, "num_heads=5 does not divide .*width=32"),
+    ("model.num_heads", 16, "head width 2 .*multiple of 4"),
+    ("model.patch_size", 5, "patch_size=5 does not divide the image, 16x16"),
+    ("model.decoder_patch_size", 3, "decoder_patch_size=3 does not divide"),
+    ("model.dtype", "float16", "one of bfloat16, float32"),
+    ("model.remat", "some", "model.remat='some'"),
+    ("model.num_classes", 0, "conditioned on classes or on text"),
+    ("model.text_width", 8, "conditioned on classes or on text"),
+    ("data.source", "web", "one of digits, image_folder, tfds"),
+    ("data.image_size", 7, "at least 8 pixels"),
+    ("data.image_size", (16, 7), "at least 8 pixels"),
+    ("data.image_size", (16, 16, 3), "at least 8 pixels"),
+    ("data.image_size", 16.0, "of type int or tuple"),
+    ("data.batch_size", 0, "batch_size=0 must be at least 1"),
+    ("data.num_workers", -1, "num_workers=-1 must be at least 0"),
+    ("data.max_unreadable", 1.5, "from 0 to 1"),
+    ("mesh.data", 0, "at least 1, or -1"),
+    ("mesh.fsdp", -2, "at least 1, or -1"),
+    ("optimizer.learning_rate", 0.0, "must be above 0"),
+    ("optimizer.learning_rate", float("nan"), "must be above 0"),
+    ("optimizer.learning_rate", float("inf"), "must be above 0"),
+    ("optimizer.b2", 1.0, "to below 1"),
+    ("optimizer.accumulate_steps", 3, "accumulate_steps=3 does not divide .*batch_size=16"),
+    ("optimizer.ema_decay", 1.1, "from 0 to 1"),
+    ("loss.frequency_quality", 0, "from 1 to 100"),
+    ("loss.label_dropout", -0.1, "from 0 to 1"),
+    ("loss.time_shift", 0.0, "must be above 0"),
+    ("loss.time_mean", float("nan"), "a finite number"),
+    ("sample.sampler", "ddim", "sample.sampler='ddim' must be one of euler"),
+    ("sample.guidance_interval", (0.5, 0.1), r"two times \(low, high\)"),
+    ("sample.guidance_interval", (0.1,), r"two times \(low, high\)"),
+    ("sample.num_images", 0, "at least 1"),
+    ("train.num_steps", 0, "num_steps=0 must be at least 1"),
+    ("train.num_steps", True, "of type int"),
+    ("train.keep_checkpoints", 0, "at least 1"),
+    ("data.flip", 1, "of type bool"),
+]
+
+
+@pytest.mark.parametrize("key, value, message", WRONG)
+def test_wrong_values(key, value, message):
+    values = quickstart.get_config("smoke").to_dict()
+    section, _, name = key.rpartition(".")
+    (values[section] if section else values)[name] = value
+    with pytest.raises(UserError, match=message) as caught:
+        config_lib.check(Plain(values))
+    assert "\n" not in str(caught.value)
+
+
+class Plain:
+    """A config that takes any value; a ConfigDict would refuse some of them first."""
+
+    def __init__(self, values: dict) -> None:
+        self._values = values
+
+    def __getattr__(self, name: str):
+        value = self._values[name]
+        return Plain(value) if isinstance(value, dict) else value
+
+    def to_dict(self) -> dict:
+        return self._values
+
+
+def test_keys_and_sections_that_are_missing_or_unknown():
+    def check(message: str, change) -> None:
+        config = imagenet256.get_config("smoke")
+        with config.unlocked():
+            change(config)
+        with pytest.raises(UserError, match=message):
+            config_lib.check(config)
+
+    check("config.loss.repa_wieght .*did you mean repa_weight", lambda c: c.loss.update({"repa_wieght": 1.0}))
+    check("config.sampel is not a section .*did you mean sample", lambda c: c.update({"sampel": {"seed": 0}}))
+    check("config.train.log_every is missing", lambda c: c.train.__delitem__("log_every"))
+    check("config.mesh is missing", lambda c: c.__delitem__("mesh"))
+    check("config.seed is missing", lambda c: c.__delitem__("seed"))
+    check("config.model.decoder_ratio is not a setting", lambda c: c.model.update({"decoder_ratio": 1}))
+
+
+def test_differences_between_models():
+    ours = quickstart.get_config("smoke").model.to_dict()
+    assert config_lib.model_differences(ours, {**ours, "dtype": "bfloat16", "remat": "full", "unroll": 2}) == []
+    assert config_lib.model_differences(ours, {**ours, "depth": 7}) == ["depth: 7 there, 2 here"]

@@ -1,0 +1,114 @@
+"""What a run leaves for people and scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deco_jax import writer as writer_lib
+from deco_jax.writer import Writer
+from tests.helpers import ROOT
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics_and_events(tmp_path, capsys):
+    writer = Writer(tmp_path, total_steps=10, resumed_at=0)
+    writer.write(1, {"loss": 0.5, "unreadable_images": 2})
+    writer.write(2, {"loss": float("nan"), "gradient_norm": float("inf")})
+    writer.close()
+    assert lines(tmp_path) == [
+        {"step": 1, "loss": 0.5, "unreadable_images": 2},
+        {"step": 2, "loss": None, "gradient_norm": None},  # JSON has neither NaN nor infinity
+    ]
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"gradient_norm" in events.read_bytes()
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("step 1/10  loss 0.5 ")
+    assert said[0].endswith(" left")
+    assert len(said) == 2
+
+
+def test_resuming_drops_what_will_be_done_again_and_a_line_cut_short(tmp_path):
+    rows = [json.dumps({"step": step, "loss": 1.0 / step}) for step in range(1, 6)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step": 6, "lo')
+    writer = Writer(tmp_path, total_steps=10, resumed_at=3)
+    writer.write(4, {"loss": 7.0})
+    writer.close()
+    assert [(row["step"], row["loss"]) for row in lines(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 7.0)]
+
+
+def test_other_hosts_write_nothing(tmp_path, capsys):
+    writer = Writer(tmp_path, total_steps=10, resumed_at=0, active=False)
+    writer.write(1, {"loss": 0.5})
+    writer.write_image(1, "samples", np.zeros((4, 4, 3), np.uint8), tmp_path / "a.png")
+    writer.say("hello")
+    writer.close()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
+
+
+def test_time_left(tmp_path, monkeypatch, capsys):
+    """From the steps since this process began to train: 2 s a step, 90 left, is 3 minutes; then over an hour."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    writer = Writer(tmp_path, total_steps=100, resumed_at=5)
+    now[0] += 500  # compiling
+    writer.start_clock()
+    now[0] += 10
+    writer.write(10, {"loss": 1.0})
+    assert "3m00s left" in capsys.readouterr().out
+    now[0] += 600
+    writer.write(15, {"loss": 1.0})  # 61 s a step
+    assert "1h26 left" in capsys.readouterr().out
+    writer.close()
+
+
+def test_live_line_is_overwritten_on_a_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(os, "get_terminal_size", lambda: os.terminal_size((30, 10)))
+    writer = Writer(tmp_path, total_steps=10, resumed_at=0)
+    writer.write(1, {"a_metric_with_a_long_name": 0.5})
+    writer.say("a line that stays")
+    writer.close()
+    said = capsys.readouterr().out
+    live, stays = said.split("\r\033[K")[1:]
+    assert live.startswith("step 1/10")
+    assert len(live) == 29
+    assert "\n" not in live
+    assert stays.startswith("a line that stays\n")
+
+
+def test_images(tmp_path):
+    image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    writer = Writer(tmp_path, total_steps=10, resumed_at=0)
+    writer.write_image(3, "samples", image, tmp_path / "samples" / "step.png")
+    writer.close()
+    with Image.open(tmp_path / "samples" / "step.png") as file:
+        np.testing.assert_array_equal(np.asarray(file), image)
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step.png"]
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"PNG" in events.read_bytes()
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    writer_lib.write_atomically(path, b"old")
+    (tmp_path / "config.json.part").mkdir()  # nothing can be written there
+    with pytest.raises(OSError, match="directory"):
+        writer_lib.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_no_tensorflow():
+    program = "import sys, deco_jax.train, deco_jax.sample; assert 'tensorflow' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=120)
