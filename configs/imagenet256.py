@@ -102,6 +102,23 @@ def get_config(variant: str = "XL") -> ml_collections.ConfigDict:
     config.train.profile_start = 0  # after so many steps of a process a trace for TensorBoard starts; 0: none
     config.train.profile_steps = 5
 
+    config.evaluate = ml_collections.ConfigDict()
+    config.evaluate.inception = ""  # inception-2015-12-05.pt, or pt_inception-2015-12-05-6726825d.pth
+    config.evaluate.reference = ""  # an ADM reference .npz; empty: the images of config.data
+    config.evaluate.samples = ""  # a samples.npz or a folder; empty: config.sample.num_images drawn on the way
+    config.evaluate.num_reference = 0  # images of config.data; 0: all
+    config.evaluate.batch_size = 64
+    config.evaluate.precision_recall_reference = 10_000  # as many as ADM's reference files hold
+    config.evaluate.precision_recall_samples = 50_000
+    config.evaluate.save_every = 5000  # images
+    config.evaluate.every = 0  # training steps between two quick FIDs; 0: none
+    config.evaluate.during_training_images = 5000
+
+    config.spectrum = ml_collections.ConfigDict()
+    config.spectrum.checkpoints = ""  # workdirs, comma separated; empty: this one
+    config.spectrum.num_images = 64
+    config.spectrum.batch_size = 8
+
     config.benchmark = ml_collections.ConfigDict()
     config.benchmark.warmup = 3
     config.benchmark.repeats = 20
@@ -137,4 +154,6 @@ def smoke(config: ml_collections.ConfigDict) -> None:
     config.train.num_steps = 4
     config.train.log_every = 1
     config.train.save_every = config.train.sample_every = 2
+    config.evaluate.batch_size, config.evaluate.during_training_images = 8, 10
+    config.spectrum.num_images = config.spectrum.batch_size = 4
     config.benchmark.warmup, config.benchmark.repeats = 1, 3

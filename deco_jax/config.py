@@ -142,6 +142,23 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "profile_start": Key(int, *at_least(0)),  # steps of a process before its trace; 0: no trace
         "profile_steps": Key(int, *at_least(1)),
     },
+    "evaluate": {
+        "inception": Key(str),  # path of the weights
+        "reference": Key(str),  # an ADM .npz; "": the images of config.data
+        "samples": Key(str),  # a samples.npz or a folder of images; "": config.sample's, drawn on the way
+        "num_reference": Key(int, *at_least(0)),  # images of config.data, evenly spread; 0: all
+        "batch_size": Key(int, *at_least(1)),  # of the Inception network
+        "precision_recall_reference": Key(int, *at_least(0)),  # at most so many, evenly spread; 0: not measured
+        "precision_recall_samples": Key(int, *at_least(0)),
+        "save_every": Key(int, *at_least(1)),  # images between two saves of what is measured so far
+        "every": Key(int, *at_least(0)),  # training steps between two quick FIDs; 0: none
+        "during_training_images": Key(int, *at_least(2)),  # samples of a quick FID
+    },
+    "spectrum": {
+        "checkpoints": Key(str),  # workdirs or checkpoints, comma separated; "": this workdir's newest
+        "num_images": Key(int, *at_least(1)),
+        "batch_size": Key(int, *at_least(1)),  # images whose states at all sampling steps are held at once
+    },
     "benchmark": {
         "warmup": Key(int, *at_least(1)),  # runs before the timed ones
         "repeats": Key(int, *at_least(1)),  # timed runs
@@ -234,6 +251,11 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
     if loss.repa_weight and (height * 14 % model.patch_size or width * 14 % model.patch_size):
         raise UserError(
             f"the teacher reads the image at 14/{model.patch_size} of its size, which is not whole for {height}x{width}"
+        )
+    if config.evaluate.every % config.train.log_every:
+        raise UserError(
+            f"config.evaluate.every={config.evaluate.every} must be a multiple of "
+            f"config.train.log_every={config.train.log_every}: the FID goes into the same line of metrics.jsonl"
         )
     if data.batch_size % config.optimizer.accumulate_steps:
         raise UserError(

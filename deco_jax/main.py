@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 _STARTED = time.monotonic()
 
-MODES = ("train", "sample", "compile", "benchmark", "import", "export")
+MODES = ("train", "sample", "evaluate", "spectrum", "compile", "benchmark", "import", "export")
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py, or configs/NAME.py:VARIANT.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.")
@@ -165,6 +165,14 @@ def _run() -> None:
             from deco_jax.sample import sample
 
             sample(_CONFIG.value, workdir, _CHECKPOINT.value)
+        elif _MODE.value == "evaluate":
+            from deco_jax.evaluate import evaluate
+
+            evaluate(_CONFIG.value, workdir, _CHECKPOINT.value)
+        elif _MODE.value == "spectrum":
+            from deco_jax.spectrum import spectrum
+
+            spectrum(_CONFIG.value, workdir, _CHECKPOINT.value)
         elif _MODE.value == "compile":
             from deco_jax.compile import compile_step
 

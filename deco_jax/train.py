@@ -30,6 +30,7 @@ from deco_jax.convert.dinov2 import load_teacher
 from deco_jax.data import pipeline, sources
 from deco_jax.diffusion import path
 from deco_jax.errors import UserError
+from deco_jax.evaluate import QuickFID
 from deco_jax.losses.flow_matching import flow_matching_loss
 from deco_jax.losses.frequency import frequency_loss, jpeg_weights
 from deco_jax.losses.repa import alignment_loss
@@ -202,6 +203,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
     networks, teacher, teacher_params = make_networks(config, mesh)
     optimizer = make_optimizer(config.optimizer)
     shapes = state_shapes(networks, optimizer, mesh)
+    quick_fid = QuickFID(config, folder, mesh) if config.evaluate.every else None
     if config.init_from and not checkpoint.complete_steps(folder):
         checkpoint.find(config.init_from, config=config)
     make_workdir(folder)
@@ -241,7 +243,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
         with preemption.Watch() as watch:
             run(
                 config, folder, mesh, networks, optimizer, teacher, teacher_params, state, batches, checkpoints, writer,
-                watch,
+                watch, quick_fid,
             )  # fmt: skip
     finally:
         batches.close()
@@ -253,6 +255,7 @@ def run(
     config: ml_collections.ConfigDict, folder: pathlib.Path, mesh: Mesh, networks: dict[str, Network],
     optimizer: optax.GradientTransformation, teacher: Teacher | None, teacher_params: Any, state: State,
     batches: pipeline.Batches, checkpoints: checkpoint.Checkpoints, writer: Writer, watch: preemption.Watch,
+    quick_fid: QuickFID | None = None,
 ) -> None:  # fmt: skip
     """The loop of `train`, with everything made."""
     start, total = int(state["step"]), config.train.num_steps
@@ -303,6 +306,9 @@ def run(
                     memory = monitor.peak_memory()
                     if memory is not None:
                         values["peak_memory_gib"] = memory / 2**30
+                    if quick_fid is not None and quick_fid.due(step):
+                        with compilations.expected():
+                            values["fid"] = quick_fid(generator, state["ema"])
                     writer.write(step, {**values, "images_per_second": speed, "unreadable_images": unreadable})
                 since = time.monotonic()
                 pending = []

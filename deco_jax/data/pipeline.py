@@ -129,13 +129,15 @@ def epoch(
     host_count: int = 1,
     num_workers: int = 0,
     max_unreadable: float = 0.01,
+    indices: np.ndarray | None = None,
 ) -> Batches:
-    """Every sample exactly once, in the source's order, as for training but unshuffled and never mirrored.
+    """Every sample (or those of `indices`) once, in order, as for training but unshuffled and never mirrored.
 
     `batch_size` is global; the hosts take turns with batches of batch_size / host_count. The very last batch may be
     shorter, and hosts may differ by one in their number of batches.
     """
-    samples = grain.MapDataset.range(len(source)).map(lambda index: read_one(source, index, image_size))
+    chosen = range(len(source)) if indices is None else indices
+    samples = grain.MapDataset.range(len(chosen)).map(lambda i: read_one(source, int(chosen[i]), image_size))
     local_size = _local_size(batch_size, host_count)
     batches = samples.batch(local_size)[host_index::host_count]
     return Batches(batches, source, num_workers, max_unreadable, local_size * image_size[0] * image_size[1] * 3)

@@ -86,8 +86,8 @@ class Accumulator:
         """Images so far: where to go on after a resume."""
         return self.moments.count
 
-    def add(self, features: Features) -> None:
-        """The next images' features, as `FeatureExtractor` returns them."""
+    def add(self, features: Features, keep: np.ndarray | None = None) -> None:
+        """The next images' features, as `FeatureExtractor` returns them; keep: bool [n], whose pool3 to keep (all)."""
         has_classifier = features.log_softmax is not None
         if self._has_classifier not in (None, has_classifier):
             raise UserError(
@@ -100,7 +100,8 @@ class Accumulator:
         if features.log_softmax is not None:
             self._scores.add(features.log_softmax)
         if self._features is not None:
-            self._features.append(np.asarray(features.pool3, np.float32))
+            kept = features.pool3 if keep is None else features.pool3[keep]
+            self._features.append(np.asarray(kept, np.float32))
 
     def statistics(self) -> Statistics:
         """UserError below two images."""
@@ -114,7 +115,7 @@ class Accumulator:
         return self._scores.score() if self._has_classifier else None
 
     def pool3(self) -> np.ndarray | None:
-        """float32 [count, 2048] in file order; None if they weren't kept."""
+        """float32 [kept, 2048] in file order; None if none were to be kept."""
         if self._features is None:
             return None
         self._features = [np.concatenate([np.zeros((0, POOL3_WIDTH), np.float32), *self._features])]
@@ -160,7 +161,7 @@ class Accumulator:
             self._has_classifier = {-1: None, 0: False, 1: True}[int(state["classifier"])]
             if self._features is not None:
                 self._features = [state["features"]]
-                if len(state["features"]) != self.count:
+                if len(state["features"]) > self.count:
                     raise ValueError(f"{len(state['features'])} features of {self.count} images")
             return self
         except _NPZ_ERRORS as error:

@@ -1,0 +1,42 @@
+"""The DCT spectrum of the paper's Fig. 4: how much energy a map carries at each frequency."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deco_jax.dct import dct_matrix, zigzag
+
+BLOCK = 8
+
+
+def block_energy(maps: jax.Array, block: int = BLOCK) -> jax.Array:
+    """Mean squared coefficient of the orthonormal DCT-II of each block × block tile.
+
+    Args:
+        maps: [batch, height, width, channels], any range. Sides that `block` does not divide are reflect-padded at the
+          bottom and on the right.
+        block: side of a tile.
+
+    Returns:
+        float32 [batch, block, block], [vertical, horizontal] frequency; the mean is over tiles and channels.
+    """
+    batch, height, width, channels = maps.shape
+    maps = maps.astype(jnp.float32)
+    if height % block or width % block:
+        maps = jnp.pad(maps, ((0, 0), (0, -height % block), (0, -width % block), (0, 0)), mode="reflect")
+    tiles = maps.reshape(batch, maps.shape[1] // block, block, maps.shape[2] // block, block, channels)
+    matrix, exact = jnp.asarray(dct_matrix(block)), jax.lax.Precision.HIGHEST
+    tiles = jnp.einsum("bhiwjc,ki->bhkwjc", tiles, matrix, precision=exact)
+    tiles = jnp.einsum("bhkwjc,lj->bhkwlc", tiles, matrix, precision=exact)
+    return jnp.mean(jnp.square(tiles), axis=(1, 3, 5))
+
+
+def normalised_spectrum(energy: np.ndarray) -> np.ndarray:
+    """log(1 + energy) over its maximum, in zigzag order: [block, block] → float64 [block · block], lowest first.
+
+    A map without any energy stays zero.
+    """
+    logarithms = np.log1p(np.asarray(energy, np.float64)).reshape(-1)[zigzag(len(energy))]
+    return logarithms / (logarithms.max() or 1.0)

@@ -1,0 +1,232 @@
+"""--mode=spectrum: the paper's Fig. 4, energy over frequency of what the transformer and the whole model put out.
+
+For every checkpoint, over images and all sampling steps: the DiT's output map (its tokens laid out as in the image,
+channels averaged) and the predicted velocity; beside them the data, and the weights of the frequency loss.
+Writes WORKDIR/spectrum.json and WORKDIR/spectrum.png.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from deco_jax import checkpoint, generate, sharding
+from deco_jax.config import image_sides, to_json
+from deco_jax.data import pipeline, sources
+from deco_jax.dct import zigzag
+from deco_jax.diffusion import guidance, path, samplers
+from deco_jax.errors import UserError
+from deco_jax.evaluation.spectrum import BLOCK, block_energy, normalised_spectrum
+from deco_jax.images import to_float
+from deco_jax.losses.frequency import jpeg_weights
+from deco_jax.models import network as network_lib
+from deco_jax.models.network import Network, Params
+from deco_jax.workdir import make_workdir
+from deco_jax.writer import write_atomically
+
+# (params, {"index", "label", "weight"}) → summed energies {"dit": [block, block], "velocity": [8, 8]}
+Measure = Callable[[Params, dict[str, jax.Array]], dict[str, jax.Array]]
+
+
+def spectrum(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str = "") -> None:
+    """Measure, print what stands at the high end, write the JSON and the picture."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UserError("drawing the spectrum needs matplotlib; run: pip install matplotlib") from None
+
+    folder = pathlib.Path(workdir)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    named = [name.strip() for name in config.spectrum.checkpoints.split(",") if name.strip()]
+    if named and checkpoint_path:
+        raise UserError("--checkpoint and config.spectrum.checkpoints name checkpoints; give one of them")
+    runs = [(name, checkpoint.find(name)) for name in named or [checkpoint_path or workdir]]
+    stored = [stored_config(where, config) for _, where in runs]
+    source = sources.open_source(config.data)
+    make_workdir(folder)
+
+    say: Callable[[str], None] = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda text: None
+    curves = []
+    for (name, where), theirs in zip(runs, stored, strict=True):
+        say(f"{config.spectrum.num_images} images from {where} ...")
+        energies = model_energies(theirs, where, mesh)
+        block = len(energies["dit"])
+        if block < BLOCK:
+            say(f"{name}: a token grid this small has no {BLOCK}x{BLOCK} block; its map's is {block}x{block}")
+        curves.append(
+            {
+                "name": name, "checkpoint": str(where), "model": to_json(theirs)["model"],
+                "dit": {"block": block, **_curve(energies["dit"])},
+                "velocity": {"block": BLOCK, **_curve(energies["velocity"])},
+            }
+        )  # fmt: skip
+        say(
+            f"{name}: at the highest frequency {curves[-1]['dit']['spectrum'][-1]:.3f} in the DiT's output, "
+            f"{curves[-1]['velocity']['spectrum'][-1]:.3f} in the velocity"
+        )
+    weights = dict(zip(("Y", "Cb", "Cr"), jpeg_weights(config.loss.frequency_quality), strict=True))
+    result = {
+        "checkpoints": curves,
+        "data": {"images": min(config.spectrum.num_images, len(source)), "block": BLOCK,
+                 **_curve(data_energy(config, source))},
+        "frequency_weights": {
+            "quality": config.loss.frequency_quality, "block": BLOCK,
+            **{name: (w.reshape(-1)[zigzag()] / w.max()).tolist() for name, w in weights.items()},
+        },
+        "images": config.spectrum.num_images, "sample": to_json(config)["sample"],
+        "order": "zigzag, lowest first; spectrum = log(1 + energy) / max, energy = mean squared DCT coefficient",
+    }  # fmt: skip
+    if jax.process_index() == 0:
+        write_atomically(folder / "spectrum.json", (json.dumps(result, indent=2) + "\n").encode())
+        draw(result, folder / "spectrum.png")
+        say(f"wrote {folder / 'spectrum.json'} and {folder / 'spectrum.png'}")
+
+
+def _curve(energy: np.ndarray) -> dict[str, list[float]]:
+    return {
+        "energy": np.asarray(energy, np.float64).reshape(-1)[zigzag(len(energy))].tolist(),
+        "spectrum": normalised_spectrum(energy).tolist(),
+    }
+
+
+def stored_config(where: pathlib.Path, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """`config` with the model and the image size that a checkpoint was trained with."""
+    stored = checkpoint.load_config(where)
+    theirs = ml_collections.ConfigDict(config.to_dict())
+    theirs.model = ml_collections.ConfigDict(stored["model"])
+    size = stored["data"]["image_size"]
+    theirs.data.image_size = tuple(size) if isinstance(size, list) else size
+    height, width = image_sides(theirs.data.image_size)
+    if theirs.model.text_width:
+        raise UserError(f"{where} is a text-to-image model; the spectrum is measured with class labels")
+    if min(height, width) // theirs.model.patch_size < 2:
+        raise UserError(f"{where}: {height}x{width} in patches of {theirs.model.patch_size} leaves no map of tokens")
+    return theirs
+
+
+def model_energies(
+    config: ml_collections.ConfigDict, where: pathlib.Path, mesh: Mesh
+) -> dict[str, np.ndarray]:
+    """Mean energies of a checkpoint's EMA over config.spectrum.num_images images and all sampling steps.
+
+    Returns:
+        {"dit": [block, block], "velocity": [8, 8]}, float64.
+    """
+    network = network_lib.build(config.model.to_dict())
+    params = checkpoint.load_average(where, network, config, mesh)
+    measure = make_measure(network, config, mesh)
+    count = config.spectrum.num_images
+    labels = generate.class_labels(count, config.model.num_classes)
+    batch_size = -(-min(config.spectrum.batch_size, count) // mesh.size) * mesh.size
+    totals: dict[str, np.ndarray] = {}
+    for first in range(0, count, batch_size):
+        index = np.arange(first, first + batch_size, dtype=np.int32)
+        # The last batch is filled up with images that count nothing.
+        batch: dict[str, Any] = {
+            "index": index, "label": labels[np.minimum(index, count - 1)], "weight": (index < count).astype(np.float32),
+        }  # fmt: skip
+        for name, energy in measure(params, sharding.place_everywhere(mesh, batch)).items():
+            totals[name] = totals.get(name, 0.0) + np.asarray(energy, np.float64)
+    return {name: total / count for name, total in totals.items()}
+
+
+def make_measure(network: Network, config: ml_collections.ConfigDict, mesh: Mesh) -> Measure:
+    """The jitted function: draw a batch as config.sample says, then look at the model at each state on the way.
+
+    The states are those of guided sampling; the outputs those of the class-conditional half.
+    """
+    settings, model = config.sample, config.model
+    height, width = image_sides(config.data.image_size)
+    rows, columns = height // model.patch_size, width // model.patch_size
+    block = min(BLOCK, rows, columns)
+    times = samplers.timesteps(settings.num_steps, settings.shift)
+    guided = guidance.guided_steps(times, settings.guidance, settings.guidance_interval)
+
+    def measure(params: Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.key(settings.seed), index))(batch["index"])
+
+        def normal(stream: int | jax.Array) -> jax.Array:
+            return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, stream), (height, width, 3)))(keys)
+
+        def look(x: jax.Array, t: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+            output, intermediates = network.apply(params, x, t, labels)
+            tokens = intermediates["low_frequency"]
+            dit = tokens.reshape(tokens.shape[0], rows, columns, -1)
+            return path.to_velocity(output, x, t, model.prediction), dit
+
+        null = jnp.asarray(model.num_classes, jnp.int32)
+        velocity = guidance.guided_velocity(
+            lambda x, t, labels: look(x, t, labels)[0], batch["label"], null, settings.guidance
+        )
+        _, states = samplers.sample(
+            velocity, normal(0), sampler=settings.sampler, times=times, guided=guided,
+            step_noise=lambda i: normal(1 + i), return_trajectory=True,
+        )  # fmt: skip
+
+        def energies(state_and_time: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
+            x, t = state_and_time
+            v, dit = look(x, jnp.full((x.shape[0],), t, jnp.float32), batch["label"])
+            measured = {"dit": block_energy(dit, block), "velocity": block_energy(v)}
+            return {name: jnp.einsum("b,bkl->kl", batch["weight"], e) for name, e in measured.items()}
+
+        steps = jax.lax.map(energies, (states[:-1], jnp.asarray(times[:-1], jnp.float32)))
+        return jax.tree.map(lambda e: jnp.mean(e, axis=0), steps)
+
+    return jax.jit(measure, out_shardings=sharding.replicated(mesh))
+
+
+def data_energy(config: ml_collections.ConfigDict, source: sources.Source) -> np.ndarray:
+    """Mean energy [8, 8] of config.spectrum.num_images images of the data in ±1, evenly spread, without flips."""
+    count = min(config.spectrum.num_images, len(source))
+    batches = pipeline.epoch(
+        source, image_sides(config.data.image_size), batch_size=min(config.spectrum.batch_size, count),
+        max_unreadable=config.data.max_unreadable, indices=np.arange(count, dtype=np.int64) * len(source) // count,
+    )  # fmt: skip
+    energy = jax.jit(lambda images: jnp.sum(block_energy(to_float(images)), axis=0))
+    total = np.zeros((BLOCK, BLOCK))
+    try:
+        for batch in batches:
+            total += np.asarray(energy(batch["image"]), np.float64)
+    finally:
+        batches.close()
+    return total / count
+
+
+def draw(result: dict[str, Any], where: pathlib.Path) -> None:
+    """The picture: the DiT's outputs on the left, velocities, data and loss weights on the right."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+
+    def line(axes: Any, curve: list[float], **style: Any) -> None:
+        axes.plot(np.linspace(0, BLOCK * BLOCK - 1, len(curve)), curve, **style)
+
+    for i, run in enumerate(result["checkpoints"]):
+        block = run["dit"]["block"]
+        size = "" if block == BLOCK else f" ({block}×{block})"
+        line(left, run["dit"]["spectrum"], color=f"C{i}", label=run["name"] + size)
+        line(right, run["velocity"]["spectrum"], color=f"C{i}", label=run["name"])
+    line(right, result["data"]["spectrum"], color="black", label="data")
+    weights = result["frequency_weights"]
+    line(right, weights["Y"], color="grey", linestyle="--", label=f"loss weights Y, quality {weights['quality']:g}")
+    line(right, weights["Cb"], color="grey", linestyle=":", label="loss weights Cb, Cr")
+    left.set(title="DiT output", xlabel="frequency (zigzag, low to high)", ylabel="log(1 + energy) / maximum")
+    right.set(title="predicted velocity, data, loss weights", xlabel="frequency (zigzag, low to high)", ylim=(0, 1.03))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    part = where.with_name(where.name + ".part")
+    figure.savefig(part, dpi=150, format="png")
+    part.replace(where)
