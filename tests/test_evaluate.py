@@ -150,6 +150,7 @@ def test_as_a_command(tmp_path, weights):
     assert "mu_s" in result["missing"]["sfid"]
 
 
+@pytest.mark.slow
 def test_during_training(tmp_path, weights):
     """The quick FID of the last step is that of the checkpoint's samples, drawn and measured by --mode=evaluate."""
     run = two_steps(tmp_path)
