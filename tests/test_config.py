@@ -12,6 +12,7 @@ import pytest
 from configs import ablation, imagenet256, quickstart
 from deco_jax import config as config_lib
 from deco_jax.errors import UserError
+from deco_jax.models import network
 from deco_jax.models.network import MODELS
 from tests.helpers import ROOT
 
@@ -23,7 +24,7 @@ def variants(name: str) -> set[str]:
     """The default, smoke, and those that the refusal of an unknown one lists."""
     module = importlib.import_module(f"configs.{name}")
     default = inspect.signature(module.get_config).parameters["variant"].default
-    with pytest.raises(ValueError, match="there is no .*'nope'; choose") as caught:
+    with pytest.raises(ValueError, match=r"there is no .*'nope'; choose") as caught:
         module.get_config("nope")
     listed = re.sub(r"\(.*\)|one of", "", str(caught.value).partition("choose ")[2])
     return {default, "smoke", *re.split(r", | or ", listed.strip())}
@@ -49,7 +50,11 @@ def test_every_row_of_the_ablation_passes(row):
 def test_every_config_is_a_document(name):
     document = importlib.import_module(f"configs.{name}").__doc__
     assert f"python -m deco_jax.main --config=configs/{name}.py" in document
-    for word in (r"[Hh]ardware|cores|GPU|A800", r"[Tt]ime|seconds|minutes|hours", r"FID|[Ee]xpected|[Mm]easure"):
+    for word in (
+        r"[Hh]ardware|cores|GPU|A800",
+        r"[Tt]ime|seconds|minutes|hours",
+        r"FID|[Ee]xpected|[Mm]easure|[Ff]igures",
+    ):
         assert re.search(word, document), f"{name} says nothing of {word}"
 
 
@@ -60,10 +65,14 @@ def test_every_setting_is_read(section):
     assert [key for key in keys if not re.search(rf"\.{key}\b|\"{key}\"", TEXT)] == []
 
 
-@pytest.mark.parametrize("name", config_lib.MODEL)
-def test_model_settings_are_the_model_s_arguments(name):
-    arguments = set(inspect.signature(MODELS[name].__init__).parameters) - {"self", "rngs"}
-    assert set(config_lib.MODEL[name]) - {"name", "prediction"} == arguments
+def test_models_take_exactly_the_settings_of_their_table():
+    configs = [quickstart.get_config("smoke"), ablation.get_config("dit-smoke"), ablation.get_config("pixnerd-smoke")]
+    assert {config.model.name for config in configs} == set(config_lib.MODEL) == set(MODELS)
+    for config in configs:
+        config_lib.check(config)
+        network.build(config.model.to_dict())
+        with pytest.raises(TypeError, match="nope"):
+            network.build({**config.model.to_dict(), "nope": 1})
 
 
 WRONG = [
