@@ -1,0 +1,167 @@
+"""Checkpoints: exact, atomic, tied to their model, readable in part."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from configs import quickstart
+from deco_jax import checkpoint, sharding
+from deco_jax.errors import UserError
+from deco_jax.models import network as network_lib
+from deco_jax.optimizer import make_optimizer
+from deco_jax.train_state import create_state, state_shapes
+
+
+def make(**optimizer):
+    config = quickstart.get_config("smoke")
+    config.optimizer.update(optimizer)
+    mesh = sharding.make_mesh(1, 1)
+    networks = {"denoiser": network_lib.build(config.model.to_dict())}
+    return config, networks, make_optimizer(config.optimizer), mesh
+
+
+@pytest.fixture(scope="module")
+def state():
+    """A state in which no two leaves are alike, at step 5."""
+    _, networks, optimizer, mesh = make()
+    state = create_state(0, networks, optimizer, mesh)
+    counter = iter(range(1000))
+
+    def filled(leaf):
+        if leaf.dtype != np.float32:
+            return leaf + 5
+        return jax.device_put(np.random.default_rng(next(counter)).normal(size=leaf.shape).astype(np.float32))
+
+    return jax.tree.map(filled, state)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, state):
+    """A workdir with the steps 3 and 5 of `state`."""
+    workdir = tmp_path_factory.mktemp("saved")
+    config, *_ = make()
+    checkpoints = checkpoint.Checkpoints(workdir, keep=3)
+    for step in (3, 5):
+        checkpoints.save(step, state, config)
+    checkpoints.wait()
+    checkpoints.close()
+    return workdir
+
+
+@pytest.fixture
+def workdir(saved, tmp_path):
+    return pathlib.Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+def restore(workdir, **optimizer):
+    config, networks, optimizer_, mesh = make(**optimizer)
+    checkpoints = checkpoint.Checkpoints(workdir, keep=3)
+    try:
+        return checkpoints.restore(state_shapes(networks, optimizer_, mesh), config)
+    finally:
+        checkpoints.close()
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# Without and with what needs a state of its own in optax: a run may be resumed with other settings.
+@pytest.mark.parametrize("optimizer", [{}, {"clip_norm": 1.0}, {"warmup_steps": 0}, {"weight_decay": 0.1}])
+def test_restored_to_the_bit(saved, state, optimizer):
+    assert_same(restore(saved, **optimizer), state)
+
+
+def test_nothing_to_restore(tmp_path):
+    assert restore(tmp_path) is None
+
+
+def test_keeps_the_newest(tmp_path, state):
+    config, *_ = make()
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 10):
+        checkpoints.save(step, state, config)
+    checkpoints.save(10, state, config)  # again: nothing to do
+    checkpoints.wait()
+    assert checkpoints.steps() == checkpoint.complete_steps(tmp_path) == [2, 10]
+    checkpoints.remove_after(2)
+    checkpoints.close()
+    assert checkpoint.complete_steps(tmp_path) == [2]
+
+
+def test_half_written_ones_are_passed_over_and_removed(workdir, state):
+    """What a kill in the middle of a save leaves."""
+    shutil.copytree(workdir / "checkpoints" / "5", workdir / "checkpoints" / "7.orbax-checkpoint-tmp")
+    assert checkpoint.complete_steps(workdir) == [3, 5]
+    assert checkpoint.find(workdir).name == "5"
+    assert_same(restore(workdir), state)
+    assert [path.name for path in sorted((workdir / "checkpoints").iterdir())] == ["3", "5"]
+
+
+@pytest.mark.parametrize("item", ["counters", "params", "ema", "optimizer", "config"])
+def test_damage_anywhere_leads_to_the_one_before(workdir, state, item, caplog):
+    broken = 0
+    for file in (workdir / "checkpoints" / "5" / item).rglob("*"):
+        if file.is_file() and (file.parent.name == "d" or item == "config"):
+            file.write_bytes(b"")
+            broken += 1
+    assert broken
+    with caplog.at_level("ERROR"):
+        assert_same(restore(workdir), state)
+    assert f"{workdir}/checkpoints/5 is damaged and passed over" in caplog.text
+    shutil.rmtree(workdir / "checkpoints" / "3" / "params")
+    with pytest.raises(UserError, match=r"none of the checkpoints in .* can be read"):
+        restore(workdir)
+
+
+def test_another_model(saved):
+    config, networks, optimizer, mesh = make()
+    config.model.depth = 3
+    path = checkpoint.find(saved)
+    for attempt in (
+        lambda: checkpoint.check_model(path, config),
+        lambda: checkpoint.find(saved, config=config),
+        lambda: checkpoint.load_average(path, networks["denoiser"], config, mesh),
+        lambda: checkpoint.Checkpoints(saved, 3).restore(state_shapes(networks, optimizer, mesh), config),
+    ):
+        with pytest.raises(UserError, match=r"another model \(depth: 2 there, 3 here\)"):
+            attempt()
+    # How it is computed is no part of the model.
+    config.model.depth, config.model.remat, config.model.dtype = 2, "full", "bfloat16"
+    checkpoint.check_model(path, config)
+
+
+def test_sampling_reads_the_average_alone(workdir, state):
+    config, networks, _, mesh = make()
+    path = checkpoint.find(workdir)
+    for item in ("params", "optimizer", "counters"):
+        shutil.rmtree(path / item)
+    assert_same(checkpoint.load_average(path, networks["denoiser"], config, mesh), state["ema"])
+    with pytest.raises(UserError, match=r"can't be read: .*; choose another"):
+        checkpoint.load_params(path, {"denoiser": networks["denoiser"].shapes}, config, mesh)
+
+
+def test_names_of_a_checkpoint(saved, tmp_path, monkeypatch):
+    """A workdir, its folder of checkpoints or one of them; relative ones too."""
+    newest = saved / "checkpoints" / "5"
+    for named in (saved, saved / "checkpoints", newest):
+        assert checkpoint.find(tmp_path, str(named)) == newest
+    assert checkpoint.find(tmp_path, str(saved / "checkpoints" / "3")).name == "3"
+    monkeypatch.chdir(saved.parent)
+    assert checkpoint.find(saved.name) == newest
+    for missing in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UserError, match=r"there is no checkpoint in .*; train first"):
+            checkpoint.find(str(missing))
+
+
+def test_config_inside(saved):
+    config, *_ = make()
+    stored = checkpoint.load_config(checkpoint.find(saved))
+    assert stored["model"] == config.model.to_dict()
+    assert stored["optimizer"]["learning_rate"] == config.optimizer.learning_rate
