@@ -1,0 +1,200 @@
+"""The mesh and its rules; the same losses and pictures on every mesh of eight devices."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from configs import ablation, quickstart
+from deco_jax import sharding
+from deco_jax.errors import UserError
+from deco_jax.models import network as network_lib
+from deco_jax.optimizer import make_optimizer
+from deco_jax.train_state import initial_state
+from tests.helpers import ROOT
+
+MESHES = {"one": (1, 1), "data8": (8, 1), "data2_fsdp4": (2, 4), "fsdp8": (1, 8)}
+
+# In an interpreter of its own, as the number of devices is fixed when JAX starts.
+PROGRAM = """
+import json, pathlib, sys
+import jax, numpy as np
+from deco_jax import checkpoint, generate, sharding, train
+from deco_jax.data import pipeline, sources
+from deco_jax.models import network
+from deco_jax.optimizer import make_optimizer
+from deco_jax.train_state import create_state, state_shapes
+from configs import quickstart
+
+folder, meshes = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
+config = quickstart.get_config("smoke")
+config.model.width, config.model.num_heads = 64, 4
+config.model.num_classes = 10
+config.optimizer.warmup_steps = 0
+config.sample.num_images = 12
+config.sample.num_steps = 5
+jax.config.update("jax_default_matmul_precision", "highest")
+labels = generate.class_labels(12, 10)
+result, finals = {}, {}
+for name, (data, fsdp) in meshes.items():
+    mesh = sharding.make_mesh(data, fsdp)
+    networks, _, _ = train.make_networks(config, mesh)
+    optimizer = make_optimizer(config.optimizer)
+    wide = {"denoiser": network.build({**config.model.to_dict(), "width": 256, "depth": 4})}
+    state, held = create_state(0, wide, optimizer, mesh), {}
+    for leaf in jax.tree.leaves(state):
+        for shard in leaf.addressable_shards:
+            held[shard.device.id] = held.get(shard.device.id, 0) + shard.data.nbytes
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    state = create_state(0, networks, optimizer, mesh)
+    batches = pipeline.train_batches(sources.Digits(), image_size=(16, 16), batch_size=16, seed=0)
+    place = lambda: sharding.place_batch(mesh, {k: v for k, v in next(batches).items() if k != "unreadable"})
+    batch = place()
+    split = len({shard.device for shard in batch["image"].addressable_shards})
+    step = train.lower_train_step(networks, optimizer, config, None, mesh, state, batch, {}).compile()
+    losses = []
+    for _ in range(20):
+        state, metrics = step(state, batch, {})
+        losses.append(float(metrics["loss"]))
+        batch = place()
+    batches.close()
+    generator = generate.make_generator(networks["denoiser"], config, mesh)
+    images = np.concatenate(list(generate.generate_images(generator, state["ema"], labels, 8, mesh)))
+    np.save(folder / f"{name}.npy", images)
+    result[name] = {"held": list(held.values()), "total": total, "rows": split, "losses": losses}
+    if name == "fsdp8":
+        checkpoints = checkpoint.Checkpoints(folder, 1)
+        checkpoints.save(20, state, config)
+        checkpoints.wait()
+        checkpoints.close()
+        saved = jax.tree.map(np.asarray, state)
+
+# What 8 devices wrote between them, read onto two other meshes.
+for data, fsdp in ((2, 4), (1, 1)):
+    mesh = sharding.make_mesh(data, fsdp)
+    checkpoints = checkpoint.Checkpoints(folder, 1)
+    restored = checkpoints.restore(state_shapes(networks, optimizer, mesh), config)
+    checkpoints.close()
+    jax.tree.map(np.testing.assert_array_equal, saved, restored)
+    shapes = state_shapes(networks, optimizer, mesh)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, restored, shapes))
+(folder / "result.json").write_text(json.dumps(result))
+"""
+
+
+@pytest.fixture(scope="module")
+def on_eight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eight")
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, folder, json.dumps(MESHES)], cwd=ROOT, timeout=500,
+        env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads((folder / "result.json").read_text())
+    return {name: {**result[name], "images": np.load(folder / f"{name}.npy")} for name in MESHES}
+
+
+@pytest.mark.parametrize("name", ["data8", "data2_fsdp4", "fsdp8"])
+def test_losses_and_pictures_are_those_of_one_device(on_eight, name):
+    one, many = on_eight["one"], on_eight[name]
+    assert many["rows"] == 8
+    np.testing.assert_allclose(many["losses"], one["losses"], rtol=1e-5)
+    assert len(set(one["losses"])) == 20
+    assert one["images"].shape == (12, 16, 16, 3)
+    assert np.abs(many["images"].astype(int) - one["images"]).max() <= 1
+
+
+def test_state_is_born_split(on_eight):
+    """Whole on each device over "data"; over "fsdp" split but for vectors and the pixel decoder."""
+    total = on_eight["one"]["total"]
+    assert on_eight["one"]["held"] == [total]
+    assert on_eight["data8"]["held"] == [total] * 8
+    for name, parts in (("fsdp8", 8), ("data2_fsdp4", 4)):
+        held = on_eight[name]["held"]
+        assert len(held) == 8
+        assert len(set(held)) == 1
+        assert total / parts < held[0] < total / parts * 1.05
+
+
+MODELS = {
+    "deco": quickstart.get_config("smoke"),
+    "dit": ablation.get_config("dit-smoke"),
+    "pixnerd": ablation.get_config("pixnerd-smoke"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_leaf_has_a_rule(name, caplog):
+    """Nothing is left whole for want of a rule, and where a rule splits, it is the model's width or a multiple."""
+    config = MODELS[name]
+    networks = {"denoiser": network_lib.build(config.model.to_dict())}
+    optimizer = make_optimizer(config.optimizer)
+    state = jax.eval_shape(lambda key: initial_state(key, networks, optimizer), jax.random.key(0))
+    mesh = jax.sharding.AbstractMesh((2, 4), ("data", "fsdp"))
+    shardings = sharding.state_shardings(mesh, state)
+    assert caplog.text == ""
+    parameters = jax.tree.leaves_with_path(shardings["params"])
+    split = 0
+    for (path, placed), leaf in zip(parameters, jax.tree.leaves(state["params"]), strict=True):
+        axes = [i for i, axis in enumerate(placed.spec) if axis == "fsdp"]
+        assert len(axes) <= 1, path
+        if axes:
+            # PixNerd's generator is wider than the model.
+            assert leaf.shape[axes[0]] % config.model.width == 0 or "generator" in str(path), path
+            split += leaf.size
+    assert split > 0
+    # Averages and moments lie where their parameters do.
+    by_end = {sharding.path_name(path): placed.spec for path, placed in parameters}
+    for path, placed in jax.tree.leaves_with_path({k: shardings[k] for k in ("ema", "opt_state")}):
+        ends = [spec for end, spec in by_end.items() if sharding.path_name(path).endswith(end.partition("/")[2])]
+        assert placed.spec in (ends or [PartitionSpec()]), path
+
+
+def test_what_does_not_divide_stays_whole_and_is_named(caplog):
+    mesh = jax.sharding.AbstractMesh((1, 5), ("data", "fsdp"))
+    leaf = {
+        "qkv": {"kernel": jax.ShapeDtypeStruct((2, 32, 96), np.float32)},
+        "odd": jax.ShapeDtypeStruct((3,), np.float32),
+    }
+    shardings = sharding.state_shardings(mesh, leaf)
+    assert all(s.spec == PartitionSpec() for s in jax.tree.leaves(shardings))
+    assert "qkv/kernel (2, 32, 96) does not divide over fsdp=5" in caplog.text
+    assert "no sharding rule covers odd (3,)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "data, fsdp, message",
+    [
+        (-1, -1, "both -1"),
+        (2, 1, "asks for 2 x 1 = 2 devices, this machine has 1"),
+        (-1, 3, "axis of 3 does not divide this machine's 1 devices"),
+        (3, -1, "axis of 3 does not divide"),
+    ],
+)
+def test_meshes_that_cannot_be(data, fsdp, message):
+    with pytest.raises(UserError, match=message):
+        sharding.make_mesh(data, fsdp, jax.devices()[:1])
+
+
+def test_mesh_takes_what_is_left():
+    for data, fsdp in ((-1, 1), (1, -1), (1, 1)):
+        mesh = sharding.make_mesh(data, fsdp, jax.devices()[:1])
+        assert mesh.axis_names == ("data", "fsdp")
+        assert dict(mesh.shape) == {"data": 1, "fsdp": 1}
+
+
+def test_batches_have_to_divide():
+    mesh = jax.sharding.AbstractMesh((2, 4), ("data", "fsdp"))
+    sharding.check_batch(mesh, 32, "config.data.batch_size", 4)
+    with pytest.raises(UserError, match=r"config.data.batch_size=30 does not divide by 8 devices; 32 would"):
+        sharding.check_batch(mesh, 30, "config.data.batch_size")
+    with pytest.raises(UserError, match="8 devices x 3 accumulation steps; 24 would"):
+        sharding.check_batch(mesh, 32, "config.data.batch_size", 3)
