@@ -23,17 +23,18 @@ BATCH = PartitionSpec(("data", "fsdp"))
 # Always the model's width (or a multiple of it), which divides by any sensible number of devices, unlike the
 # 1001 labels or the 2730 hidden units.
 RULES: tuple[tuple[str, int | None], ...] = (
+    (r"decoder/condition/kernel$", -2),
+    (r"decoder/blocks/generator/kernel$", -1),
+    (r"decoder/", None),  # the pixel decoder's own layers: some kilobytes
     (r"(qkv|text_kv|gate|up)/kernel$", -2),  # [depth, width, ...]
-    (r"(attention/out|down|modulation|generator)/kernel$", -1),  # [depth, ..., width]
+    (r"(attention/out|down|modulation)/kernel$", -1),  # [depth, ..., width]
     (r"(patch_embed|time_embed/\w+|text_embed/proj)/kernel$", -1),
     (r"(label_embed/embedding|text_positions)$", -1),
     (r"output/linear/kernel$", -2),
-    (r"decoder/condition/kernel$", -2),
     (r"projector/\w+/kernel$", -2),
     (r"teacher/blocks/mlp_in/kernel$", -2),
     (r"teacher/(blocks/mlp_out/kernel|positions)$", -1),
     (r"(bias|scale\d?|class_token)$", None),
-    (r"decoder/", None),  # the pixel decoder's own layers: some kilobytes
     (r"(^|/)(step|skipped|count|mini_step|gradient_step)$", None),
 )
 
