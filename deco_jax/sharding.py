@@ -135,6 +135,4 @@ def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array
 def place_everywhere(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """A global batch that every host has all of, split over the devices."""
     sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__) for name, rows in batch.items()
-    }
+    return {name: jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__) for name, rows in batch.items()}

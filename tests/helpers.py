@@ -45,5 +45,10 @@ def run_main(
     """`python -m deco_jax.main ARGUMENTS` from the repository's root, output captured as text."""
     return subprocess.run(
         [sys.executable, "-m", "deco_jax.main", *map(str, arguments)],
-        cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})}, **options,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **(env or {})},
+        **options,
     )

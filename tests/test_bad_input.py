@@ -151,7 +151,7 @@ def test_one_line(outcomes, case):
     assert not any((folder / "empty").iterdir())
 
 
-@pytest.mark.parametrize("arguments, says", [FLAGS[3], FLAGS[5], FLAGS[8], FLAGS[17], *CASES[len(FLAGS)::6][:3]])
+@pytest.mark.parametrize("arguments, says", [FLAGS[3], FLAGS[5], FLAGS[8], FLAGS[17], *CASES[len(FLAGS) :: 6][:3]])
 def test_as_a_command(tmp_path, arguments, says):
     """The same, each in an interpreter of its own."""
     refuse(*arguments, f"--workdir={tmp_path / 'run'}", says=says)
