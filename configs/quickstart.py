@@ -5,7 +5,8 @@
 Data: the 1,797 digits that scikit-learn also carries, inside this package; nothing is downloaded.
 Leaves runs/quickstart/samples/step_*.png, a grid with one row for each digit.
 
-Hardware and time: two CPU cores, five minutes (307 s, compiling included, while other work ran beside it).
+Hardware and time: two CPU cores, about five minutes (one run, compiling included, beside other work and before
+decoder_chunk was set).
 Expected: the digits in the last grid can be read; a few in a hundred are ambiguous. FID: not measured yet.
 """
 
