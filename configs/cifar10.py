@@ -5,7 +5,7 @@
 Data: class folders of PNGs (`image_folder`, here); or TFDS, which downloads and prepares it:
 --config.data.source=tfds --config.data.path=cifar10.
 
-Hardware: one GPU of 24 GB or more. Time: not measured yet. FID: not measured yet.
+Hardware: meant for one GPU; its memory is not measured yet. Time: not measured yet. FID: not measured yet.
 No teacher: DINOv2's patches are too coarse for images of 32².
 """
 

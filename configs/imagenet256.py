@@ -8,7 +8,7 @@
 Data: ImageNet's class folders (`image_folder`), or an ArrayRecord directory that TFDS prepared (`tfds`).
 A different number of GPUs needs no other setting: the batch size is global.
 
-Hardware and time. The paper trains on 8 A800: L 0.24 s a step at batch 256, so 200k steps take 14 hours.
+Hardware and time. The paper trains on 8 A800: L 0.24 s a step at batch 256, so 200k steps take 13 hours.
 XL: 787 GFLOP an image and step, 1.6 M steps are 320 epochs. This code on such machines: not measured yet.
 
 Expected FID (the paper's; with this code: not measured yet)

@@ -6,7 +6,6 @@ so its images/s and the step's say which of the two a run would wait for.
 
 from __future__ import annotations
 
-import json
 import pathlib
 import statistics
 import time
@@ -26,7 +25,7 @@ from deco_jax.optimizer import make_optimizer
 from deco_jax.train import abstract_networks, lower_train_step
 from deco_jax.train_state import create_state
 from deco_jax.workdir import make_workdir
-from deco_jax.writer import write_atomically
+from deco_jax.writer import write_json
 
 Row = dict[str, Any]
 
@@ -82,7 +81,7 @@ def benchmark(config: ml_collections.ConfigDict, workdir: str, import_seconds: f
     report["peak_memory_bytes"] = memory
     if main_host:
         path = pathlib.Path(workdir) / "benchmark.json"
-        write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
+        write_json(path, report)
         if memory is not None:
             say(f"peak memory of a device: {memory / 2**30:.2f} GiB")
         say(f"wrote {path}")

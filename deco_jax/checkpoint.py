@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from flax import serialization
@@ -28,7 +29,6 @@ from jax.sharding import Mesh
 from deco_jax import config as config_lib
 from deco_jax import distributed
 from deco_jax.errors import UserError
-from deco_jax.models.network import Network
 from deco_jax.sharding import state_shardings
 from deco_jax.train_state import State
 
@@ -205,13 +205,19 @@ def check_model(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
         )
 
 
-def load_average(path: pathlib.Path, network: Network, config: ml_collections.ConfigDict, mesh: Mesh) -> Any:
+def load_average(path: pathlib.Path, shapes: Any, config: ml_collections.ConfigDict, mesh: Mesh) -> Any:
     """The EMA weights of a checkpoint, on the mesh.
 
     Raises:
         UserError: it is another model's, or damaged.
     """
-    return _load(path, "ema", network.shapes, config, mesh)
+    return _load(path, "ema", shapes, config, mesh)
+
+
+def load_step(path: pathlib.Path) -> int:
+    """Steps done when the checkpoint was written."""
+    counter = jax.ShapeDtypeStruct((), np.int32, sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+    return int(_read(path / "counters", {"step": counter, "skipped": counter})["step"])
 
 
 def load_params(path: pathlib.Path, shapes: Any, config: ml_collections.ConfigDict, mesh: Mesh) -> Any:

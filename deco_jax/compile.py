@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import pathlib
@@ -27,7 +26,7 @@ from deco_jax.optimizer import make_optimizer
 from deco_jax.train import abstract_networks, lower_train_step
 from deco_jax.train_state import State, state_shapes
 from deco_jax.workdir import make_workdir
-from deco_jax.writer import write_atomically
+from deco_jax.writer import write_json
 
 # A parameter of up to this size may stay whole on every device.
 REPLICATED_LIMIT = 10**6
@@ -43,7 +42,7 @@ def compile_step(config: ml_collections.ConfigDict, workdir: str, topology: str 
     report = compile_report(config, mesh)
     report["topology"] = topology or "this machine"
     path = pathlib.Path(workdir) / "compile.json"
-    write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
+    write_json(path, report)
     print(describe(report), flush=True)
     print(f"wrote {path}", flush=True)
     if report["fits"] is False:

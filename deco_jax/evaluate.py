@@ -41,7 +41,7 @@ from deco_jax.evaluation.statistics import (
 from deco_jax.models import network as network_lib
 from deco_jax.sample import fingerprint as samples_fingerprint
 from deco_jax.workdir import make_workdir
-from deco_jax.writer import write_atomically
+from deco_jax.writer import write_json
 
 FOLDER = "evaluation"
 NEIGHBOURS = 3
@@ -101,7 +101,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: s
     }  # fmt: skip
     if jax.process_index() == 0:
         path = pathlib.Path(workdir) / "evaluation.json"
-        write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
+        write_json(path, result)
         print(table(result))
         print(f"wrote {path}")
 
@@ -268,7 +268,7 @@ def drawn_samples(config: ml_collections.ConfigDict, workdir: str, checkpoint_pa
     generator = generate.make_generator(network, config, mesh)
 
     def batches(_: int, start: int) -> Iterator[np.ndarray]:
-        params = checkpoint.load_average(where, network, config, mesh)
+        params = checkpoint.load_average(where, network.shapes, config, mesh)
         return generate.generate_images(generator, params, labels, config.sample.batch_size, mesh, start)
 
     size = image_sides(config.data.image_size)

@@ -38,6 +38,12 @@ def class_grid(images: np.ndarray, num_classes: int) -> np.ndarray:
     return grid(images, columns=per_class if per_class > 1 else None)
 
 
+def sample_grid(images: np.ndarray, num_classes: int) -> np.ndarray:
+    """`class_grid`, small images enlarged until the longer side is about 720 pixels."""
+    tiled = class_grid(images, num_classes)
+    return enlarge(tiled, max(1, round(720 / max(tiled.shape[:2]))))
+
+
 def enlarge(image: np.ndarray, factor: int) -> np.ndarray:
     """Repeat each pixel factor × factor times: small images stay visible and exact."""
     return image.repeat(factor, axis=0).repeat(factor, axis=1)

@@ -29,7 +29,7 @@ def sample(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str
     where = checkpoint.find(workdir, checkpoint_path)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     network = network_lib.build(config.model.to_dict())
-    params = checkpoint.load_average(where, network, config, mesh)
+    params = checkpoint.load_average(where, network.shapes, config, mesh)
     folder = pathlib.Path(workdir) / "samples"
     make_workdir(folder)
 
@@ -50,8 +50,7 @@ def sample(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str
         return
 
     shown = np.unique(np.linspace(0, len(labels) - 1, min(settings.grid_images, len(labels))).round().astype(int))
-    grid = images.class_grid(parts.take(shown), config.model.num_classes)
-    save_png(folder / "grid.png", images.enlarge(grid, max(1, round(720 / max(grid.shape[:2])))))
+    save_png(folder / "grid.png", images.sample_grid(parts.take(shown), config.model.num_classes))
     print(f"wrote {folder / 'grid.png'}")
     if settings.npz:
         write_npz(folder / "samples.npz", parts)

@@ -8,7 +8,6 @@ Writes WORKDIR/spectrum.json and WORKDIR/spectrum.png.
 from __future__ import annotations
 
 import functools
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +30,7 @@ from deco_jax.losses.frequency import jpeg_weights
 from deco_jax.models import network as network_lib
 from deco_jax.models.network import Network, Params
 from deco_jax.workdir import make_workdir
-from deco_jax.writer import write_atomically
+from deco_jax.writer import write_json
 
 # (params, {"index", "label", "weight"}) → summed energies {"dit": [block, block], "velocity": [8, 8]}
 Measure = Callable[[Params, dict[str, jax.Array]], dict[str, jax.Array]]
@@ -86,7 +85,7 @@ def spectrum(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: s
         "order": "zigzag, lowest first; spectrum = log(1 + energy) / max, energy = mean squared DCT coefficient",
     }  # fmt: skip
     if jax.process_index() == 0:
-        write_atomically(folder / "spectrum.json", (json.dumps(result, indent=2) + "\n").encode())
+        write_json(folder / "spectrum.json", result)
         draw(result, folder / "spectrum.png")
         say(f"wrote {folder / 'spectrum.json'} and {folder / 'spectrum.png'}")
 
@@ -122,7 +121,7 @@ def model_energies(
         {"dit": [block, block], "velocity": [8, 8]}, float64.
     """
     network = network_lib.build(config.model.to_dict())
-    params = checkpoint.load_average(where, network, config, mesh)
+    params = checkpoint.load_average(where, network.shapes, config, mesh)
     measure = make_measure(network, config, mesh)
     count = config.spectrum.num_images
     labels = generate.class_labels(count, config.model.num_classes)

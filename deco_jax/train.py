@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -41,7 +40,7 @@ from deco_jax.models.projector import make_projector
 from deco_jax.optimizer import make_optimizer, update_average
 from deco_jax.train_state import State, create_state, state_shapes
 from deco_jax.workdir import make_workdir
-from deco_jax.writer import Writer, write_atomically
+from deco_jax.writer import Writer, write_json
 
 Metrics = dict[str, jax.Array]
 # uint8 images [batch, height, width, 3] and the teacher's weights → features [batch, tokens, teacher_width]
@@ -68,7 +67,7 @@ def objective(
     networks: dict[str, Network],
     config: ml_collections.ConfigDict,
 ) -> tuple[jax.Array, Metrics]:
-    """The DeCo loss of a batch (arXiv 2511.19365 §3.3–3.4): flow matching + frequency-aware + REPA.
+    """The DeCo loss of a batch (arXiv 2511.19365): flow matching + frequency-aware + REPA.
 
     Args:
         params: {"denoiser", "projector"}.
@@ -221,7 +220,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
     checkpoints.remove_after(start)
     main_host = jax.process_index() == 0
     if main_host:
-        write_atomically(folder / "config.json", (json.dumps(to_json(config), indent=2) + "\n").encode())
+        write_json(folder / "config.json", to_json(config))
     writer = Writer(folder, config.train.num_steps, resumed_at=start, active=main_host)
     writer.say(
         f"{config.model.name} with {networks['denoiser'].num_params:,} parameters on "
@@ -357,8 +356,7 @@ def sample_grid(
     """One uint8 image of samples in class order."""
     batch_size = config.sample.batch_size
     samples = np.concatenate(list(generate.generate_images(generator, params, labels, batch_size, mesh)))
-    grid = images.class_grid(samples, config.model.num_classes)
-    return images.enlarge(grid, max(1, round(720 / max(grid.shape[:2]))))
+    return images.sample_grid(samples, config.model.num_classes)
 
 
 # ---------------------------------------------------------------------------------------- setting up
@@ -405,7 +403,7 @@ def start_from(config: ml_collections.ConfigDict, state: State, mesh: Mesh) -> S
     where = checkpoint.find(config.init_from)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state["params"])
     params = checkpoint.load_params(where, shapes, config, mesh)
-    ema = checkpoint.load_average(where, Network(_no_init, _no_init, shapes["denoiser"]), config, mesh)
+    ema = checkpoint.load_average(where, shapes["denoiser"], config, mesh)
     return {**state, "params": params, "ema": ema}
 
 

@@ -160,6 +160,11 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
     part.replace(path)
 
 
+def write_json(path: pathlib.Path, values: Any) -> None:
+    """Plain values as an indented JSON file, whole or not at all."""
+    write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
 def save_png(path: pathlib.Path, image: np.ndarray) -> None:
     """uint8 [height, width, 3] as a PNG file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -127,7 +127,7 @@ def test_another_model(saved):
     for attempt in (
         lambda: checkpoint.check_model(path, config),
         lambda: checkpoint.find(saved, config=config),
-        lambda: checkpoint.load_average(path, networks["denoiser"], config, mesh),
+        lambda: checkpoint.load_average(path, networks["denoiser"].shapes, config, mesh),
         lambda: checkpoint.Checkpoints(saved, 3).restore(state_shapes(networks, optimizer, mesh), config),
     ):
         with pytest.raises(UserError, match=r"another model \(depth: 2 there, 3 here\)"):
@@ -142,7 +142,7 @@ def test_sampling_reads_the_average_alone(workdir, state):
     path = checkpoint.find(workdir)
     for item in ("params", "optimizer", "counters"):
         shutil.rmtree(path / item)
-    assert_same(checkpoint.load_average(path, networks["denoiser"], config, mesh), state["ema"])
+    assert_same(checkpoint.load_average(path, networks["denoiser"].shapes, config, mesh), state["ema"])
     with pytest.raises(UserError, match=r"can't be read: .*; choose another"):
         checkpoint.load_params(path, {"denoiser": networks["denoiser"].shapes}, config, mesh)
 

@@ -49,7 +49,7 @@ def test_imported_weights_answer_as_the_reference(imported, which):
     net, mesh = network.build(config.model.to_dict()), sharding.make_mesh(1, 1, jax.devices()[:1])
     where = checkpoint.find(str(imported))
     if which == "ema":
-        params = checkpoint.load_average(where, net, config, mesh)
+        params = checkpoint.load_average(where, net.shapes, config, mesh)
     else:
         params = checkpoint.load_params(where, {"denoiser": net.shapes}, config, mesh)["denoiser"]
     labels = jnp.asarray(values["y"], jnp.int32)

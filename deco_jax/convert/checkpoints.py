@@ -5,7 +5,6 @@ Arrays stay on the host: nothing here needs an accelerator, and a file is read t
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any
 
@@ -20,7 +19,7 @@ from deco_jax.errors import UserError
 from deco_jax.models import dinov2, network
 from deco_jax.models.projector import make_projector
 from deco_jax.workdir import make_workdir
-from deco_jax.writer import write_atomically
+from deco_jax.writer import write_json
 
 
 def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: str) -> None:
@@ -58,7 +57,7 @@ def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: s
     checkpoints.save(file.step, jax.tree.map(_float32, state), config)
     checkpoints.wait()
     checkpoints.close()
-    write_atomically(folder / "config.json", (json.dumps(to_json(config), indent=2) + "\n").encode())
+    write_json(folder / "config.json", to_json(config))
     print(f"imported {source}: step {file.step}, in {folder}; it has no optimizer state, so training goes on "
           "with zero moments")  # fmt: skip
 
@@ -86,15 +85,15 @@ def export_checkpoint(config: ml_collections.ConfigDict, workdir: str, checkpoin
         width, _, _ = dinov2.sizes(stored["teacher"]["size"])
         shapes["projector"] = make_projector(config.model, width).shapes
     params = _on_host(checkpoint.load_params(where, shapes, config, mesh))
-    average = _on_host(checkpoint.load_average(where, denoiser, config, mesh))
+    average = _on_host(checkpoint.load_average(where, denoiser.shapes, config, mesh))
 
     folder = pathlib.Path(workdir) / "export"
     make_workdir(folder)
     ema = deco.to_torch(config.model, average)
     projector = deco.projector_to_torch(params["projector"]) if "projector" in params else {}
-    step = int(where.name)
+    step = checkpoint.load_step(where)
     torch_files.write_safetensors(folder / "ema.safetensors", ema, {"step": str(step)})
-    write_atomically(folder / "config.json", (json.dumps(stored, indent=2) + "\n").encode())
+    write_json(folder / "config.json", stored)
     torch_files.write_lightning(
         folder / "deco.ckpt",
         torch_files.Checkpoint(deco.to_torch(config.model, params["denoiser"]), ema, projector, step=step),

@@ -9,11 +9,11 @@ from __future__ import annotations
 import pathlib
 import warnings
 import zipfile
-from collections.abc import Iterator
 
 import numpy as np
 from flax import nnx
 
+from deco_jax.convert.mapping import flatten, unflatten
 from deco_jax.errors import UserError
 from deco_jax.evaluation.inception import NUM_CLASSES, POOL3_WIDTH, Inception
 
@@ -129,7 +129,7 @@ def load_inception(path: str | pathlib.Path) -> dict:
         weight = tensors[f"{output}.weight"].astype(np.float32)
         flat["classifier"] = weight.T if weight.shape == (NUM_CLASSES, POOL3_WIDTH) else weight
     _check_values(path, flat, classifier)
-    return _nest(flat)
+    return unflatten(flat)
 
 
 def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -169,27 +169,8 @@ def _check_names(path: pathlib.Path, expected: set[str], found: set[str]) -> Non
 
 def _check_values(path: pathlib.Path, flat: dict[str, np.ndarray], classifier: bool) -> None:
     shapes = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Inception(classifier))))
-    for name, shape in ((name, array.shape) for name, array in _flatten(shapes)):
+    for name, shape in ((name, array.shape) for name, array in flatten(shapes).items()):
         if flat[name].shape != shape:
             raise UserError(f"{path}: {name} has shape {flat[name].shape}, the network's is {shape}; {WHERE}")
         if not np.isfinite(flat[name]).all():
             raise UserError(f"{path}: {name} holds values that are not finite: the file is damaged; {WHERE}")
-
-
-def _flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _nest(flat: dict[str, np.ndarray]) -> dict:
-    tree: dict = {}
-    for name, array in flat.items():
-        *path, last = name.split(".")
-        node = tree
-        for part in path:
-            node = node.setdefault(part, {})
-        node[last] = array
-    return tree

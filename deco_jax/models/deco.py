@@ -1,6 +1,6 @@
 """DeCo: a transformer for the low frequencies, a pixel decoder for the high ones.
 
-Source: DeCo (arXiv 2511.19365) §3.2, Fig. 3.
+Source: DeCo (arXiv 2511.19365).
 """
 
 from __future__ import annotations

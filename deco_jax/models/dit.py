@@ -4,7 +4,7 @@
     times ─ TimestepEmbedding ──┼─ blocks (scan) ─ hidden [batch, tokens, width] ─ a head: DeCo, DiT, PixNerd
     labels or text ─────────────┘
 
-Source: DeCo (arXiv 2511.19365) §3.2; blocks after DiT (Peebles & Xie 2023) with RMSNorm, SwiGLU and
+Source: DeCo (arXiv 2511.19365); blocks after DiT (Peebles & Xie 2023) with RMSNorm, SwiGLU and
 two-dimensional RoPE.
 """
 

@@ -1,6 +1,6 @@
 """DeCo's pixel decoder: high frequencies by a tiny network without attention at every pixel.
 
-Source: DeCo (arXiv 2511.19365) §3.2, "pixel decoder". Everything is per pixel; what ties pixels together is
+Source: DeCo (arXiv 2511.19365), its pixel decoder. Everything is per pixel; what ties pixels together is
 the condition, a vector for each pixel that one Linear draws from its patch's low-frequency features (the
 paper's linear upsampling).
 """
