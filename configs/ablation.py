@@ -1,7 +1,10 @@
 """The paper's Table 1 and Table 4 at size L, ImageNet 256²: one name a row.
 
-    python -m deco_jax.main --config=configs/ablation.py:dit --workdir=runs/dit \
+    python -m deco_jax.main --config=configs/ablation.py:dit --workdir=runs/dit \\
         --config.data.path=/data/imagenet/train --config.teacher.path=/data/dinov2_vitb14_pretrain.pth
+    python launch/sweep.py --config=configs/ablation.py --variants=deco,no_frequency,dit --modes=train,evaluate \\
+        --workdir=runs/ablation --sort=fid -- --config.data.path=/data/imagenet/train \\
+        --config.teacher.path=/data/dinov2_vitb14_pretrain.pth --config.evaluate.inception=/data/inception.pth
     python -m deco_jax.main --config=configs/ablation.py:dit-smoke --workdir=/tmp/smoke    # seconds, two cores
 
 Every row: 200k steps at batch 256, then 50 Euler steps without guidance. The FIDs below are the paper's (8 A800,
@@ -96,6 +99,14 @@ ROWS: dict[str, tuple[float, Change]] = {
     "quality50": (31.54, _set(loss__frequency_quality=50)),
     "quality100": (33.84, _set(loss__frequency_quality=100)),
 }
+
+# What the paper reports for each row, for launch/sweep.py to print beside ours; Table 1 has more than the FID.
+PAPER: dict[str, dict[str, float]] = {name: {"fid": fid} for name, (fid, _) in ROWS.items()}
+for _name, (_sfid, _score, _recall) in {
+    "deco": (9.34, 48.35, 0.65), "dit": (15.86, 16.81, 0.60), "pixnerd": (10.65, 43.01, 0.62),
+    "jit": (11.45, 39.57, 0.63), "no_repa": (10.58, 19.10, 0.56), "no_frequency": (10.41, 46.44, 0.64),
+}.items():  # fmt: skip
+    PAPER[_name] |= {"sfid": _sfid, "inception_score": _score, "recall": _recall}
 
 
 def get_config(variant: str = "deco") -> ml_collections.ConfigDict:

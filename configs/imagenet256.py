@@ -1,6 +1,6 @@
 """ImageNet 256², class to image: the paper's DeCo-XL/16, and DeCo-L/16 of its Table 1.
 
-    python -m deco_jax.main --config=configs/imagenet256.py --workdir=runs/xl \
+    python -m deco_jax.main --config=configs/imagenet256.py --workdir=runs/xl \\
         --config.data.path=/data/imagenet/train --config.teacher.path=/data/dinov2_vitb14_pretrain.pth
     python -m deco_jax.main --config=configs/imagenet256.py:L --workdir=runs/l ...      # 426,938,019 parameters
     python -m deco_jax.main --config=configs/imagenet256.py:smoke --workdir=/tmp/smoke  # seconds, two cores
@@ -27,6 +27,7 @@ def get_config(variant: str = "XL") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.init_from = ""  # a checkpoint whose weights a new run starts from
+    config.init_optimizer = False  # and whose optimizer's moments
 
     config.model = ml_collections.ConfigDict()
     config.model.name = "deco"
@@ -47,7 +48,7 @@ def get_config(variant: str = "XL") -> ml_collections.ConfigDict:
     config.data = ml_collections.ConfigDict()
     config.data.source = "image_folder"
     config.data.path = ""
-    config.data.split = ""  # image_folder: a subfolder of path; tfds: the split, train if empty
+    config.data.split = ""  # a subfolder of path; tfds: the split, train if empty
     # An object, so that the command line takes 256 and (256, 384) alike.
     config.data.image_size = ml_collections.FieldReference(256, field_type=object)
     config.data.batch_size = 256  # global
@@ -80,8 +81,18 @@ def get_config(variant: str = "XL") -> ml_collections.ConfigDict:
     config.teacher.size = "B"
     config.teacher.dtype = "bfloat16"
 
+    config.text = ml_collections.ConfigDict()  # Qwen3, read only if model.text_width > 0
+    config.text.encoder = "qwen3"  # "bytes": no files and no language, the caption's letters as they are
+    config.text.path = ""  # its Hugging Face folder
+    config.text.prefix = ""  # put before half of the short captions while training
+    config.text.dtype = "bfloat16"
+    config.text.features = ""  # a folder that --mode=encode fills; training then needs no encoder
+
     config.sample = ml_collections.ConfigDict()
     config.sample.num_images = 64
+    config.sample.prompts = ""  # text-to-image: a prompt, or a file or folder of them; empty: the data's captions
+    config.sample.negative_prompt = ""
+    config.sample.images_per_prompt = 0  # 0: as many as GenEval or DPG-Bench asks for, else 1
     config.sample.batch_size = 64
     config.sample.num_steps = 100
     config.sample.sampler = "euler"
@@ -107,7 +118,7 @@ def get_config(variant: str = "XL") -> ml_collections.ConfigDict:
     config.evaluate.reference = ""  # an ADM reference .npz; empty: the images of config.data
     config.evaluate.samples = ""  # a samples.npz or a folder; empty: config.sample.num_images drawn on the way
     config.evaluate.num_reference = 0  # images of config.data; 0: all
-    config.evaluate.batch_size = 64
+    config.evaluate.batch_size = 64  # on a CPU 2: a quarter less time an image than 8
     config.evaluate.precision_recall_reference = 10_000  # as many as ADM's reference files hold
     config.evaluate.precision_recall_samples = 50_000
     config.evaluate.save_every = 5000  # images
@@ -118,6 +129,11 @@ def get_config(variant: str = "XL") -> ml_collections.ConfigDict:
     config.spectrum.checkpoints = ""  # workdirs, comma separated; empty: this one
     config.spectrum.num_images = 64
     config.spectrum.batch_size = 8
+
+    config.report = ml_collections.ConfigDict()
+    config.report.workdirs = ""  # runs side by side, comma separated; empty: this one
+    config.report.grids = 12  # of the sample grids over time, evenly spread
+    config.report.grid_pixels = 768  # larger ones are embedded smaller
 
     config.benchmark = ml_collections.ConfigDict()
     config.benchmark.warmup = 3
@@ -154,6 +170,6 @@ def smoke(config: ml_collections.ConfigDict) -> None:
     config.train.num_steps = 4
     config.train.log_every = 1
     config.train.save_every = config.train.sample_every = 2
-    config.evaluate.batch_size, config.evaluate.during_training_images = 8, 10
+    config.evaluate.batch_size, config.evaluate.during_training_images = 2, 10
     config.spectrum.num_images = config.spectrum.batch_size = 4
     config.benchmark.warmup, config.benchmark.repeats = 1, 3

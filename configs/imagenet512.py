@@ -1,6 +1,6 @@
 """ImageNet 512², class to image: DeCo-XL/16 continued from 256² for 100k steps, as in the paper.
 
-    python -m deco_jax.main --config=configs/imagenet512.py --workdir=runs/xl512 --config.init_from=runs/xl \
+    python -m deco_jax.main --config=configs/imagenet512.py --workdir=runs/xl512 --config.init_from=runs/xl \\
         --config.data.path=/data/imagenet/train --config.teacher.path=/data/dinov2_vitb14_pretrain.pth
     python -m deco_jax.main --config=configs/imagenet512.py:smoke --workdir=/tmp/smoke512
 

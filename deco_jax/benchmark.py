@@ -15,14 +15,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
 from deco_jax import distributed, flops, generate, hardware, monitor, sharding
-from deco_jax.config import image_sides
-from deco_jax.data import pipeline, sources
+from deco_jax.condition import Classes, Condition, open_condition
+from deco_jax.data import sources
+from deco_jax.data.transforms import image_sides
 from deco_jax.optimizer import make_optimizer
-from deco_jax.train import abstract_networks, lower_train_step
+from deco_jax.train import abstract_networks, lower_train_step, open_batches
 from deco_jax.train_state import create_state
 from deco_jax.workdir import make_workdir
 from deco_jax.writer import write_json
@@ -40,7 +42,7 @@ def benchmark(config: ml_collections.ConfigDict, workdir: str, import_seconds: f
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding.check_batch(mesh, config.data.batch_size, "config.data.batch_size", config.optimizer.accumulate_steps)
     source = sources.open_source(config.data)
-    sources.check_classes(source, config.model.num_classes)
+    condition = open_condition(config, mesh, source)
     make_workdir(pathlib.Path(workdir))
     main_host = jax.process_index() == 0
 
@@ -74,60 +76,75 @@ def benchmark(config: ml_collections.ConfigDict, workdir: str, import_seconds: f
     say(f"{config.benchmark.warmup} runs to warm up, {config.benchmark.repeats} timed; median, min, max")
     say(f"  {HEADER}")
     add("import", [import_seconds])
-    time_training(config, mesh, add, time.monotonic() - began)
-    time_forward(config, mesh, add)
-    time_input(config, mesh, source, add)
+    report["train_step_bytes"] = time_training(config, mesh, condition, add, time.monotonic() - began)
+    time_forward(config, mesh, condition, add)
+    time_input(config, mesh, source, condition, add)
     memory = monitor.peak_memory()
     report["peak_memory_bytes"] = memory
     if main_host:
         path = pathlib.Path(workdir) / "benchmark.json"
         write_json(path, report)
+        parts = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in report["train_step_bytes"].items())
+        say(f"GiB of a device, by the compiled training step: {parts}")
         if memory is not None:
             say(f"peak memory of a device: {memory / 2**30:.2f} GiB")
         say(f"wrote {path}")
 
 
-def time_training(config: ml_collections.ConfigDict, mesh: Mesh, add: Callable[..., None], set_up: float) -> None:
-    """Rows: build, compile, first step, training step."""
+def time_training(
+    config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition, add: Callable[..., None], set_up: float
+) -> dict[str, int]:
+    """Rows: build, compile, first step, train step, and the step's frozen networks by themselves if it has any.
+
+    Returns:
+        Bytes a device of the compiled step, as `monitor.program_bytes`.
+    """
     began = time.monotonic() - set_up
-    networks, teacher, teacher_shapes = abstract_networks(config, mesh)
-    # The teacher's values cost nothing and change nothing: its file needn't be there.
-    teacher_params = jax.tree.map(
-        lambda leaf: jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)(), teacher_shapes
+    networks, observe, shapes = abstract_networks(config, mesh, condition)
+    # The values of frozen weights cost nothing and change nothing: their files needn't be there.
+    frozen = jax.tree.map(
+        lambda leaf: jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)(), shapes
     )
     optimizer = make_optimizer(config.optimizer)
     state = jax.block_until_ready(create_state(config.seed, networks, optimizer, mesh))
-    batch = random_batch(config, mesh)
+    batch = random_batch(config, mesh, condition)
     add("build", [time.monotonic() - began])
 
     began = time.monotonic()
     with distributed.stage("compiling the training step"):
-        step = lower_train_step(networks, optimizer, config, teacher, mesh, state, batch, teacher_params).compile()
+        step = lower_train_step(networks, optimizer, config, observe, mesh, state, batch, frozen).compile()
     add("compile", [time.monotonic() - began])
     began = time.monotonic()
-    state, metrics = jax.block_until_ready(step(state, batch, teacher_params))
+    state, metrics = jax.block_until_ready(step(state, batch, frozen))
     add("first step", [time.monotonic() - began])
 
     def run() -> Any:
         nonlocal state, metrics
-        state, metrics = step(state, batch, teacher_params)
+        state, metrics = step(state, batch, frozen)
         return metrics
 
     size = config.data.batch_size
     add("train step", timed(run, config.benchmark), size, flops.training(config) * size)
+    if frozen.keys() & {"teacher", "encoder"}:
+        look = jax.jit(observe).lower(frozen, batch).compile()
+        add("its frozen part", timed(lambda: look(frozen, batch), config.benchmark), size)
+    return monitor.program_bytes(step)
 
 
-def time_forward(config: ml_collections.ConfigDict, mesh: Mesh, add: Callable[..., None]) -> None:
-    """Rows: forward, sample one image, sample a batch."""
-    networks, _, _ = abstract_networks(config, mesh)
+def time_forward(
+    config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition, add: Callable[..., None]
+) -> None:
+    """Rows: forward, sample one image, sample a batch; texts are encoded already."""
+    networks, _, _ = abstract_networks(config, mesh, condition)
     network = networks["denoiser"]
     shardings = sharding.state_shardings(mesh, {"params": network.shapes})["params"]
     params = jax.jit(network.init, out_shardings=shardings)(jax.random.key(config.seed))
-    size, batch = config.data.batch_size, random_batch(config, mesh)
+    size, shape = config.data.batch_size, (config.data.batch_size, *image_sides(config.data.image_size), 3)
     rows = sharding.batch_sharding(mesh)
-    draw = jax.jit(lambda: jax.random.normal(jax.random.key(1), batch["image"].shape), out_shardings=rows)
+    draw = jax.jit(lambda: jax.random.normal(jax.random.key(1), shape), out_shardings=rows)
     times = jax.jit(lambda: jax.random.uniform(jax.random.key(2), (size,)), out_shardings=rows)
-    inputs = draw(), times(), batch["label"]
+    contexts, null = any_contexts(config)
+    inputs = draw(), times(), sharding.place_everywhere(mesh, {"context": contexts(size)})["context"]
     forward = jax.jit(lambda *arguments: network.apply(*arguments)[0], out_shardings=rows)
     add(
         "forward", timed(lambda: forward(params, *inputs), config.benchmark),
@@ -141,25 +158,31 @@ def time_forward(config: ml_collections.ConfigDict, mesh: Mesh, add: Callable[..
         if name == "sample one image" and mesh.size > 1:
             name = f"sample one image on each of {mesh.size} devices"
         count = -(-count // mesh.size) * mesh.size
-        request = {
-            "index": np.arange(count, dtype=np.int32), "label": generate.class_labels(count, config.model.num_classes)
-        }  # fmt: skip
+        request = {"index": np.arange(count, dtype=np.int32), "context": contexts(count)}
         placed = sharding.place_everywhere(mesh, request)
-        add(name, timed(lambda: generator(params, placed), few), count, flops.sampling(config) * count)  # noqa: B023
+        add(name, timed(lambda: generator(params, placed, null), few), count, flops.sampling(config) * count)  # noqa: B023
 
 
-def time_input(config: ml_collections.ConfigDict, mesh: Mesh, source: sources.Source, add: Callable[..., None]) -> None:
+def any_contexts(config: ml_collections.ConfigDict) -> tuple[Callable[[int], np.ndarray], np.ndarray]:
+    """So many labels or text features, and what stands for none."""
+    model = config.model
+    if not model.text_width:
+        requests = Classes(model.num_classes).requests
+        return lambda count: requests(count).context(np.arange(count)), np.asarray(model.num_classes, np.int32)
+    shape = (model.text_length, model.text_width)
+    return lambda count: np.ones((count, *shape), ml_dtypes.bfloat16), np.zeros(shape, ml_dtypes.bfloat16)
+
+
+def time_input(
+    config: ml_collections.ConfigDict, mesh: Mesh, source: sources.Source, condition: Condition,
+    add: Callable[..., None],
+) -> None:  # fmt: skip
     """Row: one batch of the configured source, read, decoded and put on the devices."""
-    batches = pipeline.train_batches(
-        source, image_size=image_sides(config.data.image_size), batch_size=config.data.batch_size, seed=config.seed,
-        host_index=sharding.host_rank(mesh), host_count=jax.process_count(), num_workers=config.data.num_workers,
-        flip=config.data.flip, max_unreadable=config.data.max_unreadable,
-    )  # fmt: skip
+    batches = open_batches(config, mesh, source, condition)
 
     def read() -> Any:
         batch = next(batches)
-        del batch["unreadable"]
-        return sharding.place_batch(mesh, batch)
+        return sharding.place_batch(mesh, {name: batch[name] for name in ("image", *condition.inputs)})
 
     try:
         # What the workers had ready before the clock started must not count.
@@ -171,17 +194,14 @@ def time_input(config: ml_collections.ConfigDict, mesh: Mesh, source: sources.So
         batches.close()
 
 
-def random_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, jax.Array]:
-    """uint8 images and labels, made on the devices."""
+def random_batch(config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition) -> dict[str, jax.Array]:
+    """uint8 images made on the devices, and zeros for labels, tokens or features."""
     size = config.data.batch_size
     shape = (size, *image_sides(config.data.image_size), 3)
 
     def make() -> dict[str, jax.Array]:
-        image_key, label_key = jax.random.split(jax.random.key(config.seed))
-        return {
-            "image": jax.random.bits(image_key, shape, jnp.uint8),
-            "label": jax.random.randint(label_key, (size,), 0, max(1, config.model.num_classes), jnp.int32),
-        }
+        rest = {name: jnp.zeros((size, *inner), dtype) for name, (inner, dtype) in condition.inputs.items()}
+        return {"image": jax.random.bits(jax.random.key(config.seed), shape, jnp.uint8), **rest}
 
     return jax.jit(make, out_shardings=sharding.batch_sharding(mesh))()
 

@@ -85,6 +85,7 @@ class Checkpoints:
             path, state = self.folder / str(step), None
             try:
                 check_model(path, config)
+                check_projector(path, config)
                 state = _restore_state(path, shapes)
             except UserError:
                 raise
@@ -122,18 +123,22 @@ def _save_args(state: State, config: ml_collections.ConfigDict) -> ocp.args.Comp
 
 def _restore_state(path: pathlib.Path, shapes: State) -> State:
     counters = _read(path / "counters", {key: shapes[key] for key in ("step", "skipped")})
-    opt_shapes = serialization.to_state_dict(shapes["opt_state"])
+    return {
+        **counters,
+        "params": _read(path / "params", shapes["params"]),
+        "ema": _read(path / "ema", shapes["ema"]),
+        "opt_state": _restore_optimizer(path, shapes["opt_state"]),
+    }
+
+
+def _restore_optimizer(path: pathlib.Path, shapes: Any) -> Any:
+    opt_shapes = serialization.to_state_dict(shapes)
     if (path / "optimizer").exists():
         stored = _read(path / "optimizer", _without_empty(opt_shapes))
     else:
         logging.warning("%s has no optimizer state (imported weights); its moments start at zero", path)
         stored = jax.tree.map(_zeros, _without_empty(opt_shapes))
-    return {
-        **counters,
-        "params": _read(path / "params", shapes["params"]),
-        "ema": _read(path / "ema", shapes["ema"]),
-        "opt_state": serialization.from_state_dict(shapes["opt_state"], _with_empty(opt_shapes, stored)),
-    }
+    return serialization.from_state_dict(shapes, _with_empty(opt_shapes, stored))
 
 
 def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -197,11 +202,24 @@ def complete_steps(workdir: str | pathlib.Path) -> list[int]:
 
 def check_model(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     """Raise UserError if a checkpoint holds another model than the config describes."""
-    differences = config_lib.model_differences(config.model.to_dict(), load_config(path)["model"])
+    stored = load_config(path)
+    differences = config_lib.model_differences(config.model.to_dict(), stored["model"])
+    if config.model.text_width and "text" in stored and stored["text"]["encoder"] != config.text.encoder:
+        differences.append(f"text.encoder: {stored['text']['encoder']} there, {config.text.encoder} here")
     if differences:
         raise UserError(
             f"{path} is a checkpoint of another model ({'; '.join(differences)}); "
             "use its config, or another --workdir or --checkpoint"
+        )
+
+
+def check_projector(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    """Raise UserError unless a checkpoint to train on has REPA's projector just where the config has."""
+    theirs, ours = load_config(path)["loss"]["repa_weight"], config.loss.repa_weight
+    if bool(theirs) != bool(ours):
+        raise UserError(
+            f"{path} was trained {'with' if theirs else 'without'} REPA (config.loss.repa_weight={theirs}) and here it "
+            f"is {ours}; training goes on with a projector only from one: make both 0, or both above"
         )
 
 
@@ -223,6 +241,16 @@ def load_step(path: pathlib.Path) -> int:
 def load_params(path: pathlib.Path, shapes: Any, config: ml_collections.ConfigDict, mesh: Mesh) -> Any:
     """The raw weights {"denoiser", "projector"} of a checkpoint, on the mesh; errors as `load_average`."""
     return _load(path, "params", shapes, config, mesh)
+
+
+def load_optimizer(path: pathlib.Path, shapes: Any) -> Any:
+    """optax's state of a checkpoint; zeros where it has none (imported weights).
+
+    Args:
+        shapes: of the state, with shardings.
+    """
+    with _readable(path):
+        return _restore_optimizer(path, shapes)
 
 
 def _load(path: pathlib.Path, item: str, shapes: Any, config: ml_collections.ConfigDict, mesh: Mesh) -> Any:

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from deco_jax import flops, hardware, sharding
-from deco_jax.config import image_sides
+from deco_jax import flops, hardware, monitor, sharding
+from deco_jax.condition import Condition, abstract_condition
+from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
 from deco_jax.optimizer import make_optimizer
 from deco_jax.train import abstract_networks, lower_train_step
@@ -93,10 +94,11 @@ def compile_report(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, A
         bytes a device (`parameters`, `optimizer`, `state`; `arguments`, `temporaries`, `peak` by the compiler),
         seconds, FLOPs, `replicated` (parameters above REPLICATED_LIMIT that every device keeps), `fits`, `advice`.
     """
-    networks, teacher, teacher_params = abstract_networks(config, mesh)
+    condition = abstract_condition(config, mesh)
+    networks, observe, frozen = abstract_networks(config, mesh, condition)
     optimizer = make_optimizer(config.optimizer)
     state = state_shapes(networks, optimizer, mesh)
-    batch = batch_shapes(config, mesh)
+    batch = batch_shapes(config, mesh, condition)
     device = mesh.devices.flat[0]
     chip = hardware.chip_of(device)
     memory = device_memory(device, mesh)
@@ -112,7 +114,8 @@ def compile_report(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, A
         "accumulate_steps": config.optimizer.accumulate_steps,
         "remat": config.model.remat,
         "dtype": config.model.dtype,
-        "teacher": teacher is not None,
+        "teacher": "teacher" in frozen,
+        "text_encoder": bool(frozen.get("encoder")),
         "flops_per_step": flops.training(config) * config.data.batch_size,
         "flops_per_image": flops.training(config),
         "bytes": {
@@ -120,13 +123,14 @@ def compile_report(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, A
             "average": bytes_a_device(state["ema"]),
             "optimizer": bytes_a_device(state["opt_state"]),
             "state": bytes_a_device(state),
-            "teacher": bytes_a_device(teacher_params),
+            "teacher": bytes_a_device(frozen.get("teacher", {})),
+            "text_encoder": bytes_a_device(frozen.get("encoder", {})),
             "batch": bytes_a_device(batch),
         },
         "memory": memory,
     }
     began = time.monotonic()
-    lowered = lower_train_step(networks, optimizer, config, teacher, mesh, state, batch, teacher_params)
+    lowered = lower_train_step(networks, optimizer, config, observe, mesh, state, batch, frozen)
     report["seconds_to_lower"] = round(time.monotonic() - began, 2)
     began = time.monotonic()
     try:
@@ -140,14 +144,7 @@ def compile_report(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, A
         report["bytes"] |= {"arguments": None, "temporaries": None, "peak": peak}
         report["replicated"] = None
     else:
-        analysis: Any = compiled.memory_analysis()
-        arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
-        outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-        code = analysis.generated_code_size_in_bytes
-        report["bytes"] |= {
-            "arguments": arguments, "outputs": outputs, "temporaries": temporaries, "code": code,
-            "peak": arguments + outputs + temporaries + code,
-        }  # fmt: skip
+        report["bytes"] |= monitor.program_bytes(compiled)
         report["replicated"] = replicated(compiled.input_shardings[0][0], state)
     report["seconds_to_compile"] = round(time.monotonic() - began, 2)
     peak = report["bytes"]["peak"]
@@ -159,14 +156,15 @@ def compile_report(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, A
     return report
 
 
-def batch_shapes(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(
+    config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition
+) -> dict[str, jax.ShapeDtypeStruct]:
     """A global batch as ShapeDtypeStructs with shardings."""
-    sizes = {
-        "image": ((config.data.batch_size, *image_sides(config.data.image_size), 3), jnp.uint8),
-        "label": ((config.data.batch_size,), jnp.int32),
+    samples = {"image": ((*image_sides(config.data.image_size), 3), jnp.uint8), **condition.inputs}
+    size, placed = config.data.batch_size, sharding.batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=placed) for name, (shape, dtype) in samples.items()
     }
-    placed = sharding.batch_sharding(mesh)
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for name, (shape, dtype) in sizes.items()}
 
 
 def bytes_a_device(tree: Any) -> int:
@@ -235,7 +233,8 @@ def describe(report: dict[str, Any]) -> str:
         f"compiling   {report['seconds_to_compile']} s",
         f"arithmetic  {report['flops_per_step'] / 1e12:.4g} TFLOP a step, "
         f"{report['flops_per_image'] / 1e9:.4g} GFLOP an image"
-        + (", the teacher included" if report["teacher"] else ""),
+        + (", the teacher included" if report["teacher"] else "")
+        + (", the text encoder included" if report["text_encoder"] else ""),
         f"GiB a device: parameters {gib['parameters']}, average {gib['average']}, optimizer {gib['optimizer']}, "
         f"arguments {gib['arguments']}, temporaries {gib['temporaries']}, peak {gib['peak']}",
     ]

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
+from deco_jax.data.sources import SOURCES
+from deco_jax.data.transforms import image_sides
 from deco_jax.diffusion.samplers import SAMPLERS
 from deco_jax.errors import UserError
 from deco_jax.models.layers import REMAT_POLICIES
@@ -44,6 +46,7 @@ def one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
 
 
 FLOAT = (int, float)
+BYTE_WIDTH = 257  # what a caption's bytes can be, and padding
 IMAGE_SIZE = Key(
     (int, tuple),
     lambda size: all(isinstance(s, int) and s >= 8 for s in image_sides(size)) and len(image_sides(size)) == 2,
@@ -79,9 +82,9 @@ MODEL = {
 
 SECTIONS: dict[str, dict[str, Key]] = {
     "data": {
-        "source": Key(str, *one_of("digits", "image_folder", "tfds")),
-        "path": Key(str),
-        "split": Key(str),
+        "source": Key(str, *one_of(*SOURCES)),
+        "path": Key(str),  # the folder; of webdataset also one .tar
+        "split": Key(str),  # a subfolder; of tfds its split
         "image_size": IMAGE_SIZE,
         "batch_size": Key(int, *at_least(1)),  # global
         "num_workers": Key(int, *at_least(0)),
@@ -118,8 +121,19 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "size": Key(str, *one_of("S", "B", "L")),
         "dtype": Key(str, *one_of("bfloat16", "float32")),
     },
+    "text": {  # text-to-image only
+        "encoder": Key(str, *one_of("qwen3", "bytes")),
+        "path": Key(str),  # of qwen3: a Hugging Face folder
+        "prefix": Key(str),  # put before half of the captions under 30 words while training; "": none
+        "dtype": Key(str, *one_of("bfloat16", "float32")),  # of qwen3
+        "features": Key(str),  # the folder that --mode=encode fills and training reads; "": encode in each step
+    },
     "sample": {
-        "num_images": Key(int, *at_least(1)),
+        "num_images": Key(int, *at_least(1)),  # of classes, or of captions of the data; given prompts count themselves
+        # A prompt, or a file or folder of them; "": the data's captions, which --mode=evaluate always draws.
+        "prompts": Key(str),
+        "negative_prompt": Key(str),
+        "images_per_prompt": Key(int, *at_least(0)),  # 0: what the prompts' benchmark asks for, else 1
         "batch_size": Key(int, *at_least(1)),
         "num_steps": Key(int, *at_least(1)),
         "sampler": Key(str, *one_of(*SAMPLERS)),
@@ -159,6 +173,11 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "num_images": Key(int, *at_least(1)),
         "batch_size": Key(int, *at_least(1)),  # images whose states at all sampling steps are held at once
     },
+    "report": {
+        "workdirs": Key(str),  # runs side by side, comma separated; "": this workdir
+        "grids": Key(int, *at_least(1)),  # sample grids over time of a run, at most
+        "grid_pixels": Key(int, *at_least(64)),  # longer side of an embedded grid, at most
+    },
     "benchmark": {
         "warmup": Key(int, *at_least(1)),  # runs before the timed ones
         "repeats": Key(int, *at_least(1)),  # timed runs
@@ -167,12 +186,8 @@ SECTIONS: dict[str, dict[str, Key]] = {
 TOP = {
     "seed": Key(int, *at_least(0)),
     "init_from": Key(str),  # checkpoint whose weights a new run starts from; "": none
+    "init_optimizer": Key(bool),  # and whose optimizer's moments
 }
-
-
-def image_sides(size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of config.data.image_size."""
-    return (size, size) if isinstance(size, int) else tuple(size)  # type: ignore[return-value]
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -246,6 +261,22 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
         )
     if model.text_width and not model.text_length:
         raise UserError("config.model.text_width is set, so config.model.text_length must be at least 1")
+    if model.text_width and config.text.encoder == "bytes" and model.text_width < BYTE_WIDTH:
+        raise UserError(
+            f"config.text.encoder=bytes has {BYTE_WIDTH} symbols; set config.model.text_width={BYTE_WIDTH} or more"
+        )
+    if not model.text_width and (
+        config.sample.prompts or config.sample.negative_prompt or config.sample.images_per_prompt
+    ):
+        raise UserError(
+            "config.sample.prompts, negative_prompt and images_per_prompt are for text-to-image models, and "
+            "config.model.text_width is 0; leave them empty and 0"
+        )
+    if config.sample.images_per_prompt and not config.sample.prompts:
+        raise UserError(
+            "config.sample.images_per_prompt is for config.sample.prompts, which is empty; without prompts "
+            "config.sample.num_images counts"
+        )
     if loss.repa_weight and loss.repa_layer > model.depth:
         raise UserError(f"config.loss.repa_layer={loss.repa_layer} is deeper than config.model.depth={model.depth}")
     if loss.repa_weight and (height * 14 % model.patch_size or width * 14 % model.patch_size):
@@ -267,6 +298,14 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
 def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The resolved config as plain JSON values."""
     return json.loads(json.dumps(config.to_dict()))
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"section.key": value} of nested settings, as overrides name them."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
 
 
 def model_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

@@ -35,12 +35,6 @@ def zigzag(n: int = 8) -> np.ndarray:
     return np.lexsort((np.where(diagonal % 2, vertical, horizontal), diagonal))
 
 
-def rgb_to_ycbcr(images: Array) -> Array:
-    """JPEG's Y, Cb, Cr of RGB, without offset, so zero stays zero: [..., 3] float32 of any range to [..., 3]."""
-    matrix = jnp.asarray(RGB_TO_YCBCR.T, jnp.float32)
-    return jnp.matmul(images.astype(jnp.float32), matrix, precision=lax.Precision.HIGHEST)
-
-
 def block_dct(images: Array, block: int = 8, colour: np.ndarray | None = None) -> Array:
     """Orthonormal two-dimensional DCT-II of each block × block tile.
 

@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn
 
@@ -150,6 +151,12 @@ def all_hosts(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(np.all(multihost_utils.process_allgather(np.asarray(value))))
+
+
+def same_on_all_hosts(text: str) -> bool:
+    """Whether all hosts give the first host's text."""
+    ours = zlib.crc32(text.encode("utf-8", "surrogatepass")) >> 1
+    return all_hosts(from_main_host(ours) == ours)
 
 
 def leave(code: int, timeout: float = 60.0) -> NoReturn:

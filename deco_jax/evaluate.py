@@ -24,10 +24,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from deco_jax import checkpoint, distributed, generate, sharding
-from deco_jax.config import image_sides, to_json
+from deco_jax.condition import Condition, Requests, open_condition
+from deco_jax.config import to_json
 from deco_jax.convert.inception import WHERE, load_inception
 from deco_jax.data import pipeline, sources, transforms
+from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
+from deco_jax.evaluation import TITLES
 from deco_jax.evaluation.fid import frechet_distance
 from deco_jax.evaluation.inception import FeatureExtractor
 from deco_jax.evaluation.precision_recall import precision_recall
@@ -39,16 +42,12 @@ from deco_jax.evaluation.statistics import (
     small_sample_warning,
 )
 from deco_jax.models import network as network_lib
-from deco_jax.sample import fingerprint as samples_fingerprint
 from deco_jax.workdir import make_workdir
 from deco_jax.writer import write_json
 
 FOLDER = "evaluation"
 NEIGHBOURS = 3
 SECONDS_BETWEEN_LINES = 10.0
-TITLES = {
-    "fid": "FID", "sfid": "sFID", "inception_score": "Inception Score", "precision": "precision", "recall": "recall",
-}  # fmt: skip
 
 
 class ImageSet(NamedTuple):
@@ -261,18 +260,24 @@ def _pixels(path: pathlib.Path) -> np.ndarray:
 
 
 def drawn_samples(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str, mesh: Mesh) -> ImageSet:
-    """config.sample's images from a checkpoint's EMA, drawn as they are measured."""
+    """Images of classes or of the data's captions from a checkpoint's EMA, drawn as config.sample says and measured.
+
+    Not of config.sample.prompts: what they show needn't be what the reference shows.
+    """
     where = checkpoint.find(workdir, checkpoint_path, config)
     network = network_lib.build(config.model.to_dict())
-    labels = generate.class_labels(config.sample.num_images, config.model.num_classes)
+    source = sources.open_source(config.data) if config.model.text_width else None
+    condition = open_condition(config, mesh, source)
     generator = generate.make_generator(network, config, mesh)
 
     def batches(_: int, start: int) -> Iterator[np.ndarray]:
         params = checkpoint.load_average(where, network.shapes, config, mesh)
-        return generate.generate_images(generator, params, labels, config.sample.batch_size, mesh, start)
+        requests = condition.requests(config.sample.num_images)
+        return generate.generate_images(generator, params, requests, config.sample.batch_size, mesh, start)
 
     size = image_sides(config.data.image_size)
-    return ImageSet(f"drawn from {where}", samples_fingerprint(config, where), len(labels), size, batches)
+    identity = generate.fingerprint(config, where, condition.names(config.sample.num_images))
+    return ImageSet(f"drawn from {where}", identity, config.sample.num_images, size, batches)
 
 
 # ---------------------------------------------------------------------------------------- reference
@@ -363,24 +368,28 @@ class QuickFID:
         self._weights = _digest(inception.read_bytes())
         count = config.evaluate.during_training_images
         self._extractor = FeatureExtractor(load_inception(inception), min(config.evaluate.batch_size, count), mesh)
-        self._labels = generate.class_labels(count, config.model.num_classes)
+        self._count = count
+        self._requests: Requests | None = None
         self._statistics = self._reference.statistics
 
     def due(self, step: int) -> bool:
         return step % self._config.evaluate.every == 0
 
-    def __call__(self, generator: generate.Generator, params: Any) -> float:
-        """FID of the samples of a generator's weights."""
+    def __call__(
+        self, generator: generate.Generator, params: Any, condition: Condition, frozen: dict[str, Any]
+    ) -> float:
+        """FID of the samples of a generator's weights, of all classes or of the data's captions."""
         if self._statistics is None:
             self._statistics, _, _ = self._reference.measure(self._extractor, self._path, self._weights, self._config)
         size = image_sides(self._config.data.image_size)
+        requests = self._requests = self._requests or condition.requests(self._count, frozen)
 
         def batches(_: int, start: int) -> Iterator[np.ndarray]:
             return generate.generate_images(
-                generator, params, self._labels, self._config.sample.batch_size, self._mesh, start
+                generator, params, requests, self._config.sample.batch_size, self._mesh, start
             )
 
-        images = ImageSet("samples", "", len(self._labels), size, batches)
+        images = ImageSet("samples", "", self._count, size, batches)
         measured = measure(images, self._extractor, None, self._weights, 0, 1, say=lambda text: None).statistics()
         return frechet_distance(measured.mu, measured.sigma, self._statistics.mu, self._statistics.sigma)
 

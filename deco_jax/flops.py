@@ -5,7 +5,7 @@ implementation computes twice (rematerialisation) or manages to avoid (the folde
 the figure, so that shares of a chip's peak can be compared between codes. XLA's own cost analysis can't serve: it
 counts the body of a loop once.
 
-Published figures (DeCo, arXiv 2511.19365, Table 1 and its code): L 155, XL 245 GFLOP an image at 256².
+A forward pass of DeCo-L takes 155 GFLOP an image at 256², of DeCo-XL 245.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 import ml_collections
 
-from deco_jax.config import image_sides
+from deco_jax.data.transforms import image_sides
 from deco_jax.diffusion import guidance, samplers
+from deco_jax.models import dinov2
 from deco_jax.models.pixel_decoder import POSITION_FEATURES
-
-# DINOv2 (arXiv 2304.07193): width and depth by size; 14-pixel patches, one class token, MLPs of four times the width.
-TEACHERS = {"S": (384, 12), "B": (768, 12), "L": (1024, 24)}
+from deco_jax.models.qwen3 import Sizes
+from deco_jax.text import encoder_sizes
 
 
 def forward(model: Mapping[str, Any], image_size: int | tuple[int, int]) -> dict[str, float]:
@@ -75,26 +75,37 @@ def forward_total(model: Mapping[str, Any], image_size: int | tuple[int, int]) -
 def teacher(size: str, image_size: int | tuple[int, int], patch_size: int) -> float:
     """FLOPs of DINOv2's forward pass on one image, which it reads at 14/patch_size of its sides."""
     height, width_px = image_sides(image_size)
-    width, depth = TEACHERS[size]
+    width, depth, _ = dinov2.sizes(size)
     patches = height * width_px // patch_size**2
     tokens = patches + 1
+    # 4 width² in the attention, 8 in the MLP of four times the width.
     block = tokens * 12 * width**2 + 2 * tokens**2 * width
     return 2.0 * (patches * 3 * 14**2 * width + depth * block)
 
 
+def text_encoder(sizes: Sizes, length: int) -> float:
+    """FLOPs of Qwen3's forward pass on one caption of `length` tokens; masked products count."""
+    inner, kv_inner = sizes.num_heads * sizes.head_width, sizes.num_kv_heads * sizes.head_width
+    projections = sizes.width * (2 * inner + 2 * kv_inner + 3 * sizes.mlp_hidden)
+    return 2.0 * sizes.depth * length * (projections + 2 * length * inner)
+
+
 def projector(width: int, teacher_size: str, tokens: int) -> float:
     """FLOPs of REPA's projector on one image."""
-    return 2.0 * tokens * (2 * width**2 + width * TEACHERS[teacher_size][0])
+    teacher_width, _, _ = dinov2.sizes(teacher_size)
+    return 2.0 * tokens * (2 * width**2 + width * teacher_width)
 
 
 def training(config: ml_collections.ConfigDict) -> float:
-    """FLOPs of training on one image: forward and twice that for the gradients, and the teacher's forward."""
+    """FLOPs of training on one image: forward and twice that for the gradients, and the frozen networks' forward."""
     model, size = config.model, config.data.image_size
     total = 3 * forward_total(model, size)
     if config.loss.repa_weight:
         height, width = image_sides(size)
         total += 3 * projector(model.width, config.teacher.size, height * width // model.patch_size**2)
         total += teacher(config.teacher.size, size, model.patch_size)
+    if model.text_width and config.text.encoder == "qwen3" and not config.text.features:
+        total += text_encoder(encoder_sizes(config), model.text_length)
     return total
 
 
@@ -103,5 +114,4 @@ def sampling(config: ml_collections.ConfigDict) -> float:
     settings = config.sample
     times = samplers.timesteps(settings.num_steps, settings.shift)
     guided = guidance.guided_steps(times, settings.guidance, settings.guidance_interval)
-    steps = samplers.SAMPLERS[settings.sampler](times).step  # the step that each evaluation belongs to
-    return float(sum(1 + guided[steps])) * forward_total(config.model, config.data.image_size)
+    return samplers.num_evaluations(settings.sampler, guided) * forward_total(config.model, config.data.image_size)

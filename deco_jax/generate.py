@@ -1,33 +1,35 @@
 """Batches of images by index: the one path on which train, sample and evaluate draw pictures.
 
-Image i depends on the seed, i and its class alone: not on the batch it is drawn in, nor on the devices.
+Image i depends on the seed, i and its class or caption alone: not on the batch it is drawn in, nor on the devices.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from deco_jax.config import image_sides
+from deco_jax import distributed
+from deco_jax.condition import Condition, Requests, Texts
+from deco_jax.config import to_json
+from deco_jax.data import prompts as prompts_lib
+from deco_jax.data.transforms import image_sides
 from deco_jax.diffusion import guidance, path, samplers
+from deco_jax.errors import UserError
 from deco_jax.images import to_uint8
 from deco_jax.models.network import Network, Params
 from deco_jax.sharding import batch_sharding, place_everywhere, replicated
 
-# (params, {"index": int32 [batch], "label": int32 [batch]}) → uint8 [batch, height, width, 3]
-Generator = Callable[[Params, dict[str, jax.Array]], jax.Array]
-
-
-def class_labels(num_images: int, num_classes: int) -> np.ndarray:
-    """int32 [num_images] in class order, as many of each class as of any other (to within one)."""
-    return (np.arange(num_images, dtype=np.int64) * num_classes // num_images).astype(np.int32)
+# (params, {"index": int32 [batch], "context": labels or text features}, null) → uint8 [batch, height, width, 3]
+Generator = Callable[[Params, dict[str, jax.Array], Any], jax.Array]
 
 
 def make_generator(network: Network, config: ml_collections.ConfigDict, mesh: Mesh) -> Generator:
@@ -41,20 +43,12 @@ def make_generator(network: Network, config: ml_collections.ConfigDict, mesh: Me
     times = samplers.timesteps(settings.num_steps, settings.shift)
     guided = guidance.guided_steps(times, settings.guidance, settings.guidance_interval)
 
-    def generate(params: Params, batch: dict[str, jax.Array]) -> jax.Array:
-        keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.key(settings.seed), index))(batch["index"])
-
-        def normal(stream: int | jax.Array) -> jax.Array:
-            """[batch, height, width, 3]; stream 0 is the initial noise, 1 + i the noise of step i."""
-            return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, stream), (height, width, 3)))(keys)
-
-        def velocity(x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
-            output, _ = network.apply(params, x, t, labels)
-            return path.to_velocity(output, x, t, prediction)
-
-        null = jnp.asarray(config.model.num_classes, jnp.int32)
+    def generate(params: Params, batch: dict[str, jax.Array], null: jax.Array) -> jax.Array:
+        normal = noise_of(settings.seed, batch["index"], (height, width))
         images = samplers.sample(
-            guidance.guided_velocity(velocity, batch["label"], null, settings.guidance),
+            guidance.guided_velocity(
+                velocity_of(network, prediction, params), batch["context"], null, settings.guidance
+            ),
             normal(0), sampler=settings.sampler, times=times, guided=guided, step_noise=lambda i: normal(1 + i),
         )  # fmt: skip
         return to_uint8(images)
@@ -62,21 +56,166 @@ def make_generator(network: Network, config: ml_collections.ConfigDict, mesh: Me
     return jax.jit(generate, out_shardings=batch_sharding(mesh))
 
 
+def noise_of(seed: int | jax.Array, index: jax.Array, sides: tuple[int, int]) -> Callable[[int | jax.Array], jax.Array]:
+    """The images' own noise: stream → [batch, height, width, 3]; 0 is the initial noise, 1 + i the noise of step i."""
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)
+
+    def normal(stream: int | jax.Array) -> jax.Array:
+        return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, stream), (*sides, 3)))(keys)
+
+    return normal
+
+
+def velocity_of(network: Network, prediction: str, params: Params) -> Callable[..., jax.Array]:
+    """(x [n, height, width, 3], t [n], context) → velocity, whatever the network predicts."""
+
+    def velocity(x: jax.Array, t: jax.Array, context: jax.Array) -> jax.Array:
+        output, _ = network.apply(params, x, t, context)
+        return path.to_velocity(output, x, t, prediction)
+
+    return velocity
+
+
 def generate_images(
-    generator: Generator, params: Params, labels: np.ndarray, batch_size: int, mesh: Mesh, start: int = 0
+    generator: Generator, params: Params, requests: Requests, batch_size: int, mesh: Mesh, start: int = 0
 ) -> Iterator[np.ndarray]:
-    """Images start..len(labels) − 1, batch by batch, as uint8 [at most batch_size, height, width, 3] on every host.
+    """Images start..requests.count − 1, batch by batch, as uint8 [at most batch_size, height, width, 3] on every host.
 
     The last batch is filled up with images that are thrown away, so that one compilation serves all.
     """
     gather = _gather(mesh)
-    devices = mesh.size
-    batch_size = -(-min(batch_size, len(labels)) // devices) * devices
-    for first in range(start, len(labels), batch_size):
+    devices, count = mesh.size, requests.count
+    batch_size = -(-min(batch_size, count) // devices) * devices
+    for first in range(start, count, batch_size):
         index = np.arange(first, first + batch_size, dtype=np.int32)
-        batch: dict[str, Any] = {"index": index, "label": labels[np.minimum(index, len(labels) - 1)]}
-        images = gather(generator(params, place_everywhere(mesh, batch)))
-        yield np.asarray(images)[: len(labels) - first]
+        batch: dict[str, Any] = {"index": index, "context": requests.context(np.minimum(index, count - 1))}
+        images = gather(generator(params, place_everywhere(mesh, batch), requests.null))
+        yield np.asarray(images)[: count - first]
+
+
+# ---------------------------------------------------------------------------------------- what to draw
+
+
+class Prompts(NamedTuple):
+    """config.sample.prompts, read; image j of prompt i has the index i · images_each + j."""
+
+    set: prompts_lib.PromptSet
+    images_each: int
+
+
+def open_prompts(config: ml_collections.ConfigDict) -> Prompts | None:
+    """None if there are none. UserError if they can't be read, or their benchmark's layout has no place for them."""
+    if not config.sample.prompts:
+        return None
+    found = prompts_lib.read_prompts(config.sample.prompts)
+    if not distributed.same_on_all_hosts("\n".join([found.kind, *found.names, *found.prompts])):
+        raise UserError(f"the hosts read different prompts from {config.sample.prompts}; put them where all can")
+    count = config.sample.images_per_prompt or prompts_lib.images_a_prompt(found)
+    prompts_lib.check_count(found, count)
+    return Prompts(found, count)
+
+
+def sampling_requests(
+    config: ml_collections.ConfigDict, condition: Condition, prompts: Prompts | None,
+    frozen: dict[str, Any] | None = None,
+) -> Requests:  # fmt: skip
+    """The images of prompts; without them config.sample.num_images of classes or of the data's captions.
+
+    Args:
+        frozen: of `condition.load`, where it is there already.
+    """
+    if prompts is None:
+        return condition.requests(config.sample.num_images, frozen)
+    assert isinstance(condition, Texts)
+    return condition.prompted([text for text in prompts.set.prompts for _ in range(prompts.images_each)], frozen)
+
+
+def fingerprint(config: ml_collections.ConfigDict, where: pathlib.Path, names: Sequence[str] | None = None) -> str:
+    """Names everything that the images depend on; `names` are their captions."""
+    values = to_json(config)
+    drawn_from = {
+        "checkpoint": str(where), "model": values["model"], "size": values["data"]["image_size"],
+        "sample": {k: v for k, v in values["sample"].items() if k not in ("npz", "grid_images", "batch_size")},
+    }  # fmt: skip
+    if names is not None:
+        drawn_from |= {"captions": list(names), "text": values["text"]}
+    return hashlib.sha256(json.dumps(drawn_from, sort_keys=True).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------- to look on
+
+
+class Look(NamedTuple):
+    """After an evaluation of the network."""
+
+    done: int  # evaluations
+    total: int
+    images: np.ndarray | None  # where a step ends: its state as uint8 [batch, height, width, 3]; after the last: images
+
+
+class Watcher:
+    """The same images as `make_generator`'s, one evaluation a call, so that one can look on.
+
+    Compiled for an image size, a number of images, a number of past velocities, and for guided and unguided steps;
+    steps, times, shift, guidance, seed and conditions are data.
+    """
+
+    def __init__(self, network: Network, prediction: str, mesh: Mesh) -> None:
+        self._mesh, by_batch = mesh, batch_sharding(mesh)
+
+        def begin(seed: jax.Array, index: jax.Array, sides: tuple[int, int]) -> jax.Array:
+            return noise_of(seed, index, sides)(0)
+
+        def evaluate(
+            params: Params, carry: samplers.Carry, row: dict[str, jax.Array], batch: dict[str, jax.Array],
+            null: jax.Array, scale: jax.Array, seed: jax.Array, guided: bool, noisy: bool,
+        ) -> samplers.Carry:  # fmt: skip
+            velocity = guidance.guided_velocity(velocity_of(network, prediction, params), batch["context"], null, scale)
+            _, height, width, _ = carry.state.shape
+            noise = noise_of(seed, batch["index"], (height, width))(1 + row["step"]) if noisy else None
+            return samplers.update(carry, velocity(carry.point, row["time"], guided), row, noise)
+
+        self._begin = jax.jit(begin, static_argnums=2, out_shardings=by_batch)
+        self._evaluate = jax.jit(evaluate, static_argnums=(7, 8), out_shardings=by_batch)
+        self._shown = jax.jit(to_uint8, out_shardings=replicated(mesh))
+
+    def __call__(
+        self, params: Params, requests: Requests, settings: ml_collections.ConfigDict, sides: tuple[int, int]
+    ) -> Iterator[Look]:
+        """Draw all of `requests` at once: the noise first, then a look after each evaluation.
+
+        Args:
+            settings: as config.sample; read are num_steps, shift, sampler, guidance, guidance_interval and seed.
+            sides: (height, width).
+
+        Raises:
+            UserError: settings that no sampler can take.
+        """
+        times = samplers.timesteps(settings.num_steps, settings.shift)
+        guided = guidance.guided_steps(times, settings.guidance, settings.guidance_interval)
+        table = samplers.make_table(settings.sampler, times)
+        rows = jax.device_get(samplers.rows(table)) | {"step": table.step.astype(np.int32)}
+        total, ends = len(table.step), {*table.ends.tolist(), len(table.step) - 1}
+
+        filled = -(-requests.count // self._mesh.size) * self._mesh.size
+        index = np.arange(filled, dtype=np.int32)
+        batch: dict[str, Any] = {"index": index, "context": requests.context(np.minimum(index, requests.count - 1))}
+        batch = place_everywhere(self._mesh, batch)
+        seed, scale = np.asarray(settings.seed, np.uint32), np.asarray(settings.guidance, np.float32)
+
+        def shown(x: jax.Array) -> np.ndarray:
+            return np.asarray(self._shown(x))[: requests.count]
+
+        noise = self._begin(seed, batch["index"], sides)
+        carry = jax.device_put(samplers.start(noise, table), batch_sharding(self._mesh))
+        yield Look(0, total, shown(noise))
+        for i in range(total):
+            carry = self._evaluate(
+                params, carry, {name: column[i] for name, column in rows.items()}, batch, requests.null, scale, seed,
+                bool(guided[table.step[i]]), bool(table.noise[i]),
+            )  # fmt: skip
+            last = i == total - 1
+            yield Look(i + 1, total, shown(carry.point if last else carry.state) if i in ends else None)
 
 
 @functools.cache

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+CAPTION_SIZE, CAPTION_LINES = 11, 4  # pixels, lines
 
 
 def to_float(images: jax.Array) -> jax.Array:
@@ -31,6 +36,45 @@ def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.nda
     return canvas
 
 
+def caption_grid(images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+    """A near square grid of enlarged images, each with its caption beneath; one that is too long ends with "..."."""
+    count, height, width, _ = images.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    factor = max(1, round(720 / max(rows * (height + 2), columns * (width + 2))))
+    font = ImageFont.load_default(CAPTION_SIZE)
+    lines = [_wrapped(caption, width * factor, font) for caption in captions]
+    below = (CAPTION_SIZE + 3) * max(map(len, lines)) + 3
+    gap, cell = 2 * factor, (height * factor + below, width * factor)
+    canvas = Image.new("RGB", (columns * (cell[1] + gap) + gap, rows * (cell[0] + gap) + gap), "white")
+    pen = ImageDraw.Draw(canvas)
+    for i, (image, text) in enumerate(zip(images, lines, strict=True)):
+        left, top = (i % columns) * (cell[1] + gap) + gap, (i // columns) * (cell[0] + gap) + gap
+        canvas.paste(Image.fromarray(enlarge(image, factor)), (left, top))
+        for j, line in enumerate(text):
+            pen.text((left, top + height * factor + 2 + j * (CAPTION_SIZE + 3)), line, "black", font)
+    return np.asarray(canvas)
+
+
+def _wrapped(text: str, width: int, font: Any) -> list[str]:
+    """At most CAPTION_LINES lines of at most `width` pixels."""
+    lines, line = [], ""
+    # Longer ones can't fit, and measuring each start of a very long text takes its time.
+    for letter in " ".join(text[:500].split()):
+        if font.getlength(line + letter) <= width or not line:
+            line += letter
+            continue
+        start, space, rest = line.rpartition(" ")
+        whole = letter != " " and bool(space)  # break between words where there is a space
+        lines.append(start if whole else line)
+        line = (rest if whole else "") + letter
+    lines.append(line)
+    lines = [line.strip() for line in lines]
+    if len(lines) > CAPTION_LINES:
+        lines = [*lines[: CAPTION_LINES - 1], lines[CAPTION_LINES - 1][:-3] + "..."]
+    return lines
+
+
 def class_grid(images: np.ndarray, num_classes: int) -> np.ndarray:
     """A grid of images in class order: a row for each class if they come out even, else near square."""
     count = len(images)
@@ -38,8 +82,10 @@ def class_grid(images: np.ndarray, num_classes: int) -> np.ndarray:
     return grid(images, columns=per_class if per_class > 1 else None)
 
 
-def sample_grid(images: np.ndarray, num_classes: int) -> np.ndarray:
-    """`class_grid`, small images enlarged until the longer side is about 720 pixels."""
+def sample_grid(images: np.ndarray, num_classes: int, captions: Sequence[str] | None = None) -> np.ndarray:
+    """`class_grid`, or `caption_grid`; small images enlarged until the longer side is about 720 pixels."""
+    if captions is not None:
+        return caption_grid(images, captions)
     tiled = class_grid(images, num_classes)
     return enlarge(tiled, max(1, round(720 / max(tiled.shape[:2]))))
 

@@ -20,7 +20,9 @@ from ml_collections import config_flags
 
 _STARTED = time.monotonic()
 
-MODES = ("train", "sample", "evaluate", "spectrum", "compile", "benchmark", "import", "export")
+MODES = (
+    "train", "sample", "encode", "evaluate", "spectrum", "report", "demo", "compile", "benchmark", "import", "export",
+)  # fmt: skip
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py, or configs/NAME.py:VARIANT.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.")
@@ -28,6 +30,9 @@ _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 _SOURCE = flags.DEFINE_string("source", "", "import: the official checkpoint, a .ckpt file.")
 _TOPOLOGY = flags.DEFINE_string(
     "topology", "", "compile: the machine to compile for, such as v5e:16x16 or cpu:8; this one if empty."
+)
+_PORT = flags.DEFINE_integer(
+    "port", 7860, "demo: of the page on 127.0.0.1; 0: any that is free.", lower_bound=0, upper_bound=65535
 )
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "Several processes: HOST:PORT of process 0.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Several processes: how many.")
@@ -72,7 +77,9 @@ def _config_argument(argv: list[str]) -> str | None:
 
 def _settings() -> dict[str, Any]:
     """The config as it stands, by dotted key."""
-    return _flatten(_CONFIG.value.to_dict()) if _CONFIG.value is not None else {}
+    from deco_jax.config import flatten
+
+    return flatten(_CONFIG.value.to_dict()) if _CONFIG.value is not None else {}
 
 
 def _wrong_value(path: str | None, error: flags.IllegalFlagValueError) -> str:
@@ -86,9 +93,11 @@ def _wrong_value(path: str | None, error: flags.IllegalFlagValueError) -> str:
 
 def _unknown_key(argv: list[str], path: str | None) -> str:
     """What is wrong with the first override of a key that the config hasn't; "" if there is none."""
+    from deco_jax.config import flatten
+
     try:  # without the overrides
         default: Any = flags.FLAGS["config"].parser.parse(path or "")
-        known = _flatten(default.to_dict())
+        known = flatten(default.to_dict())
     except Exception:  # then it isn't the overrides
         return ""
     for given in (match[1] for argument in argv if (match := re.match(r"--?(?:no)?config\.([\w.]+)", argument))):
@@ -97,13 +106,6 @@ def _unknown_key(argv: list[str], path: str | None) -> str:
             remedy = f"did you mean --config.{close[0]}?" if close else "see the config file"
             return f"there is no setting --config.{given}; {remedy}"
     return ""
-
-
-def _flatten(values: dict, prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _fail(message: str) -> None:
@@ -148,10 +150,8 @@ def _run() -> None:
     logging.set_verbosity(logging.WARNING)
     workdir = _WORKDIR.value or ""
     try:
-        if _MODE.value in ("compile", "benchmark") and not _CONFIG.value.teacher.path:
-            _CONFIG.value.teacher.path = "-"  # its weights' shapes are enough
         config_lib.check(_CONFIG.value)
-        if _MODE.value != "compile":
+        if _MODE.value not in ("compile", "report"):
             from deco_jax import distributed
 
             distributed.start(
@@ -165,6 +165,10 @@ def _run() -> None:
             from deco_jax.sample import sample
 
             sample(_CONFIG.value, workdir, _CHECKPOINT.value)
+        elif _MODE.value == "encode":
+            from deco_jax.encode import encode
+
+            encode(_CONFIG.value, workdir)
         elif _MODE.value == "evaluate":
             from deco_jax.evaluate import evaluate
 
@@ -173,6 +177,14 @@ def _run() -> None:
             from deco_jax.spectrum import spectrum
 
             spectrum(_CONFIG.value, workdir, _CHECKPOINT.value)
+        elif _MODE.value == "report":
+            from deco_jax.report import report
+
+            report(_CONFIG.value, workdir)
+        elif _MODE.value == "demo":
+            from deco_jax.demo import demo
+
+            demo(_CONFIG.value, workdir, _CHECKPOINT.value, _PORT.value)
         elif _MODE.value == "compile":
             from deco_jax.compile import compile_step
 

@@ -86,3 +86,15 @@ def peak_memory() -> int | None:
     except jax.errors.JaxRuntimeError:
         return None
     return stats.get("peak_bytes_in_use")
+
+
+def program_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """What a compiled program needs of a device's memory, by the compiler: its parts, and their sum as "peak"."""
+    analysis: Any = compiled.memory_analysis()
+    parts = {
+        "arguments": analysis.argument_size_in_bytes,
+        "outputs": analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+        "temporaries": analysis.temp_size_in_bytes,
+        "code": analysis.generated_code_size_in_bytes,
+    }
+    return {**parts, "peak": sum(parts.values())}

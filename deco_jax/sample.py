@@ -1,12 +1,12 @@
 """--mode=sample: images from a checkpoint's EMA weights, as a grid and, if asked, as the ADM suite's npz.
 
+Of all classes in their order; or, text-to-image, of config.sample.prompts, or without them of the data's captions.
+
 Finished batches are kept in samples/parts until all are there, so a run that was cut off continues.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import pathlib
 import shutil
 import time
@@ -16,56 +16,73 @@ import jax
 import ml_collections
 import numpy as np
 
-from deco_jax import checkpoint, distributed, generate, images, sharding
-from deco_jax.config import to_json
+from deco_jax import checkpoint, distributed, files, generate, images, sharding
+from deco_jax.condition import Requests, open_condition
+from deco_jax.data import prompts as prompts_lib
+from deco_jax.data import sources
 from deco_jax.models import network as network_lib
 from deco_jax.workdir import make_workdir
 from deco_jax.writer import save_png, write_atomically
 
 
 def sample(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str = "") -> None:
-    """Write config.sample.num_images images, in class order, into WORKDIR/samples."""
+    """Write the images into WORKDIR/samples."""
     settings = config.sample
-    where = checkpoint.find(workdir, checkpoint_path)
+    where = checkpoint.find(workdir, checkpoint_path, config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    prompts = generate.open_prompts(config)
+    from_data = bool(config.model.text_width) and prompts is None
+    condition = open_condition(config, mesh, sources.open_source(config.data) if from_data else None)
     network = network_lib.build(config.model.to_dict())
     params = checkpoint.load_average(where, network.shapes, config, mesh)
+    requests = generate.sampling_requests(config, condition, prompts)
+    count = requests.count
     folder = pathlib.Path(workdir) / "samples"
     make_workdir(folder)
 
-    labels = generate.class_labels(settings.num_images, config.model.num_classes)
-    parts = Parts(folder / "parts", fingerprint(config, where))
+    parts = Parts(folder / "parts", generate.fingerprint(config, where, requests.names))
     main_host = jax.process_index() == 0
     if main_host:
-        print(f"{len(labels):,} images from {where}, {parts.count:,} of them done; compiling ...", flush=True)
+        print(f"{count:,} images from {where}, {parts.count:,} of them done; compiling ...", flush=True)
     generator = generate.make_generator(network, config, mesh)
     began, compiled = time.monotonic(), False
-    for batch in generate.generate_images(generator, params, labels, settings.batch_size, mesh, parts.count):
+    for batch in generate.generate_images(generator, params, requests, settings.batch_size, mesh, parts.count):
         parts.add(batch, write=main_host)
         took = "" if compiled else f" (compiled and drawn in {time.monotonic() - began:.1f} s)"
         compiled = True
         if main_host:
-            print(f"{parts.count:,} of {len(labels):,} images{took}", flush=True)
-    if not main_host:
-        return
+            print(f"{parts.count:,} of {count:,} images{took}", flush=True)
+    # The others wait: a host that ends early is taken for lost.
+    distributed.on_main_host(lambda: write_all(config, folder, parts, requests, prompts))
 
-    shown = np.unique(np.linspace(0, len(labels) - 1, min(settings.grid_images, len(labels))).round().astype(int))
-    save_png(folder / "grid.png", images.sample_grid(parts.take(shown), config.model.num_classes))
+
+def write_all(
+    config: ml_collections.ConfigDict, folder: pathlib.Path, parts: Parts, requests: Requests,
+    prompts: generate.Prompts | None,
+) -> None:  # fmt: skip
+    """What is asked for of the finished images, into `folder`; then the parts go."""
+    shown = np.unique(np.linspace(0, parts.count - 1, min(config.sample.grid_images, parts.count)).round().astype(int))
+    captions = None if requests.names is None else [requests.names[int(i)] for i in shown]
+    save_png(folder / "grid.png", images.sample_grid(parts.take(shown), config.model.num_classes, captions))
     print(f"wrote {folder / 'grid.png'}")
-    if settings.npz:
+    if prompts is not None:
+        write_prompted(folder / "images", prompts, parts)
+        print(f"wrote {folder / 'images'}")
+    if config.sample.npz:
         write_npz(folder / "samples.npz", parts)
         print(f"wrote {folder / 'samples.npz'}")
     parts.remove()
 
 
-def fingerprint(config: ml_collections.ConfigDict, where: pathlib.Path) -> str:
-    """Names everything that the images depend on."""
-    values = to_json(config)
-    drawn_from = {
-        "checkpoint": str(where), "model": values["model"], "size": values["data"]["image_size"],
-        "sample": {k: v for k, v in values["sample"].items() if k not in ("npz", "grid_images", "batch_size")},
-    }  # fmt: skip
-    return hashlib.sha256(json.dumps(drawn_from, sort_keys=True).encode()).hexdigest()
+def write_prompted(folder: pathlib.Path, prompts: generate.Prompts, parts: Parts) -> None:
+    """All images in their benchmark's layout; the folder appears when it is complete, and replaces an older one."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    each = prompts.images_each
+    for i in range(len(prompts.set)):
+        prompts_lib.write_images(part, prompts.set, i, parts.take(np.arange(i * each, (i + 1) * each)))
+    shutil.rmtree(folder, ignore_errors=True)
+    part.replace(folder)
 
 
 class Parts:
@@ -73,13 +90,14 @@ class Parts:
 
     def __init__(self, folder: pathlib.Path, request: str) -> None:
         self.folder = folder
-        note = folder / "request"
-        if jax.process_index() == 0 and (not note.exists() or note.read_text() != request):
-            shutil.rmtree(folder, ignore_errors=True)
-            write_atomically(note, request.encode())
         self.count = 0
-        while (path := self._path(self.count)).exists():
-            self.count += len(np.load(path, mmap_mode="r"))
+        if jax.process_index() == 0:
+            note = folder / "request"
+            if not note.exists() or note.read_text() != request:
+                shutil.rmtree(folder, ignore_errors=True)
+                write_atomically(note, request.encode())
+            while (path := self._path(self.count)).exists():
+                self.count += len(np.load(path, mmap_mode="r"))
         self.count = distributed.from_main_host(self.count)
 
     def _path(self, first: int) -> pathlib.Path:
@@ -87,10 +105,8 @@ class Parts:
 
     def add(self, batch: np.ndarray, write: bool = True) -> None:
         if write:
-            part = self.folder / "part"
-            with part.open("wb") as file:
+            with files.whole(self._path(self.count)) as part, part.open("wb") as file:
                 np.save(file, batch)
-            part.replace(self._path(self.count))
         self.count += len(batch)
 
     def arrays(self) -> list[np.ndarray]:
@@ -99,11 +115,11 @@ class Parts:
 
     def take(self, indices: np.ndarray) -> np.ndarray:
         """Images by index, uint8 [len(indices), height, width, 3]."""
-        wanted, first, taken = set(indices.tolist()), 0, []
-        for array in self.arrays():
-            taken += [array[i - first] for i in range(first, first + len(array)) if i in wanted]
-            first += len(array)
-        return np.stack(taken)
+        paths = sorted(self.folder.glob("*.npy"))
+        firsts = np.asarray([int(path.stem) for path in paths])
+        holding = np.searchsorted(firsts, indices, side="right") - 1  # of each image, the file that it is in
+        arrays = {k: np.load(paths[k], mmap_mode="r") for k in np.unique(holding)}
+        return np.stack([arrays[k][i - firsts[k]] for i, k in zip(indices, holding, strict=True)])
 
     def remove(self) -> None:
         shutil.rmtree(self.folder)
@@ -113,10 +129,11 @@ def write_npz(path: pathlib.Path, parts: Parts) -> None:
     """arr_0 uint8 [images, height, width, 3], written batch by batch so that memory stays small."""
     arrays = parts.arrays()
     header = {"descr": "|u1", "fortran_order": False, "shape": (parts.count, *arrays[0].shape[1:])}
-    unfinished = path.with_name(path.name + ".part")
-    with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for array in arrays:
-                file.write(np.ascontiguousarray(array).tobytes())
-    unfinished.replace(path)
+    with (
+        files.whole(path) as part,
+        zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as file,
+    ):
+        np.lib.format.write_array_header_1_0(file, header)
+        for array in arrays:
+            file.write(np.ascontiguousarray(array).tobytes())

@@ -26,15 +26,15 @@ RULES: tuple[tuple[str, int | None], ...] = (
     (r"decoder/condition/kernel$", -2),
     (r"decoder/blocks/generator/kernel$", -1),
     (r"decoder/", None),  # the pixel decoder's own layers: some kilobytes
-    (r"(qkv|text_kv|gate|up)/kernel$", -2),  # [depth, width, ...]
+    (r"(qkv|text_kv|gate|up|query|key|value)/kernel$", -2),  # [depth, width, ...]
     (r"(attention/out|down|modulation)/kernel$", -1),  # [depth, ..., width]
     (r"(patch_embed|time_embed/\w+|text_embed/proj)/kernel$", -1),
-    (r"(label_embed/embedding|text_positions)$", -1),
+    (r"(label_embed/embedding|encoder/embed/embedding|text_positions)$", -1),
     (r"output/linear/kernel$", -2),
     (r"projector/\w+/kernel$", -2),
     (r"teacher/blocks/mlp_in/kernel$", -2),
     (r"teacher/(blocks/mlp_out/kernel|positions)$", -1),
-    (r"(bias|scale\d?|class_token)$", None),
+    (r"(bias|scale\d?|class_token|null)$", None),
     (r"(^|/)(step|skipped|count|mini_step|gradient_step)$", None),
 )
 
@@ -105,6 +105,14 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def placed_shapes(mesh: Mesh, shapes: Any) -> Any:
+    """ShapeDtypeStructs with the shardings of `state_shardings`."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes, state_shardings(mesh, shapes),
+    )  # fmt: skip
 
 
 def check_batch(mesh: Mesh, batch_size: int, key: str, parts: int = 1) -> None:

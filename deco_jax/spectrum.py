@@ -18,9 +18,11 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from deco_jax import checkpoint, generate, sharding
-from deco_jax.config import image_sides, to_json
+from deco_jax import checkpoint, files, generate, sharding
+from deco_jax.condition import Classes
+from deco_jax.config import to_json
 from deco_jax.data import pipeline, sources
+from deco_jax.data.transforms import image_sides
 from deco_jax.dct import zigzag
 from deco_jax.diffusion import guidance, path, samplers
 from deco_jax.errors import UserError
@@ -124,14 +126,15 @@ def model_energies(
     params = checkpoint.load_average(where, network.shapes, config, mesh)
     measure = make_measure(network, config, mesh)
     count = config.spectrum.num_images
-    labels = generate.class_labels(count, config.model.num_classes)
+    requests = Classes(config.model.num_classes).requests(count)
     batch_size = -(-min(config.spectrum.batch_size, count) // mesh.size) * mesh.size
     totals: dict[str, np.ndarray] = {}
     for first in range(0, count, batch_size):
         index = np.arange(first, first + batch_size, dtype=np.int32)
         # The last batch is filled up with images that count nothing.
         batch: dict[str, Any] = {
-            "index": index, "label": labels[np.minimum(index, count - 1)], "weight": (index < count).astype(np.float32),
+            "index": index, "label": requests.context(np.minimum(index, count - 1)),
+            "weight": (index < count).astype(np.float32),
         }  # fmt: skip
         for name, energy in measure(params, sharding.place_everywhere(mesh, batch)).items():
             totals[name] = totals.get(name, 0.0) + np.asarray(energy, np.float64)
@@ -151,10 +154,7 @@ def make_measure(network: Network, config: ml_collections.ConfigDict, mesh: Mesh
     guided = guidance.guided_steps(times, settings.guidance, settings.guidance_interval)
 
     def measure(params: Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.key(settings.seed), index))(batch["index"])
-
-        def normal(stream: int | jax.Array) -> jax.Array:
-            return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, stream), (height, width, 3)))(keys)
+        normal = generate.noise_of(settings.seed, batch["index"], (height, width))
 
         def look(x: jax.Array, t: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
             output, intermediates = network.apply(params, x, t, labels)
@@ -226,6 +226,5 @@ def draw(result: dict[str, Any], where: pathlib.Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    part = where.with_name(where.name + ".part")
-    figure.savefig(part, dpi=150, format="png")
-    part.replace(where)
+    with files.whole(where) as part:
+        figure.savefig(part, dpi=150, format="png")

@@ -2,8 +2,10 @@
 
 uint8 batch ─ to_float ─ x ─┐
                  noise ε ───┼─ x_t = t·x + (1−t)·ε ─ denoiser ─ v̂ ─ v̂ − v ─┬─ pixel flow matching
-         t ~ logit-normal ──┘         labels, dropped ─┘   │               ├─ JPEG-weighted DCT
+         t ~ logit-normal ──┘        context, dropped ─┘   │               ├─ JPEG-weighted DCT
 uint8 batch ─ frozen DINOv2 ─ features ──────────── projector(hidden) ─────┴─ REPA
+
+The context is labels, or the frozen text encoder's features of captions.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ from absl import logging
 from jax.sharding import Mesh
 
 from deco_jax import checkpoint, distributed, generate, images, monitor, preemption, sharding
-from deco_jax.config import image_sides, to_json
+from deco_jax.condition import Condition, Requests, abstract_condition, open_condition
+from deco_jax.config import to_json
 from deco_jax.convert.dinov2 import load_teacher
 from deco_jax.data import pipeline, sources
+from deco_jax.data.transforms import image_sides
 from deco_jax.diffusion import path
 from deco_jax.errors import UserError
 from deco_jax.evaluate import QuickFID
@@ -43,8 +47,19 @@ from deco_jax.workdir import make_workdir
 from deco_jax.writer import Writer, write_json
 
 Metrics = dict[str, jax.Array]
-# uint8 images [batch, height, width, 3] and the teacher's weights → features [batch, tokens, teacher_width]
-Teacher = Callable[[Any, jax.Array], jax.Array]
+Batch = dict[str, jax.Array]
+
+
+class Observed(NamedTuple):
+    """What is known of a batch besides its images; nothing of it trains."""
+
+    context: jax.Array  # labels int32 [batch], or text features [batch, length, text_width]
+    null: jax.Array  # stands for no condition: int32 [], or [length, text_width]
+    features: jax.Array | None = None  # the teacher's [batch, tokens, teacher_width]; None without REPA
+
+
+# (frozen arrays by name, batch) → Observed
+Observer = Callable[[dict[str, Any], Batch], Observed]
 
 
 class Draws(NamedTuple):
@@ -52,7 +67,7 @@ class Draws(NamedTuple):
 
     noise: jax.Array  # [batch, height, width, 3], standard normal
     times: jax.Array  # [batch] in (0, 1)
-    dropped: jax.Array  # bool [batch]: trained without its label
+    dropped: jax.Array  # bool [batch]: trained without its label or caption
 
 
 # ---------------------------------------------------------------------------------------- the objective
@@ -60,9 +75,9 @@ class Draws(NamedTuple):
 
 def objective(
     params: Any,
-    batch: dict[str, jax.Array],
+    pixels: jax.Array,
     draws: Draws,
-    features: jax.Array | None,
+    observed: Observed,
     *,
     networks: dict[str, Network],
     config: ml_collections.ConfigDict,
@@ -71,19 +86,20 @@ def objective(
 
     Args:
         params: {"denoiser", "projector"}.
-        batch: "image" uint8 [batch, height, width, 3], "label" int32 [batch].
-        features: the teacher's [batch, tokens, teacher_width]; None without REPA.
+        pixels: uint8 [batch, height, width, 3].
 
     Returns:
         The loss, and its parts, unweighted: "pixel", "frequency", "alignment" as far as they are used.
     """
     loss, prediction = config.loss, config.model.prediction
-    x = images.to_float(batch["image"])
+    features = observed.features
+    x = images.to_float(pixels)
     x_t = path.interpolate(x, draws.noise, draws.times)
-    labels = jnp.where(draws.dropped, config.model.num_classes, batch["label"])
+    dropped = draws.dropped.reshape(-1, *[1] * observed.null.ndim)
+    context = jnp.where(dropped, observed.null, observed.context)
 
     aligned_layer = loss.repa_layer if features is not None else None
-    output, hidden = networks["denoiser"].apply(params["denoiser"], x_t, draws.times, labels, aligned_layer)
+    output, hidden = networks["denoiser"].apply(params["denoiser"], x_t, draws.times, context, aligned_layer)
 
     target = path.velocity(x, draws.noise) if prediction == "v" else x
     # Both sides through the same conversion: an x-prediction is compared where it becomes a velocity.
@@ -120,40 +136,39 @@ def make_train_step(
     networks: dict[str, Network],
     optimizer: optax.GradientTransformation,
     config: ml_collections.ConfigDict,
-    teacher: Teacher | None = None,
-) -> Callable[[State, dict[str, jax.Array], Any], tuple[State, Metrics]]:
-    """(state, batch, teacher's weights) → (state, metrics), to be jitted with the state donated.
+    observe: Observer,
+) -> Callable[[State, Batch, dict[str, Any]], tuple[State, Metrics]]:
+    """(state, batch, frozen) → (state, metrics), to be jitted with the state donated.
+
+    `frozen` are the arrays that `observe` needs: weights of the teacher and of the text encoder, null features.
 
     A step whose loss or gradient is not finite changes no weight; it is counted in state["skipped"].
     """
     gradient = jax.value_and_grad(functools.partial(objective, networks=networks, config=config), has_aux=True)
     accumulate = config.optimizer.accumulate_steps
 
-    def loss_and_gradient(params: Any, batch: Any, draws: Draws, teacher_params: Any) -> tuple[Any, Any]:
-        features = None
-        if teacher is not None:
-            features = jax.lax.stop_gradient(teacher(teacher_params, batch["image"]))
-        (loss, parts), grads = gradient(params, batch, draws, features)
+    def loss_and_gradient(params: Any, batch: Batch, draws: Draws, frozen: dict[str, Any]) -> tuple[Any, Any]:
+        (loss, parts), grads = gradient(params, batch["image"], draws, observe(frozen, batch))
         return {"loss": loss, **parts}, grads
 
-    def train_step(state: State, batch: dict[str, jax.Array], teacher_params: Any) -> tuple[State, Metrics]:
+    def train_step(state: State, batch: Batch, frozen: dict[str, Any]) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
         draws = draw(key, batch["image"].shape, config.loss)
         if accumulate == 1:
-            metrics, grads = loss_and_gradient(state["params"], batch, draws, teacher_params)
+            metrics, grads = loss_and_gradient(state["params"], batch, draws, frozen)
         else:
             # Part i takes every accumulate-th row, so that each device works on its own rows in every part.
             parts = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(-1, accumulate, *a.shape[1:]), 0, 1), (batch, draws))
 
             def add(total: Any, part: Any) -> tuple[Any, None]:
                 part_batch, part_draws = part
-                result = loss_and_gradient(state["params"], part_batch, part_draws, teacher_params)
+                result = loss_and_gradient(state["params"], part_batch, part_draws, frozen)
                 return jax.tree.map(jnp.add, total, result), None
 
             batch, draws = jax.tree.map(lambda a: a[0], parts)
             zeros = jax.tree.map(
                 lambda a: jnp.zeros(a.shape, a.dtype),
-                jax.eval_shape(loss_and_gradient, state["params"], batch, draws, teacher_params),
+                jax.eval_shape(loss_and_gradient, state["params"], batch, draws, frozen),
             )
             summed, _ = jax.lax.scan(add, zeros, parts)
             metrics, grads = jax.tree.map(lambda a: a / accumulate, summed)
@@ -176,15 +191,15 @@ def make_train_step(
 
 def lower_train_step(
     networks: dict[str, Network], optimizer: optax.GradientTransformation, config: ml_collections.ConfigDict,
-    teacher: Teacher | None, mesh: Mesh, state: State, batch: dict[str, Any], teacher_params: Any,
+    observe: Observer, mesh: Mesh, state: State, batch: dict[str, Any], frozen: dict[str, Any],
 ) -> jax.stages.Lowered:  # fmt: skip
-    """`make_train_step` for a state, batch and teacher's weights (arrays, or shapes with shardings), to be compiled."""
+    """`make_train_step` for a state, batch and frozen arrays (or their shapes with shardings), to be compiled."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(
-        make_train_step(networks, optimizer, config, teacher), donate_argnums=0,
+        make_train_step(networks, optimizer, config, observe), donate_argnums=0,
         out_shardings=(shardings, sharding.replicated(mesh)),
     )  # fmt: skip
-    return step.lower(state, batch, teacher_params)
+    return step.lower(state, batch, frozen)
 
 
 # ---------------------------------------------------------------------------------------- the program
@@ -197,14 +212,17 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
     # Everything that can be wrong is found before anything compiles or is written.
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding.check_batch(mesh, config.data.batch_size, "config.data.batch_size", config.optimizer.accumulate_steps)
-    source = sources.open_source(config.data)
-    sources.check_classes(source, config.model.num_classes)
-    networks, teacher, teacher_params = make_networks(config, mesh)
+    with distributed.stage("listing the images"):
+        source = sources.open_source(config.data)
+    prompts = generate.open_prompts(config) if config.train.sample_every else None
+    condition = open_condition(config, mesh, source)
+    if config.init_from and not checkpoint.complete_steps(folder):
+        checkpoint.check_projector(checkpoint.find(config.init_from, config=config), config)
+    quick_fid = QuickFID(config, folder, mesh) if config.evaluate.every else None
+    networks, observe, frozen = make_networks(config, mesh, condition)
     optimizer = make_optimizer(config.optimizer)
     shapes = state_shapes(networks, optimizer, mesh)
-    quick_fid = QuickFID(config, folder, mesh) if config.evaluate.every else None
-    if config.init_from and not checkpoint.complete_steps(folder):
-        checkpoint.find(config.init_from, config=config)
+    requests = grid_requests(config, condition, frozen, prompts) if config.train.sample_every else None
     make_workdir(folder)
 
     checkpoints = checkpoint.Checkpoints(folder, config.train.keep_checkpoints)
@@ -224,25 +242,24 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
     writer = Writer(folder, config.train.num_steps, resumed_at=start, active=main_host)
     writer.say(
         f"{config.model.name} with {networks['denoiser'].num_params:,} parameters on "
-        f"{mesh.size} {jax.devices()[0].platform} device(s); {len(source):,} images of {source.num_classes} classes; "
+        f"{mesh.size} {jax.devices()[0].platform} device(s); {len(source):,} images "
+        + (f"of {source.num_classes} classes; " if source.num_classes else "with captions; ")
         + (f"resumed at step {start}" if resumed else "a new run")
     )
+    if source.notes():
+        writer.say(source.notes())
     if start >= config.train.num_steps:
         writer.say(f"already trained to step {start}; raise config.train.num_steps to go on")
         writer.close()
         return
 
-    batches = pipeline.train_batches(
-        source, image_size=image_sides(config.data.image_size), batch_size=config.data.batch_size, seed=config.seed,
-        start_step=start, host_index=sharding.host_rank(mesh), host_count=jax.process_count(),
-        num_workers=config.data.num_workers, flip=config.data.flip, max_unreadable=config.data.max_unreadable,
-    )  # fmt: skip
+    batches = open_batches(config, mesh, source, condition, start)
     try:
         # From here on, compiling included, a signal asks to save and stop.
         with preemption.Watch() as watch:
             run(
-                config, folder, mesh, networks, optimizer, teacher, teacher_params, state, batches, checkpoints, writer,
-                watch, quick_fid,
+                config, folder, mesh, networks, optimizer, condition, observe, frozen, state, batches, checkpoints,
+                writer, watch, requests, quick_fid,
             )  # fmt: skip
     finally:
         batches.close()
@@ -252,24 +269,28 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 def run(
     config: ml_collections.ConfigDict, folder: pathlib.Path, mesh: Mesh, networks: dict[str, Network],
-    optimizer: optax.GradientTransformation, teacher: Teacher | None, teacher_params: Any, state: State,
-    batches: pipeline.Batches, checkpoints: checkpoint.Checkpoints, writer: Writer, watch: preemption.Watch,
-    quick_fid: QuickFID | None = None,
+    optimizer: optax.GradientTransformation, condition: Condition, observe: Observer, frozen: dict[str, Any],
+    state: State, batches: pipeline.Batches, checkpoints: checkpoint.Checkpoints, writer: Writer,
+    watch: preemption.Watch, requests: Requests | None, quick_fid: QuickFID | None = None,
 ) -> None:  # fmt: skip
     """The loop of `train`, with everything made."""
     start, total = int(state["step"]), config.train.num_steps
     generator = generate.make_generator(networks["denoiser"], config, mesh)
-    labels = generate.class_labels(min(config.sample.num_images, config.sample.grid_images), config.model.num_classes)
+    unreadable = 0
+
+    def read() -> Batch:
+        nonlocal unreadable
+        batch = next(batches)
+        unreadable += len(batch["unreadable"])
+        return sharding.place_batch(mesh, {name: batch[name] for name in ("image", *condition.inputs)})
 
     with distributed.stage("reading the first batch"):
-        batch = next(batches)
-    unreadable = len(batch.pop("unreadable"))
-    placed = sharding.place_batch(mesh, batch)
+        placed = read()
     writer.say("compiling the training step ...")
     began = time.monotonic()
     # Compiled once, for these shapes: another shape or sharding later is an error, not a silent recompilation.
     with distributed.stage("compiling the training step"):
-        compiled = lower_train_step(networks, optimizer, config, teacher, mesh, state, placed, teacher_params).compile()
+        compiled = lower_train_step(networks, optimizer, config, observe, mesh, state, placed, frozen).compile()
     writer.say(f"compiled in {time.monotonic() - began:.1f} s")
     writer.start_clock()
 
@@ -281,17 +302,15 @@ def run(
             profiler.before(step - start - 1)
             if step == start + 1:
                 with distributed.stage("the first step"), compilations.expected():
-                    state, metrics = jax.block_until_ready(compiled(state, placed, teacher_params))
+                    state, metrics = jax.block_until_ready(compiled(state, placed, frozen))
             else:
-                state, metrics = compiled(state, placed, teacher_params)
+                state, metrics = compiled(state, placed, frozen)
             pending.append(metrics)
             if profiler.after(step - start, metrics):
                 writer.say(f"wrote a trace of {config.train.profile_steps} steps to {profiler.folder}")
             if step < total:
                 # While the device works on this step, the host brings the next batch.
-                batch = next(batches)
-                unreadable += len(batch.pop("unreadable"))
-                placed = sharding.place_batch(mesh, batch)
+                placed = read()
 
             stopping = watch.stopping(step)
             saving = step % config.train.save_every == 0 or step == total or stopping
@@ -307,16 +326,16 @@ def run(
                         values["peak_memory_gib"] = memory / 2**30
                     if quick_fid is not None and quick_fid.due(step):
                         with compilations.expected():
-                            values["fid"] = quick_fid(generator, state["ema"])
+                            values["fid"] = quick_fid(generator, state["ema"], condition, frozen)
                     writer.write(step, {**values, "images_per_second": speed, "unreadable_images": unreadable})
                 since = time.monotonic()
                 pending = []
             if saving:
                 with compilations.expected():  # of the copies that a save starts with
                     checkpoints.save(step, state, config)
-            if config.train.sample_every and (step % config.train.sample_every == 0 or step == total):
+            if requests is not None and (step % config.train.sample_every == 0 or step == total):
                 with contextlib.nullcontext() if sampled else compilations.expected():
-                    grid = sample_grid(generator, state["ema"], labels, config, mesh)
+                    grid = sample_grid(generator, state["ema"], requests, config, mesh)
                 sampled = True
                 writer.write_image(step, "samples", grid, folder / "samples" / f"step_{step:08d}.png")
                 writer.say(f"wrote {folder / 'samples' / f'step_{step:08d}.png'}")
@@ -351,40 +370,73 @@ def check_finite(
 
 
 def sample_grid(
-    generator: generate.Generator, params: Any, labels: np.ndarray, config: ml_collections.ConfigDict, mesh: Mesh
+    generator: generate.Generator, params: Any, requests: Requests, config: ml_collections.ConfigDict, mesh: Mesh
 ) -> np.ndarray:
-    """One uint8 image of samples in class order."""
+    """One uint8 image of samples in class order, or with their captions."""
     batch_size = config.sample.batch_size
-    samples = np.concatenate(list(generate.generate_images(generator, params, labels, batch_size, mesh)))
-    return images.sample_grid(samples, config.model.num_classes)
+    samples = np.concatenate(list(generate.generate_images(generator, params, requests, batch_size, mesh)))
+    return images.sample_grid(samples, config.model.num_classes, requests.names)
 
 
 # ---------------------------------------------------------------------------------------- setting up
 
 
-def make_networks(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[dict[str, Network], Teacher | None, Any]:
-    """The networks that train, and the frozen teacher with its weights on the mesh (None and {} without REPA)."""
-    networks, teacher, shapes = abstract_networks(config, mesh)
-    if teacher is None:
-        return networks, None, {}
-    params = load_teacher(config.teacher.path, config.teacher.size, dtype=jnp.dtype(config.teacher.dtype))
-    return networks, teacher, jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, shapes))
+def make_networks(
+    config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition
+) -> tuple[dict[str, Network], Observer, dict[str, Any]]:
+    """The networks that train, and the frozen ones: as a function, and their weights on the mesh."""
+    networks, observe, shapes = abstract_networks(config, mesh, condition)
+    frozen = {}
+    if config.loss.repa_weight:
+        params = load_teacher(config.teacher.path, config.teacher.size, dtype=jnp.dtype(config.teacher.dtype))
+        frozen["teacher"] = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, shapes["teacher"]))
+    return networks, observe, frozen | condition.load()
 
 
-def abstract_networks(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[dict[str, Network], Teacher | None, Any]:
-    """`make_networks` without reading a file: the teacher's weights are ShapeDtypeStructs with shardings."""
+def abstract_networks(
+    config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition | None = None
+) -> tuple[dict[str, Network], Observer, dict[str, Any]]:
+    """`make_networks` without reading a file: the frozen weights are ShapeDtypeStructs with shardings.
+
+    Args:
+        condition: by default one that is known by its shapes alone.
+    """
+    condition = condition or abstract_condition(config, mesh)
     networks = {"denoiser": network_lib.build(config.model.to_dict())}
-    if not config.loss.repa_weight:
-        return networks, None, {}
-    teacher = teacher_network(config)
-    teacher_width, _, _ = dinov2.sizes(config.teacher.size)
-    networks["projector"] = make_projector(config.model, teacher_width)
-    placed = sharding.state_shardings(mesh, {"teacher": teacher.shapes})["teacher"]
-    dtype = jnp.dtype(config.teacher.dtype)
-    shapes = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where), teacher.shapes, placed
-    )
-    return networks, functools.partial(teacher_features, teacher, config.model.patch_size), shapes
+    teacher, shapes = None, dict(condition.shapes)
+    if config.loss.repa_weight:
+        teacher = teacher_network(config)
+        teacher_width, _, _ = dinov2.sizes(config.teacher.size)
+        networks["projector"] = make_projector(config.model, teacher_width)
+        dtype = jnp.dtype(config.teacher.dtype)
+        cast = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), teacher.shapes)
+        shapes |= sharding.placed_shapes(mesh, {"teacher": cast})
+    return networks, make_observer(config, condition, teacher), shapes
+
+
+def make_observer(config: ml_collections.ConfigDict, condition: Condition, teacher: Network | None) -> Observer:
+    """All frozen parts of a step as one function."""
+
+    def observe(frozen: dict[str, Any], batch: Batch) -> Observed:
+        features = None
+        if teacher is not None:
+            features = teacher.apply(frozen["teacher"], batch["image"], config.model.patch_size)
+        return Observed(condition.context(frozen, batch), condition.null(frozen), features)
+
+    return observe
+
+
+def open_batches(
+    config: ml_collections.ConfigDict, mesh: Mesh, source: sources.Source, condition: Condition, start_step: int = 0
+) -> pipeline.Batches:
+    """This host's rows of the batches from a step on."""
+    data = config.data
+    return pipeline.train_batches(
+        source, image_size=image_sides(data.image_size), batch_size=data.batch_size, seed=config.seed,
+        start_step=start_step, host_index=sharding.host_rank(mesh), host_count=jax.process_count(),
+        num_workers=data.num_workers, flip=data.flip, max_unreadable=data.max_unreadable,
+        encode_caption=condition.encode_caption,
+    )  # fmt: skip
 
 
 def teacher_network(config: ml_collections.ConfigDict) -> Network:
@@ -393,19 +445,25 @@ def teacher_network(config: ml_collections.ConfigDict) -> Network:
     return network_lib.functional(lambda rngs: dinov2.DINOv2.of_size(config.teacher.size, dtype=dtype, rngs=rngs))
 
 
-def teacher_features(teacher: Network, patch_size: int, params: Any, images: jax.Array) -> jax.Array:
-    """uint8 [batch, height, width, 3] → the features [batch, tokens, teacher_width] that REPA aligns with."""
-    return teacher.apply(params, images, patch_size)
+def grid_requests(
+    config: ml_collections.ConfigDict, condition: Condition, frozen: dict[str, Any], prompts: generate.Prompts | None
+) -> Requests:
+    """The pictures of the grids on the way: config.sample's, as many as a grid holds, evenly spread."""
+    requests = generate.sampling_requests(config, condition, prompts, frozen).spread(config.sample.grid_images)
+    # Computed once: an encoder that only these prompts need doesn't stay in memory.
+    return requests.kept(config.sample.batch_size)
 
 
 def start_from(config: ml_collections.ConfigDict, state: State, mesh: Mesh) -> State:
-    """A new run's state with the weights of the checkpoint config.init_from; the EMA starts from its EMA."""
+    """A new run's state with the weights of the checkpoint config.init_from, its EMA and, if asked, its moments."""
     where = checkpoint.find(config.init_from)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state["params"])
     params = checkpoint.load_params(where, shapes, config, mesh)
     ema = checkpoint.load_average(where, shapes["denoiser"], config, mesh)
-    return {**state, "params": params, "ema": ema}
-
-
-def _no_init(*_: Any) -> Any:
-    raise TypeError("only the shapes are used")
+    started = {**state, "params": params, "ema": ema}
+    if config.init_optimizer:
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state["opt_state"]
+        )
+        started["opt_state"] = checkpoint.load_optimizer(where, shapes)
+    return started

@@ -1,4 +1,4 @@
-"""The folder that a run writes to."""
+"""The folder that a mode writes to."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ def make_workdir(folder: pathlib.Path) -> None:
     Raises:
         UserError: it is a file, or can't be written.
     """
-    distributed.on_main_host(lambda: _make(folder))
+    distributed.on_main_host(lambda: make_folder(folder))
 
 
-def _make(folder: pathlib.Path) -> None:
+def make_folder(folder: pathlib.Path) -> None:
+    """The same on this host alone, and without starting a device."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
     except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"--workdir: {folder} is, or lies under, a file; choose a folder") from error
+        raise UserError(f"{folder} is, or lies under, a file; choose another folder") from error
     except OSError as error:
-        raise UserError(f"--workdir: {folder} can't be written: {error.strerror}; choose another") from error
+        raise UserError(f"{folder} can't be written: {error.strerror}; choose another folder") from error

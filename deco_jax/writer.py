@@ -16,6 +16,8 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
+from deco_jax import files
+
 # clu imports TensorFlow for its own TensorBoard writer, which isn't used here: an empty stand-in keeps it out.
 sys.modules.setdefault("clu.metric_writers.summary_writer", types.SimpleNamespace(SummaryWriter=None))  # type: ignore[arg-type]
 from clu import metric_writers  # noqa: E402
@@ -154,10 +156,8 @@ def _keep_until(path: pathlib.Path, step: int) -> None:
 
 def write_atomically(path: pathlib.Path, data: bytes) -> None:
     """All of the file or none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    part.replace(path)
+    with files.whole(path) as part:
+        part.write_bytes(data)
 
 
 def write_json(path: pathlib.Path, values: Any) -> None:
@@ -167,7 +167,5 @@ def write_json(path: pathlib.Path, values: Any) -> None:
 
 def save_png(path: pathlib.Path, image: np.ndarray) -> None:
     """uint8 [height, width, 3] as a PNG file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    Image.fromarray(image).save(part, format="png")
-    part.replace(path)
+    with files.whole(path) as part:
+        Image.fromarray(image).save(part, format="png")

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
+import pytest
+
+from deco_jax.data.pipeline import train_batches
+from deco_jax.data.source import Source
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -39,6 +48,20 @@ def relative_error(actual, expected) -> float:
     return float(np.max(np.abs(actual - expected)) / np.max(np.abs(expected)))
 
 
+def first_batches(count: int, source: Source, **options: Any) -> list[dict]:
+    """Of `pipeline.train_batches`, whose workers end with it."""
+    batches = train_batches(source, **options)
+    try:
+        return list(itertools.islice(batches, count))
+    finally:
+        batches.close()
+
+
+def fake_devices(count: int) -> dict[str, str]:
+    """The environment variable that gives a process this many CPU devices."""
+    return {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"}
+
+
 def run_main(
     *arguments: object, timeout: float = 300, env: dict[str, str] | None = None, **options
 ) -> subprocess.CompletedProcess:
@@ -52,3 +75,35 @@ def run_main(
         env={**os.environ, **(env or {})},
         **options,
     )
+
+
+@contextlib.contextmanager
+def browser() -> Iterator[Callable]:
+    """A function that opens an address in headless Chromium; at the end, errors on the page and requests to
+    anywhere but this machine fail the test. Skips where there is no browser."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright and a Chromium to drive")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("needs a Chromium: apt install chromium")
+    troubles: list[str] = []
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+
+        def open_page(address: str):
+            page = chromium.new_page()
+            page.set_default_timeout(30_000)
+            page.on("pageerror", lambda error: troubles.append(f"error: {error}"))
+            page.on("console", lambda line: troubles.append(line.text) if line.type == "error" else None)
+            page.on("request", lambda request: troubles.append(request.url) if not _local(request.url) else None)
+            page.goto(address)
+            return page
+
+        try:
+            yield open_page
+        finally:
+            chromium.close()
+    assert troubles == []
+
+
+def _local(address: str) -> bool:
+    return address.startswith(("file:", "data:", "blob:", "http://127.0.0.1:", "ws://127.0.0.1:"))

@@ -26,7 +26,13 @@ def teacher(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("row", ablation.ROWS)
+# Rows that differ from another one in a number alone.
+NUMBERS = ("width16", "width64", "depth1", "depth6", "weight0.5", "weight2", "quality50", "quality100")
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=pytest.mark.slow if row in NUMBERS else ()) for row in ablation.ROWS]
+)
 def test_row_trains(row, teacher, tmp_path):
     with_repa = ablation.get_config(row).loss.repa_weight > 0
     options = []

@@ -34,11 +34,13 @@ FLAGS = [
     ([SMOKE, "--config.model=3"], r"--config.model=3"),
     ([SMOKE, "--modus=train"], "modus"),
     ([SMOKE, "--mode=fly"], "--mode=fly.*train"),
+    ([SMOKE, "--mode=demo", "--port=70000"], "--port=70000.*upper_bound|--port=70000.*65535"),
     ([SMOKE, "somewhere"], "unexpected argument 'somewhere'"),
     ([SMOKE, "--config.data.batch_size=abc"], "--config.data.batch_size=abc.*a value like 16"),
     ([SMOKE, "--config.data.batch_size=2.5"], "--config.data.batch_size=2.5.*a value like 16"),
     ([SMOKE, "--config.data.flip=3"], "--config.data.flip=3.*a value like False"),
 ]
+EVALUATE = ["--mode=evaluate", "--config.evaluate.inception={data}/file"]
 VALUES = [
     (["--config.data.batch_size=0"], "batch_size=0 must be at least 1"),
     (["--config.model.patch_size=3"], "patch_size=3 does not divide the image, 16x16"),
@@ -60,18 +62,53 @@ MACHINE = [
         ["--config.data.source=image_folder", "--config.data.path={data}/one_class"],
         "the data has 1 classes.*num_classes=1",
     ),
+    (["--config.data.source=webdataset"], "data.path is empty; .* for the source webdataset"),
+    (["--config.data.source=captioned_folder", "--config.data.path={tmp}/none"], "no such folder: .*/none"),
+    (["--config.data.source=captioned_folder", "--config.data.path={data}/one_class"], "1 images without a caption"),
+    (["--config.data.source=webdataset", "--config.data.path={data}/one_class"], "one_class holds no .tar archive"),
+    (["--config.data.source=webdataset", "--config.data.path={data}/file"], "skipped: 1 damaged archives"),
     (["--mode=sample"], "there is no checkpoint in"),
     (["--mode=sample", "--checkpoint={tmp}/none"], "there is no checkpoint in .*/none"),
     (["--config.init_from={tmp}/none"], "there is no checkpoint in .*/none"),
     (["--config.init_from={run}", "--config.model.width=64"], "another model .*width: 32 there, 64 here"),
+    (["--config.init_from={run}", "--config.loss.repa_weight=1", "--config.loss.repa_layer=1"], "trained without REPA"),
     (["--workdir={run}", "--config.model.depth=3"], r"checkpoints/2 is .* another model \(depth: 2 there, 3 here\)"),
     (["--workdir={run}", "--config.model.depth=3", "--mode=sample"], "another model .*depth: 2 there, 3 here"),
+    (["--mode=report"], "no such workdir: .*/run; give the folder of a run"),
+    (["--mode=report", "--workdir={data}"], "has no metrics.jsonl, so there is nothing to report"),
+    ([*EVALUATE[:1]], "config.evaluate.inception is empty; give the path of the Inception weights"),
+    ([*EVALUATE[:1], "--config.evaluate.inception={tmp}/none.pth"], "no Inception weights at .*/none.pth"),
+    ([*EVALUATE, "--config.evaluate.samples={data}/good.npz"], "/file is damaged or no PyTorch file"),
+    (EVALUATE, "there is no checkpoint in"),
+    ([*EVALUATE, "--config.evaluate.samples={data}/keys.npz"], r"no images 'arr_0' .*: it holds 'mu', 'pictures'"),
+    ([*EVALUATE, "--config.evaluate.samples={data}/floats.npz"], "float32 values; .* takes uint8 in 0..255"),
+    ([*EVALUATE, "--config.evaluate.samples={data}/planes.npz"], r"shape \(4, 3, 8, 8\); expected \[images, height"),
+    (
+        [*EVALUATE, "--config.evaluate.samples={data}/good.npz", "--config.evaluate.reference={data}/keys.npz"],
+        "keys.npz has 'mu' without the other of 'mu' and 'sigma'",
+    ),
     (["--workdir={data}/file"], "/file is, or lies under, a file"),
     (["--workdir={data}/file/run"], "/file/run is, or lies under, a file"),
     (["--workdir={data}/file", "--mode=sample", "--checkpoint={run}"], "is, or lies under, a file"),
     # A file system that takes no folders, not even from root.
     (["--workdir=/proc/run"], "/proc/run can't be written"),
     (["--workdir=/proc/run", "--mode=sample", "--checkpoint={run}"], "/proc/run/samples can't be written"),
+    (["--mode=encode"], "for text-to-image models, and config.model.text_width is 0"),
+    (["--config.data.source=captioned_digits"], "the data has captions, the model 10 classes"),
+]
+TEXT = "--config=configs/t2i_256.py:smoke"
+TEXTS = [
+    (["--mode=encode"], "needs a folder to fill; set --config.text.features=FOLDER"),
+    (["--config.text.encoder=qwen3"], "config.text.path is empty; download .*huggingface.co/Qwen/Qwen3-1.7B"),
+    (["--config.text.encoder=qwen3", "--config.text.path={tmp}/none"], "no such folder, and Qwen3's weights"),
+    (["--config.text.encoder=qwen3", "--config.text.path={tmp}"], "config.json: no such file"),
+    (["--config.text.encoder=qwen3", "--mode=encode", "--config.text.features={tmp}/f"], "path is empty"),
+    (["--config.text.features={tmp}/none"], "/none has no features .*run --mode=encode"),
+    (["--config.sample.prompts={tmp}/none.txt"], "no such file of prompts: .*/none.txt"),
+    (["--config.sample.images_per_prompt=2"], "images_per_prompt is for config.sample.prompts, which is empty"),
+    (["--config.sample.prompts={tmp}"], "a folder without .txt files"),
+    (["--config.data.source=digits"], "the data has 10 classes, the model takes captions"),
+    (["--mode=sample", "--config.sample.prompts=a cat"], "there is no checkpoint in"),
 ]
 
 
@@ -116,6 +153,7 @@ for arguments in json.load(sys.stdin):
 json.dump(results, open(sys.argv[1], "w"))
 """
 CASES = FLAGS + [([SMOKE, *arguments], says) for arguments, says in VALUES + MACHINE]
+CASES += [([TEXT, *arguments], says) for arguments, says in TEXTS]
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +165,11 @@ def outcomes(tmp_path_factory):
         (data / name / "cat").mkdir(parents=True)
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(data / "one_class" / "cat" / "1.png")
     (data / "file").write_text("mine")
+    pictures = np.zeros((4, 8, 8, 3), np.uint8)
+    np.savez(data / "good.npz", arr_0=pictures)
+    np.savez(data / "keys.npz", pictures=pictures, mu=np.zeros(2048))
+    np.savez(data / "floats.npz", arr_0=pictures.astype(np.float32))
+    np.savez(data / "planes.npz", arr_0=pictures.transpose(0, 3, 1, 2))
     before = files(data)
     folders = [folder / str(i) for i in range(len(CASES))]
     commands = []

@@ -34,18 +34,29 @@ def test_warm_up_is_not_timed():
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("benchmark")
-    result = run_main("--config=configs/benchmark_cpu.py:smoke", f"--workdir={workdir}", "--mode=benchmark")
+    result = run_main(
+        "--config=configs/benchmark_cpu.py:smoke", f"--workdir={workdir}", "--mode=benchmark",
+        "--config.loss.repa_weight=0.5", "--config.loss.repa_layer=2", "--config.teacher.size=S",
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     for name in ("train step", "forward", "input batch"):
         assert f"  {name} " in result.stdout
     return json.loads((workdir / "benchmark.json").read_text())
 
 
+def test_the_steps_memory_and_the_frozen_part(report):
+    """The teacher's weights are among the step's arguments."""
+    rows, memory = report["rows"], report["train_step_bytes"]
+    assert 0 < rows["its frozen part"]["seconds"]["median"] < rows["train step"]["seconds"]["median"]
+    assert memory["arguments"] > 2 * 21e6  # ViT-S/14 in bfloat16
+    assert sum(memory.values()) == 2 * memory["peak"]
+
+
 def test_every_part_is_timed(report):
     rows = report["rows"]
     names = [
-        "import", "build", "compile", "first step", "train step", "forward", "sample one image", "sample 10",
-        "input batch",
+        "import", "build", "compile", "first step", "train step", "its frozen part", "forward", "sample one image",
+        "sample 10", "input batch",
     ]  # fmt: skip
     assert list(rows) == names
     for row in rows.values():

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from deco_jax import config as config_lib
-from deco_jax import sample
+from deco_jax import generate, sample
+from deco_jax.data.transforms import image_sides
 from tests.helpers import ROOT
 from tests.runs import SMOKE, rows, signal_when, steps, succeed, two_steps
 
@@ -27,7 +28,7 @@ def test_smoke_trains_and_samples(tmp_path, name):
     with config.unlocked():
         config.sample.npz = True
     total, log_every = config.train.num_steps, config.train.log_every
-    height, width = config_lib.image_sides(config.data.image_size)
+    height, width = image_sides(config.data.image_size)
 
     said = succeed(*command, "--config.sample.npz=True").stdout
     assert "compiling the training step" in said
@@ -96,11 +97,11 @@ def test_sampling_goes_on_where_it_was_cut_off(tmp_path):
 def test_another_request_draws_anew(tmp_path):
     """Images drawn with another seed or from another checkpoint are not mixed in; the grid's size changes nothing."""
     config = importlib.import_module("configs.quickstart").get_config("smoke")
-    first = sample.fingerprint(config, tmp_path / "1")
+    first = generate.fingerprint(config, tmp_path / "1")
     sample.Parts(tmp_path / "parts", first).add(np.zeros((4, 16, 16, 3), np.uint8))
     config.sample.grid_images = 5
-    assert sample.Parts(tmp_path / "parts", sample.fingerprint(config, tmp_path / "1")).count == 4
-    assert sample.fingerprint(config, tmp_path / "2") != first
+    assert sample.Parts(tmp_path / "parts", generate.fingerprint(config, tmp_path / "1")).count == 4
+    assert generate.fingerprint(config, tmp_path / "2") != first
     config.sample.seed = 1
-    assert sample.Parts(tmp_path / "parts", sample.fingerprint(config, tmp_path / "1")).count == 0
+    assert sample.Parts(tmp_path / "parts", generate.fingerprint(config, tmp_path / "1")).count == 0
     assert not list((tmp_path / "parts").glob("*.npy"))

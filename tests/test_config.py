@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from configs import ablation, imagenet256, quickstart
+from configs import ablation, cifar10, imagenet256, quickstart, t2i_256
 from deco_jax import config as config_lib
 from deco_jax.errors import UserError
 from deco_jax.models import network
@@ -50,6 +50,7 @@ def test_every_row_of_the_ablation_passes(row):
 def test_every_config_is_a_document(name):
     document = importlib.import_module(f"configs.{name}").__doc__
     assert f"python -m deco_jax.main --config=configs/{name}.py" in document
+    assert max(map(len, document.splitlines())) <= 120  # a backslash that Python reads joins two lines of a command
     for word in (
         r"[Hh]ardware|cores|GPU|A800",
         r"[Tt]ime|seconds|minutes|hours",
@@ -117,6 +118,13 @@ WRONG = [
     ("train.num_steps", True, "of type int"),
     ("train.keep_checkpoints", 0, "at least 1"),
     ("data.flip", 1, "of type bool"),
+    ("text.encoder", "clip", "text.encoder='clip' must be one of qwen3, bytes"),
+    ("text.dtype", "float16", "one of bfloat16, float32"),
+    ("init_optimizer", 1, "of type bool"),
+    ("sample.images_per_prompt", -1, "at least 0"),
+    ("sample.prompts", "a cat", "for text-to-image models, and config.model.text_width is 0"),
+    ("sample.negative_prompt", "blur", "for text-to-image models"),
+    ("sample.images_per_prompt", 2, "for text-to-image models"),
 ]
 
 
@@ -160,7 +168,26 @@ def test_keys_and_sections_that_are_missing_or_unknown():
     check("config.model.decoder_ratio is not a setting", lambda c: c.model.update({"decoder_ratio": 1}))
 
 
+def test_bytes_need_a_channel_each():
+    config = t2i_256.get_config("smoke")
+    config.model.text_width = 256
+    with pytest.raises(UserError, match=r"encoder=bytes has 257 symbols; set config.model.text_width=257 or more"):
+        config_lib.check(config)
+
+
 def test_differences_between_models():
     ours = quickstart.get_config("smoke").model.to_dict()
     assert config_lib.model_differences(ours, {**ours, "dtype": "bfloat16", "remat": "full", "unroll": 2}) == []
     assert config_lib.model_differences(ours, {**ours, "depth": 7}) == ["depth: 7 there, 2 here"]
+
+
+@pytest.mark.parametrize(("size", "share"), [("", 0.02), ("-cpu", 0.06)])
+def test_cifar10s_rows_have_equal_parameters(size, share):
+    def count(row: str) -> int:
+        config = cifar10.get_config(row + size)
+        config_lib.check(config)
+        return network.build(config.model.to_dict()).num_params
+
+    for row in (*cifar10.ROWS, "patch2"):
+        assert abs(count(row) / count("deco") - 1) < share, row
+        config_lib.check(cifar10.get_config(f"{row}-smoke"))

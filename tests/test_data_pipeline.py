@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from PIL import Image
 from deco_jax.data.pipeline import MIN_IMAGES_JUDGED, epoch, read_one, train_batches
 from deco_jax.data.sources import Digits, ImageFolder, Source
 from deco_jax.errors import UserError
-from tests.helpers import ROOT
+from tests.helpers import ROOT, first_batches
 
 SIZE = (4, 6)
 
@@ -46,11 +45,7 @@ class Numbered(Source):
 
 def take(count: int, source: Source, **options) -> list[dict]:
     options = {"image_size": SIZE, "batch_size": 6, "seed": 1, "flip": True, **options}
-    batches = train_batches(source, **options)
-    try:
-        return list(itertools.islice(batches, count))
-    finally:
-        batches.close()
+    return first_batches(count, source, **options)
 
 
 def same(first: list[dict], second: list[dict]) -> None:

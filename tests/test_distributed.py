@@ -13,8 +13,8 @@ from PIL import Image
 
 from deco_jax import distributed
 from deco_jax.errors import UserError
-from tests.helpers import ROOT, run_main
-from tests.runs import SMOKE, rows, steps, succeed
+from tests.helpers import ROOT, fake_devices, run_main
+from tests.runs import SMOKE, files, rows, steps, succeed
 
 MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=4")
 
@@ -57,6 +57,7 @@ def test_one_process_agrees_with_itself():
     assert distributed.from_main_host(3) == 3
     assert distributed.all_hosts(True)
     assert not distributed.all_hosts(False)
+    assert distributed.same_on_all_hosts("text")
 
 
 def test_stage_logs_where_there_are_several(capsys):
@@ -89,14 +90,14 @@ def test_a_process_that_waits_in_vain_names_the_stage(process, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def together(workdir, *arguments: str) -> list[subprocess.Popen]:
+def together(workdir, *arguments: str, config: str = SMOKE) -> list[subprocess.Popen]:
     """Two processes with four devices each."""
     port = free_port()
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = {**os.environ, **fake_devices(4)}
     return [
         subprocess.Popen(
             [
-                sys.executable, "-m", "deco_jax.main", SMOKE, f"--workdir={workdir}", *MESH, *arguments,
+                sys.executable, "-m", "deco_jax.main", config, f"--workdir={workdir}", *MESH, *arguments,
                 f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}",
             ],
             cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -118,7 +119,7 @@ def finish(processes: list[subprocess.Popen], timeout: float = 400) -> list[str]
 @pytest.mark.slow
 def test_two_hosts_train_and_sample_like_one_and_one_goes_on(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    eight = fake_devices(8)
     succeed(SMOKE, f"--workdir={one}", *MESH, env=eight, timeout=400)
 
     outputs = finish(together(two, "--config.train.num_steps=2"))
@@ -143,6 +144,19 @@ def test_two_hosts_train_and_sample_like_one_and_one_goes_on(tmp_path):
     succeed(SMOKE, f"--workdir={one}", *MESH, "--mode=sample", "--config.sample.npz=True", env=eight, timeout=400)
     images = [np.load(folder / "samples" / "samples.npz")["arr_0"].astype(np.int32) for folder in (one, two)]
     assert np.abs(images[0] - images[1]).max() <= 1
+
+
+@pytest.mark.slow
+def test_two_hosts_encode_captions_like_one(tmp_path):
+    config, batch = "--config=configs/t2i_256.py:smoke", "--config.data.batch_size=64"
+    folders = [tmp_path / "one", tmp_path / "two"]
+    succeed(config, "--mode=encode", "--workdir=unused", batch, f"--config.text.features={folders[0]}")
+    outputs = finish(together("unused", "--mode=encode", batch, f"--config.text.features={folders[1]}", config=config))
+    assert "1,797 of 1,797 captions" in outputs[0]
+    assert "captions" not in outputs[1]  # one host speaks
+    one, two = files(folders[0]), files(folders[1])
+    assert one == two
+    assert sorted(one) == ["captions_00000.npy", "features_00000.npy", "null.npy", "store.json"]
 
 
 @pytest.mark.slow

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 
 import numpy as np
 import pytest
@@ -15,9 +18,10 @@ from deco_jax import sharding
 from deco_jax.errors import UserError
 from deco_jax.evaluation.inception import Features
 from tests.helpers import relative_error
-from tests.runs import NO_SAMPLES, SMOKE, rows, succeed, two_steps
+from tests.runs import NO_SAMPLES, SMOKE, rows, signal_when, succeed, two_steps
 
 torch = pytest.importorskip("torch")
+WEIGHTS = os.environ.get("DECO_JAX_INCEPTION")  # the real ones
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +152,40 @@ def test_as_a_command(tmp_path, weights):
     assert result["sfid"] is result["precision"] is result["recall"] is None
     assert "arr_0" in result["missing"]["recall"]
     assert "mu_s" in result["missing"]["sfid"]
+
+
+@pytest.mark.slow
+def test_devices_and_interruptions_change_nothing(tmp_path, weights):
+    """Drawn and measured on one device, on eight, and on one in two runs: the same scores."""
+    checkpoint = two_steps(tmp_path) / "checkpoints" / "2"
+    command = [
+        SMOKE, "--mode=evaluate", f"--checkpoint={checkpoint}", "--config.evaluate.save_every=2",
+        f"--config.evaluate.inception={WEIGHTS or weights}", "--config.evaluate.num_reference=16",
+        "--config.sample.num_steps=2", "--config.sample.num_images=16", "--config.sample.batch_size=2",
+    ]  # fmt: skip
+
+    def scores(name):
+        result = json.loads((tmp_path / name / "evaluation.json").read_text())
+        return [result[key] for key in ("fid", "sfid", "precision", "recall")]
+
+    succeed(*command, f"--workdir={tmp_path / 'one'}", "--config.evaluate.batch_size=2")
+    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    succeed(*command, f"--workdir={tmp_path / 'eight'}", "--config.mesh.data=4", "--config.mesh.fsdp=2",
+            "--config.evaluate.batch_size=8", env=env)  # fmt: skip
+    # With random weights the distances are large numbers.
+    tolerance = {"abs": 1e-3} if WEIGHTS else {"rel": 1e-3}
+    assert scores("eight") == pytest.approx(scores("one"), **tolerance)
+
+    cut = tmp_path / "cut"
+    saved = cut / "evaluation" / "samples.npz"
+    arguments = [*command, f"--workdir={cut}", "--config.evaluate.batch_size=2"]
+    code, _ = signal_when(signal.SIGKILL, lambda said: saved.exists(), *arguments)
+    assert code == -signal.SIGKILL
+    assert not (cut / "evaluation.json").exists()
+    match = re.search(r"(\d+) of 16 images are measured already", succeed(*arguments).stdout)
+    assert match
+    assert 0 < int(match[1]) < 16
+    assert scores("cut") == scores("one")
 
 
 @pytest.mark.slow

@@ -16,10 +16,8 @@ from deco_jax.evaluation.statistics import (
     Accumulator,
     NpzImages,
     RunningMoments,
-    Statistics,
     read_reference,
     save_npz,
-    save_reference,
     small_sample_warning,
 )
 from tests.helpers import golden, relative_error
@@ -275,15 +273,6 @@ def test_reference(tmp_path, adm):
     assert reference.statistics.mu_s is None
     assert reference.statistics.mu.dtype == np.float64
     assert "no sFID" in reference.warnings[0]
-
-
-def test_reference_written_and_read(tmp_path, adm):
-    statistics = Statistics(adm["mu"], adm["sigma"], adm["mu_s"], adm["sigma_s"], 7)
-    save_reference(tmp_path / "a.npz", statistics)
-    for actual, expected in zip(read_reference(tmp_path / "a.npz").statistics[:4], statistics[:4], strict=True):
-        np.testing.assert_array_equal(actual, expected)
-    save_reference(tmp_path / "b.npz", statistics._replace(mu_s=None, sigma_s=None))
-    assert read_reference(tmp_path / "b.npz").statistics.mu_s is None
 
 
 @pytest.mark.parametrize(

@@ -46,9 +46,9 @@ def setup(model: str, **loss):
 
 def step_inputs(noise: np.ndarray, times: np.ndarray):
     values = golden("losses")
-    batch = {"image": jnp.asarray(nhwc(values["step/x"])), "label": jnp.asarray(values["step/y"], jnp.int32)}
-    dropped = jnp.zeros(len(times), bool)
-    return batch, train.Draws(jnp.asarray(nhwc(noise)), jnp.asarray(times), dropped), values["step/features"]
+    observed = train.Observed(jnp.asarray(values["step/y"], jnp.int32), jnp.int32(10), values["step/features"])
+    draws = train.Draws(jnp.asarray(nhwc(noise)), jnp.asarray(times), jnp.zeros(len(times), bool))
+    return jnp.asarray(nhwc(values["step/x"])), draws, observed
 
 
 @pytest.fixture(autouse=True)
@@ -101,8 +101,8 @@ def test_five_training_steps():
     opt_state, ema = adam.init(params), params["denoiser"]
 
     @jax.jit
-    def step(params, opt_state, ema, batch, draws, features):
-        (loss, parts), grads = jax.value_and_grad(objective, has_aux=True)(params, batch, draws, features)
+    def step(params, opt_state, ema, pixels, draws, observed):
+        (loss, parts), grads = jax.value_and_grad(objective, has_aux=True)(params, pixels, draws, observed)
         updates, opt_state = adam.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
         ema = optimizer_lib.update_average(ema, params["denoiser"], 0.9)

@@ -46,3 +46,26 @@ def test_enlarge_repeats_pixels():
     for i in range(3):
         for j in range(3):
             np.testing.assert_array_equal(large[i::3, j::3], image)
+
+
+def test_captions_stand_beneath_their_images():
+    """The images in their places, enlarged; ink below each and nowhere else; too long a text is cut."""
+    draw = np.random.default_rng(0)
+    pictures = draw.integers(0, 200, (3, 16, 24, 3), dtype=np.uint8)
+    grid = np.array(images.caption_grid(pictures, ["a cat", "", "many words " * 50]))
+    factor = round(720 / (2 * 26))
+    gap, height, width = 2 * factor, 16 * factor, 24 * factor
+    assert grid.shape[1] == 3 * gap + 2 * width
+    below = (grid.shape[0] - 3 * gap) // 2 - height
+    ink = []
+    for i in range(3):
+        top, left = gap + (i // 2) * (height + below + gap), gap + (i % 2) * (width + gap)
+        np.testing.assert_array_equal(
+            grid[top : top + height : factor, left : left + width : factor], pictures[i]
+        )  # fmt: skip
+        text = grid[top + height : top + height + below, left : left + width]
+        ink.append(int((text < 128).sum()))
+        grid[top : top + height + below, left : left + width] = 255
+    assert (grid == 255).all()
+    assert ink[2] > ink[0] > ink[1] == 0
+    assert images.sample_grid(pictures, 0, ["a", "b", "c"]).shape[1] == 3 * gap + 2 * width

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from configs import ablation, imagenet256
+from configs import ablation, imagenet256, t2i_256
 from deco_jax import checkpoint, sharding
 from deco_jax.convert import checkpoints, torch_files
 from deco_jax.errors import UserError
 from deco_jax.models import dinov2, network
-from tests.helpers import GOLDEN, golden, nhwc, relative_error, run_main
+from tests.helpers import GOLDEN, golden, golden_params, nhwc, relative_error, run_main
 
 SETTINGS = {
     "model.width": 48, "model.patch_size": 4, "model.decoder_width": 16, "data.image_size": 16,
@@ -74,6 +74,42 @@ def test_export_returns_the_same_tensors_to_the_bit(tmp_path, monkeypatch):
         np.testing.assert_array_equal(ema[name], before["state_dict"][f"ema_denoiser.{name}"].numpy())
     stored = json.loads((tmp_path / "export" / "config.json").read_text())
     assert stored["model"]["width"] == 48
+
+
+def test_a_text_to_image_checkpoint(tmp_path):
+    """In the official layout, with other EMA weights: answers as the reference, and comes back to the bit."""
+    config, values = t2i_256.get_config("smoke"), golden("deco_t2i")
+    config.update_from_flattened_dict({
+        "model.width": 32, "model.patch_size": 4, "model.decoder_width": 16, "model.text_width": 24,
+        "model.text_length": 6, "model.text_depth": 2, "text.encoder": "qwen3", "data.image_size": 16,
+    })  # fmt: skip
+    raw = {name: torch.from_numpy(array) for name, array in golden_params("deco_t2i").items()}
+    state = {f"denoiser.{k}": 0.5 * v for k, v in raw.items()} | {f"ema_denoiser.{k}": v for k, v in raw.items()}
+    torch.save({"state_dict": state, "global_step": 200_000, "epoch": 3}, tmp_path / "t2i.ckpt")
+    checkpoints.import_checkpoint(config, str(tmp_path), str(tmp_path / "t2i.ckpt"))
+    checkpoints.export_checkpoint(config, str(tmp_path))
+    after = torch.load(tmp_path / "export" / "deco.ckpt", weights_only=True)
+    assert after["global_step"] == 200_000
+    assert after["state_dict"].keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(after["state_dict"][name], tensor), name
+
+    net, mesh = network.build(config.model.to_dict()), sharding.make_mesh(1, 1, jax.devices()[:1])
+    params = checkpoint.load_average(checkpoint.find(str(tmp_path)), net.shapes, config, mesh)
+    inputs = (jnp.asarray(nhwc(values["x"])), jnp.asarray(values["t"]), jnp.asarray(values["text"]))
+    output, _ = jax.jit(net.apply)(params, *inputs)
+    assert relative_error(output, nhwc(values["out"])) < 2e-6
+
+    for change, said in (
+        (lambda s: s.pop("denoiser.text_refine_blocks.1.attn.proj.bias"), "text_refine_blocks.1.attn.proj.bias"),
+        (lambda s: s.update({"denoiser.blocks.0.attn.qkv.weight": torch.zeros(2)}), "blocks.0.attn.qkv.weight"),
+    ):
+        changed = dict(state)
+        change(changed)
+        torch.save({"state_dict": changed}, tmp_path / "changed.ckpt")
+        with pytest.raises(UserError, match=said):
+            checkpoints.import_checkpoint(config, str(tmp_path / "other"), str(tmp_path / "changed.ckpt"))
+        assert not (tmp_path / "other").exists()
 
 
 def test_sampling_and_training_go_on_from_an_imported_checkpoint(imported, tmp_path):

@@ -17,7 +17,7 @@ from flax import nnx
 from deco_jax.convert.inception import load_inception
 from deco_jax.errors import UserError
 from deco_jax.evaluation.inception import FeatureExtractor, Inception, preprocess, resize_tf1
-from tests.helpers import ROOT, golden, relative_error
+from tests.helpers import ROOT, fake_devices, golden, relative_error
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
@@ -256,7 +256,7 @@ def test_mesh_of_four_agrees_with_one(weights):
         assert np.abs(near - neighbour_radii(a)).max() < 1e-4
         print("agrees")
     """
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    env = {**os.environ, **fake_devices(4)}
     command = [sys.executable, "-c", textwrap.dedent(program) % str(weights)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "agrees", done.stderr[-2000:]

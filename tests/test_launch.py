@@ -88,6 +88,21 @@ def finished(folder: pathlib.Path, loss: float, step: int = 10) -> None:
     (folder / "metrics.jsonl").write_text(json.dumps({"step": step, "loss": loss}) + '\n{"step": 1')
 
 
+def test_what_is_done(tmp_path):
+    (run,) = sweep.plan(tmp_path, [], [])
+    assert not sweep.is_done(run)
+    finished(run.folder, 1.0)
+    assert sweep.is_done(run)
+    assert sweep.is_done(run, more=["--config.train.num_steps=9"])
+    assert not sweep.is_done(run, more=["--config.train.num_steps=11"])
+    assert not sweep.is_done(run, "evaluate")
+    (run.folder / "evaluation.json").write_text("{}")
+    assert sweep.is_done(run, "evaluate")
+    later = (run.folder / "evaluation.json").stat().st_mtime + 1
+    os.utime(run.folder / "metrics.jsonl", (later, later))  # trained further
+    assert not sweep.is_done(run, "evaluate")
+
+
 def test_table_is_sorted_and_unfinished_runs_come_last(tmp_path):
     runs = sweep.plan(tmp_path, ["seed=0,1,2"], [])
     finished(runs[0].folder, 2.0)
@@ -116,6 +131,33 @@ def test_sweep_runs_skips_and_gathers(tmp_path):
     assert (tmp_path / "sweep.md").read_text().count("True") == 2
     again = run(sys.executable, *arguments)
     assert again.stdout.count("done already") == 2
+
+
+def test_variants_modes_and_the_papers_figures(tmp_path):
+    command = [
+        sys.executable, "launch/sweep.py", "--config=configs/ablation.py", "--variants=deco,dit", "--grid", "seed=0",
+        "--modes=train,evaluate", f"--workdir={tmp_path}",
+    ]  # fmt: skip
+    lines = run(*command, "--dry-run", "--", "--config.data.path=/data").stdout.splitlines()
+    assert [("ablation.py:deco" in line, "--mode=train" in line) for line in lines] == [
+        (True, True), (True, False), (False, True), (False, False),
+    ]  # fmt: skip
+    assert all("--config.seed=0" in line and "--config.data.path=/data" in line for line in lines)
+    for name, fid in (("deco", 40.0), ("dit", 30.0)):
+        finished(tmp_path / f"variant={name},seed=0", 1.0)
+        (tmp_path / f"variant={name},seed=0" / "evaluation.json").write_text(json.dumps({"fid": fid}))
+    again = run(*command, "--sort=fid")
+    assert again.stdout.count("done already") == 4, again.stderr
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in again.stdout.splitlines()[4:]]
+    assert table[0][:5] == ["variant", "seed", "done", "fid", "paper's fid"]
+    assert [row[0] for row in table[2:]] == ["dit", "deco"]  # Table 1: 61.10 and 31.35
+    assert [row[3:5] for row in table[2:]] == [["30", "61.1"], ["40", "31.35"]]
+
+
+def test_sweep_refuses_what_it_cannot_do(tmp_path):
+    for bad, message in (("--modes=trian", "no mode 'trian'"), ("--variants=a", "names a variant already")):
+        result = run(sys.executable, "launch/sweep.py", *ARGUMENTS[:1], f"--workdir={tmp_path}", bad)
+        assert (result.returncode, message in result.stderr) == (1, True)
 
 
 def test_sweep_says_which_run_failed(tmp_path):

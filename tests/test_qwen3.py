@@ -146,7 +146,7 @@ def test_other_networks_are_refused(folder, change, message):
 
 
 def test_what_is_missing_is_said(tmp_path):
-    with pytest.raises(UserError, match=r"no path.*huggingface\.co/Qwen/Qwen3-1\.7B"):
+    with pytest.raises(UserError, match=r"path is empty.*huggingface\.co/Qwen/Qwen3-1\.7B"):
         convert.load_encoder(None)
     with pytest.raises(UserError, match=r"no such folder.*huggingface\.co"):
         convert.load_encoder(tmp_path / "none")

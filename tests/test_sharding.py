@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from configs import ablation, quickstart
+from configs import ablation, quickstart, t2i_256
 from deco_jax import sharding
 from deco_jax.errors import UserError
 from deco_jax.models import network as network_lib
 from deco_jax.optimizer import make_optimizer
 from deco_jax.train_state import initial_state
-from tests.helpers import ROOT
+from tests.helpers import ROOT, fake_devices
 
 MESHES = {"one": (1, 1), "data8": (8, 1), "data2_fsdp4": (2, 4), "fsdp8": (1, 8)}
 
@@ -26,7 +26,7 @@ MESHES = {"one": (1, 1), "data8": (8, 1), "data2_fsdp4": (2, 4), "fsdp8": (1, 8)
 PROGRAM = """
 import json, pathlib, sys
 import jax, numpy as np
-from deco_jax import checkpoint, generate, sharding, train
+from deco_jax import checkpoint, condition, generate, sharding, train
 from deco_jax.data import pipeline, sources
 from deco_jax.models import network
 from deco_jax.optimizer import make_optimizer
@@ -41,11 +41,11 @@ config.optimizer.warmup_steps = 0
 config.sample.num_images = 12
 config.sample.num_steps = 5
 jax.config.update("jax_default_matmul_precision", "highest")
-labels = generate.class_labels(12, 10)
+requests = condition.Classes(10).requests(12)
 result, finals = {}, {}
 for name, (data, fsdp) in meshes.items():
     mesh = sharding.make_mesh(data, fsdp)
-    networks, _, _ = train.make_networks(config, mesh)
+    networks, observe, _ = train.abstract_networks(config, mesh)
     optimizer = make_optimizer(config.optimizer)
     wide = {"denoiser": network.build({**config.model.to_dict(), "width": 256, "depth": 4})}
     state, held = create_state(0, wide, optimizer, mesh), {}
@@ -58,7 +58,7 @@ for name, (data, fsdp) in meshes.items():
     place = lambda: sharding.place_batch(mesh, {k: v for k, v in next(batches).items() if k != "unreadable"})
     batch = place()
     split = len({shard.device for shard in batch["image"].addressable_shards})
-    step = train.lower_train_step(networks, optimizer, config, None, mesh, state, batch, {}).compile()
+    step = train.lower_train_step(networks, optimizer, config, observe, mesh, state, batch, {}).compile()
     losses = []
     for _ in range(20):
         state, metrics = step(state, batch, {})
@@ -66,7 +66,7 @@ for name, (data, fsdp) in meshes.items():
         batch = place()
     batches.close()
     generator = generate.make_generator(networks["denoiser"], config, mesh)
-    images = np.concatenate(list(generate.generate_images(generator, state["ema"], labels, 8, mesh)))
+    images = np.concatenate(list(generate.generate_images(generator, state["ema"], requests, 8, mesh)))
     np.save(folder / f"{name}.npy", images)
     result[name] = {"held": list(held.values()), "total": total, "rows": split, "losses": losses}
     if name == "fsdp8":
@@ -92,10 +92,9 @@ for data, fsdp in ((2, 4), (1, 1)):
 @pytest.fixture(scope="module")
 def on_eight(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eight")
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, folder, json.dumps(MESHES)], cwd=ROOT, timeout=500,
-        env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True,
+        env={**os.environ, **fake_devices(8)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads((folder / "result.json").read_text())
@@ -128,6 +127,7 @@ MODELS = {
     "deco": quickstart.get_config("smoke"),
     "dit": ablation.get_config("dit-smoke"),
     "pixnerd": ablation.get_config("pixnerd-smoke"),
+    "text": t2i_256.get_config("smoke"),
 }
 
 

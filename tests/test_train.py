@@ -36,12 +36,12 @@ class Run:
 
     def __init__(self, config: ml_collections.ConfigDict, optimizer: optax.GradientTransformation | None = None):
         self.mesh = sharding.make_mesh(1, 1)
-        self.networks, _, _ = train.make_networks(config, self.mesh)
+        self.networks, self.observe, _ = train.abstract_networks(config, self.mesh)
         self.optimizer = optimizer or make_optimizer(config.optimizer)
         self.state = create_state(config.seed, self.networks, self.optimizer, self.mesh)
         self.batch = sharding.place_batch(self.mesh, random_batch(config.data.batch_size))
         self.compiled = train.lower_train_step(
-            self.networks, self.optimizer, config, None, self.mesh, self.state, self.batch, {}
+            self.networks, self.optimizer, config, self.observe, self.mesh, self.state, self.batch, {}
         ).compile()
 
     def step(self) -> dict[str, jax.Array]:
@@ -197,7 +197,10 @@ def test_dropped_labels_become_the_null_class():
         dropped=jnp.asarray([True, False, True, False]),
     )
     network = Network(lambda key: {}, apply, {})
-    loss, parts = train.objective({"denoiser": {}}, batch, draws, None, networks={"denoiser": network}, config=config)
+    known = train.Observed(batch["label"], jnp.int32(10))
+    loss, parts = train.objective(
+        {"denoiser": {}}, batch["image"], draws, known, networks={"denoiser": network}, config=config
+    )
     np.testing.assert_array_equal(seen["labels"], [10, batch["label"][1], 10, batch["label"][3]])
     x, noise = batch["image"] / 127.5 - 1, np.asarray(draws.noise, np.float64)
     t = np.asarray([0.1, 0.4, 0.6, 0.9])[:, None, None, None]
@@ -209,7 +212,9 @@ def test_dropped_labels_become_the_null_class():
 def test_each_step_draws_anew(run):
     """The same weights and batch give another loss at another step, and the same at the same."""
     step = jax.jit(
-        lambda state: train.make_train_step(run.networks, run.optimizer, small_config())(state, run.batch, {})[1]
+        lambda state: train.make_train_step(run.networks, run.optimizer, small_config(), run.observe)(
+            state, run.batch, {}
+        )[1]
     )
     losses = [float(step({**run.state, "step": jnp.int32(i)})["loss"]) for i in (0, 1, 0)]
     assert losses[0] == losses[2]

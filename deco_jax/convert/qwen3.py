@@ -122,6 +122,19 @@ def read_sizes(folder: str | os.PathLike[str]) -> Sizes:
     return sizes
 
 
+def check_encoder(folder: str | os.PathLike[str] | None) -> Sizes:
+    """The sizes of the network in a folder, whose weights are not read yet.
+
+    Raises:
+        UserError: the path isn't set or no folder (with where to get it), or as `read_sizes`.
+    """
+    if not folder:
+        raise UserError(f"text-to-image needs Qwen3's folder, and config.text.path is empty; {WHERE}")
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such folder, and Qwen3's weights should be there; {WHERE}")
+    return read_sizes(folder)
+
+
 def load_encoder(folder: str | os.PathLike[str] | None, *, dtype: Any = None) -> tuple[Sizes, dict[str, Any]]:
     """Sizes and parameters of `models.qwen3.Qwen3` from a Hugging Face folder.
 
@@ -134,9 +147,6 @@ def load_encoder(folder: str | os.PathLike[str] | None, *, dtype: Any = None) ->
     Raises:
         UserError: something is missing (with where to get it), damaged, or doesn't fit config.json.
     """
-    if not folder:
-        raise UserError(f"text-to-image needs Qwen3's folder, and no path to it is set; {WHERE}")
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder}: no such folder, and Qwen3's weights should be there; {WHERE}")
-    sizes = read_sizes(folder)
+    sizes = check_encoder(folder)
+    assert folder is not None
     return sizes, from_torch(sizes, read_safetensors(folder), dtype=dtype, what=str(folder))

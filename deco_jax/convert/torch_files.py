@@ -17,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from deco_jax import files
 from deco_jax.convert.mapping import listed
 from deco_jax.errors import UserError
 
@@ -267,17 +268,12 @@ def read_tensors(path: str | os.PathLike[str]) -> Mapping[str, np.ndarray]:
 @contextlib.contextmanager
 def _whole(path: str | os.PathLike[str]) -> Iterator[str]:
     """A name to write to that becomes `path` only when everything went well."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield str(partial)
-        os.replace(partial, path)
+        with files.whole(path) as part:
+            yield str(part)
     except (OSError, RuntimeError) as error:  # PyTorch's writer raises the latter on a full disk
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"{path}: can't be written ({reason}); check the folder and its space") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def with_prefix_removed(tensors: Mapping[str, np.ndarray], prefix: str) -> Mapping[str, np.ndarray]:

@@ -8,12 +8,9 @@ the number of workers or hosts, and a run resumes by starting at its step.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
@@ -22,14 +19,19 @@ from absl import flags, logging
 
 from deco_jax.data import transforms
 from deco_jax.data.sources import Source
+from deco_jax.data.workers import follow_main
 from deco_jax.errors import UserError
+
+# (index of the image, its caption) → arrays of fixed shapes that take the caption's place in the sample
+EncodeCaption = Callable[[int, str], dict[str, np.ndarray]]
 
 # The share of unreadable images is judged as if at least this many had been read: one bad file is no reason to stop.
 MIN_IMAGES_JUDGED = 1000
 
 
 class Batches(Iterator[dict[str, Any]]):
-    """Batches as dicts: `image` uint8 `[batch, height, width, 3]`, `label` int32 `[batch]`, `unreadable` list of names.
+    """Batches as dicts: `image` uint8 `[batch, height, width, 3]`, `label` int32 `[batch]`, `unreadable` list of names,
+    and what `encode_caption` made of the captions.
 
     `unreadable` names the images of this batch that could not be read and were replaced by the next of their class;
     each name is logged once. When they exceed `max_unreadable` of the images handed out so far (of at least
@@ -57,7 +59,7 @@ class Batches(Iterator[dict[str, Any]]):
             min_shm_size = 2**20 if _fits_shared_memory(3 * num_workers * batch_bytes) else 2**62
             options = grain.experimental.DatasetOptions(min_shm_size=min_shm_size)
             dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
-            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers), _start_worker)
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers), lambda index, count: follow_main())
         else:
             dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
         self._iterator: grain.DatasetIterator | None = iter(dataset)
@@ -99,19 +101,20 @@ def train_batches(
     num_workers: int = 0,
     flip: bool = False,
     max_unreadable: float = 0.01,
+    encode_caption: EncodeCaption | None = None,
 ) -> Batches:
     """Endless batches for training, reshuffled every epoch, from step `start_step` on.
 
     `image_size` is (height, width), `batch_size` global. Host i gets rows i·local to (i + 1)·local of each global
     batch, local = batch_size / host_count: the hosts' rows in their order are what a single host would get.
-    `flip` mirrors half of the images.
+    `flip` mirrors half of the images. `encode_caption` runs in the workers and is pickled to them.
     """
 
     def maybe_flip(sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         return {**sample, "image": transforms.flip(sample["image"])} if rng.random() < 0.5 else sample
 
     samples = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    samples = samples.map(lambda index: read_one(source, index, image_size))
+    samples = samples.map(lambda index: read_one(source, index, image_size, encode_caption))
     if flip:
         samples = samples.random_map(maybe_flip)
     # Hosts take turns with whole local batches, which makes their rows contiguous in the global one.
@@ -130,6 +133,7 @@ def epoch(
     num_workers: int = 0,
     max_unreadable: float = 0.01,
     indices: np.ndarray | None = None,
+    encode_caption: EncodeCaption | None = None,
 ) -> Batches:
     """Every sample (or those of `indices`) once, in order, as for training but unshuffled and never mirrored.
 
@@ -137,33 +141,43 @@ def epoch(
     shorter, and hosts may differ by one in their number of batches.
     """
     chosen = range(len(source)) if indices is None else indices
-    samples = grain.MapDataset.range(len(chosen)).map(lambda i: read_one(source, int(chosen[i]), image_size))
+    samples = grain.MapDataset.range(len(chosen)).map(
+        lambda i: read_one(source, int(chosen[i]), image_size, encode_caption)
+    )
     local_size = _local_size(batch_size, host_count)
     batches = samples.batch(local_size)[host_index::host_count]
     return Batches(batches, source, num_workers, max_unreadable, local_size * image_size[0] * image_size[1] * 3)
 
 
-def read_one(source: Source, index: int, image_size: tuple[int, int]) -> dict[str, Any]:
+def read_one(
+    source: Source, index: int, image_size: tuple[int, int], encode_caption: EncodeCaption | None = None
+) -> dict[str, Any]:
     """One sample: `image` uint8 `[height, width, 3]`, `label` int32, `unreadable` int64, and what its source adds.
 
     An unreadable image is replaced by the next readable one of its class, and `unreadable` is then `index` instead
-    of −1. Raises UserError where no image of the class can be read.
+    of −1. A caption is replaced by what `encode_caption` makes of it and of the index of the image that is used;
+    without `encode_caption` it is dropped. Raises UserError where no image of the class can be read.
     """
     used = index
     while True:
-        sample = source[used]
         try:
+            sample = source[used]
             image = transforms.center_crop(transforms.decode(sample["image"]), image_size)
+        except UserError:
+            raise
         except Exception as error:  # on a damaged file PIL raises nearly anything
             used = source.next_of_class(used)
             if used == index:
+                kind = f" of class '{source.class_names[sample['label']]}'" if source.class_names else ""
                 raise UserError(
-                    f"no image of class '{source.class_names[sample['label']]}' can be read, "
-                    f"{source.name(index)} for one: {error}; check the files"
+                    f"no image{kind} can be read, {source.name(index)} for one: {error}; check the files"
                 ) from error
         else:
-            unreadable = np.int64(-1 if used == index else index)
-            return {**sample, "image": image, "label": np.int32(sample["label"]), "unreadable": unreadable}
+            break
+    caption = sample.pop("caption", None)
+    encoded = {} if encode_caption is None else encode_caption(used, caption)
+    unreadable = np.int64(-1 if used == index else index)
+    return {**sample, **encoded, "image": image, "label": np.int32(sample["label"]), "unreadable": unreadable}
 
 
 def _local_size(batch_size: int, host_count: int) -> int:
@@ -175,17 +189,3 @@ def _local_size(batch_size: int, host_count: int) -> int:
 def _fits_shared_memory(size: int) -> bool:
     """Whether /dev/shm has `size` bytes: containers often have 64 MB, and a worker that overruns it is killed."""
     return not os.path.isdir("/dev/shm") or shutil.disk_usage("/dev/shm").free > size
-
-
-def _start_worker(index: int, count: int) -> None:
-    """The main process answers Ctrl-C and SIGTERM, by saving first; and a worker never outlives it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    main = multiprocessing.parent_process()
-    if main is not None:
-
-        def follow() -> None:
-            main.join()
-            os._exit(1)
-
-        threading.Thread(target=follow, daemon=True).start()

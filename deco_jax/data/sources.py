@@ -1,4 +1,4 @@
-"""Where labelled images come from: embedded digits, class folders, TensorFlow Datasets.
+"""Where images come from: embedded digits, class folders, TensorFlow Datasets; with captions: `captioned.py`.
 
 A source knows how many samples there are and hands out one by index, still encoded; it decodes nothing. Sources are
 pickled to worker processes, so they stay small and import neither JAX nor TFDS until they need it.
@@ -11,37 +11,17 @@ import os
 import pathlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from deco_jax.data.captioned import CaptionedFolder, WebDataset
+from deco_jax.data.source import IMAGE_SUFFIXES, Source, printable
+from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-
-
-class Source(Protocol):
-    """Labelled images by index, 0 to len(source) − 1."""
-
-    class_names: list[str]
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """`image`: encoded bytes, a path, or uint8 `[height, width(, 3)]`; `label`: 0 to num_classes − 1."""
-        ...
-
-    def name(self, index: int) -> str:
-        """What to call the sample in a message, for instance its file."""
-        ...
-
-    def next_of_class(self, index: int) -> int:
-        """The next sample with the same label, after the last one the first; `index` itself if there is no other."""
-        ...
+# The last three have captions instead of classes.
+SOURCES = ("digits", "image_folder", "tfds", "captioned_digits", "captioned_folder", "webdataset")
 
 
 class Digits(Source):
@@ -68,6 +48,23 @@ class Digits(Source):
 
     def next_of_class(self, index: int) -> int:
         return _next_equal(lambda i: self._labels[i], index, len(self))
+
+
+class CaptionedDigits(Digits):
+    """The digits with captions instead of classes, "a handwritten seven": text-to-image with nothing to download."""
+
+    NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.class_names = []
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = super().__getitem__(index)
+        return {**sample, "label": 0, "caption": f"a handwritten {self.NAMES[sample['label']]}"}
+
+    def next_of_class(self, index: int) -> int:
+        return (index + 1) % len(self)
 
 
 class ImageFolder(Source):
@@ -116,7 +113,7 @@ class ImageFolder(Source):
         return os.path.join(self._root, self.class_names[self._label(index)], name)
 
     def name(self, index: int) -> str:
-        return os.fsencode(self._path(index)).decode("utf-8", "backslashreplace")
+        return printable(self._path(index))
 
     def next_of_class(self, index: int) -> int:
         label = self._label(index)
@@ -230,26 +227,42 @@ def _next_equal(label: Any, index: int, length: int) -> int:
 def open_source(data: Any) -> Source:
     """The source that the `data` section of a config names: `source`, `path`, `split`.
 
-    `split` of an image folder is a subfolder (`train`; empty for none), of a TFDS dataset a TFDS split (empty for
-    `train`). Raises UserError for an unknown source, a missing folder, a folder without images.
+    `split` of a folder is a subfolder (`train`; empty for none), of a TFDS dataset a TFDS split (empty for `train`).
+    Of the sources with captions only images of at least `image_size` are taken; they read many headers in
+    `num_workers` processes. Raises UserError for an unknown source, a missing folder, a folder without images.
     """
     path, split = os.path.expanduser(data.get("path") or ""), data.get("split") or ""
-    if data.source not in ("digits", "image_folder", "tfds"):
-        raise UserError(f"unknown data.source '{data.source}'; choose digits, image_folder or tfds")
+    if data.source not in SOURCES:
+        raise UserError(f"unknown data.source '{data.source}'; choose one of {', '.join(SOURCES)}")
     if data.source == "digits":
         return Digits()
+    if data.source == "captioned_digits":
+        return CaptionedDigits()
     if not path:
         raise UserError(f"data.path is empty; set --config.data.path=FOLDER for the source {data.source}")
     if data.source == "tfds":
         return Tfds(path, split or "train")
     root = os.path.join(path, split) if split else path
-    if not os.path.isdir(root):
+    if not os.path.isdir(root) and not (data.source == "webdataset" and os.path.isfile(root)):
         raise UserError(f"no such folder: {root}; set --config.data.path (and --config.data.split, its subfolder)")
-    return ImageFolder(root)
+    if data.source == "image_folder":
+        return ImageFolder(root)
+    captioned = CaptionedFolder if data.source == "captioned_folder" else WebDataset
+    return captioned(root, image_sides(data.image_size), data.get("num_workers") or 0)
 
 
 def check_classes(source: Source, num_classes: int) -> None:
-    """Raises UserError unless the source has as many classes as the model."""
+    """Raises UserError unless the source has as many classes as the model; none on both sides: captions."""
+    if source.num_classes and not num_classes:
+        raise UserError(
+            f"the data has {source.num_classes} classes, the model takes captions; set --config.data.source to "
+            "captioned_folder, webdataset or captioned_digits"
+        )
+    if num_classes and not source.num_classes:
+        raise UserError(
+            f"the data has captions, the model {num_classes} classes; choose a text-to-image config, or set "
+            "--config.data.source to image_folder or tfds"
+        )
     if source.num_classes != num_classes:
         raise UserError(
             f"the data has {source.num_classes} classes, the model {num_classes}; "

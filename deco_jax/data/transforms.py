@@ -12,6 +12,11 @@ from PIL import Image
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
+def image_sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of config.data.image_size."""
+    return (size, size) if isinstance(size, int) else tuple(size)  # type: ignore[return-value]
+
+
 def decode(image: bytes | str | np.ndarray) -> Image.Image:
     """An RGB picture from an encoded file, a path to one, or uint8 pixels `[height, width]` or `[height, width, 3]`.
 
@@ -32,7 +37,7 @@ def decode(image: bytes | str | np.ndarray) -> Image.Image:
 def center_crop(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """The centre of an RGB picture as uint8 `[height, width, 3]`, `size` being (height, width).
 
-    ADM's crop (paper §4.1 takes its preprocessing): halve by box averaging while both sides stay at least twice
+    ADM's crop, which is DeCo's preprocessing too: halve by box averaging while both sides stay at least twice
     the target, resize bicubically until the target is just covered, cut its centre out. Raises ValueError where
     the picture is so elongated that covering the target would take more pixels than PIL accepts.
     """

@@ -36,13 +36,13 @@ def guided_steps(times: np.ndarray, guidance: float, interval: Sequence[float] =
     return (low < starts) & (starts <= high) & (guidance != 1.0)
 
 
-def guide(conditional: Array, unconditional: Array, scale: float) -> Array:
+def guide(conditional: Array, unconditional: Array, scale: float | Array) -> Array:
     """unconditional + scale · (conditional − unconditional)."""
     return unconditional + scale * (conditional - unconditional)
 
 
 def guided_velocity(
-    velocity_fn: Callable[[Array, Array, Any], Array], condition: Any, null_condition: Any, scale: float
+    velocity_fn: Callable[[Array, Array, Any], Array], condition: Any, null_condition: Any, scale: float | Array
 ) -> Callable[[Array, Array, bool], Array]:
     """Bind a network to its conditions and guidance: the function of state and time that samplers integrate.
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import jax.numpy as jnp
 import numpy as np
@@ -147,6 +147,39 @@ def num_evaluations(sampler: str, guided: np.ndarray) -> int:
     return int(np.sum(1 + guided[table.step]))
 
 
+class Carry(NamedTuple):
+    """Between two evaluations; arrays [batch, height, width, 3]."""
+
+    state: Array  # x at the last time reached
+    point: Array  # where the network is evaluated next
+    previous: tuple[Array, ...]  # velocities, newest first, one fewer than the table has columns
+
+
+def rows(table: Table) -> dict[str, Array]:
+    """The table as arrays with a leading axis [evaluations], one entry of which `update` takes."""
+    columns = {name: getattr(table, name) for name in ("time", "keep", "advance", "predict", "noise")}
+    return {name: jnp.asarray(column, jnp.float32) for name, column in columns.items()}
+
+
+def start(x: Array, table: Table, previous: Sequence[Array] | None = None) -> Carry:
+    """Before the first evaluation. `previous` as in `integrate`."""
+    x = x.astype(jnp.float32)
+    return Carry(x, x, tuple(previous or [jnp.zeros_like(x)] * (table.advance.shape[1] - 1)))
+
+
+def update(carry: Carry, velocity: Array, row: dict[str, Array], noise: Array | None = None) -> Carry:
+    """What follows from the network's velocity at `carry.point`; `noise` where the row's is not 0."""
+    velocities = (velocity.astype(jnp.float32), *carry.previous)
+
+    def combine(coefficients: Array) -> Array:
+        return sum((coefficients[m] * v for m, v in enumerate(velocities)), start=jnp.zeros_like(velocities[0]))
+
+    state = row["keep"] * carry.state + combine(row["advance"])
+    if noise is not None:
+        state += row["noise"] * noise.astype(jnp.float32)
+    return Carry(state, state + combine(row["predict"]), velocities[:-1])
+
+
 def integrate(
     velocity: Callable[[Array, Array, bool], Array],
     x: Array,
@@ -166,36 +199,23 @@ def integrate(
     if noisy and step_noise is None:
         raise ValueError("this sampler is stochastic: give step_noise")
 
-    def combine(coefficients: Array, velocities: Sequence[Array]) -> Array:
-        return sum((coefficients[m] * v for m, v in enumerate(velocities)), start=jnp.zeros_like(velocities[0]))
-
-    def evaluate(carry, row):
-        state, point, previous = carry
+    def evaluate(carry: Carry, row: dict[str, Array]) -> tuple[Carry, Array | None]:
         if guided.all() or not guided.any():
-            v = velocity(point, row["time"], bool(guided.all()))
+            v = velocity(carry.point, row["time"], bool(guided.all()))
         else:
             v = lax.cond(
                 row["guided"],
                 lambda point, t: velocity(point, t, True).astype(jnp.float32),
                 lambda point, t: velocity(point, t, False).astype(jnp.float32),
-                point,
+                carry.point,
                 row["time"],
             )
-        velocities = (v.astype(jnp.float32), *previous)
-        state = row["keep"] * state + combine(row["advance"], velocities)
-        if noisy and step_noise is not None:
-            state += row["noise"] * step_noise(row["step"]).astype(jnp.float32)
-        point = state + combine(row["predict"], velocities)
-        return (state, point, velocities[:-1]), state if keep_states else None
+        carry = update(carry, v, row, step_noise(row["step"]) if noisy and step_noise is not None else None)
+        return carry, carry.state if keep_states else None
 
-    x = x.astype(jnp.float32)
-    if previous is None:
-        previous = [jnp.zeros_like(x)] * (table.advance.shape[1] - 1)
-    columns = ("time", "keep", "advance", "predict", "noise")
-    rows = {name: jnp.asarray(getattr(table, name), jnp.float32) for name in columns}
-    rows |= {"guided": jnp.asarray(guided), "step": jnp.asarray(table.step, jnp.int32)}
-    (_, point, _), states = lax.scan(evaluate, (x, x, tuple(previous)), rows)
-    return point, states
+    steps = {"guided": jnp.asarray(guided), "step": jnp.asarray(table.step, jnp.int32)}
+    last, states = lax.scan(evaluate, start(x, table, previous), rows(table) | steps)
+    return last.point, states
 
 
 @overload

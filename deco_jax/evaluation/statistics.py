@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pathlib
 import zipfile
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from deco_jax import files
 from deco_jax.errors import UserError
 from deco_jax.evaluation.fid import SPLIT, InceptionScore
 from deco_jax.evaluation.inception import NUM_CLASSES, POOL3_WIDTH, SPATIAL_WIDTH, Features, check_images
@@ -178,21 +178,14 @@ def _brief(error: Exception) -> str:
 
 def save_npz(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
     """Write an uncompressed .npz by way of a temporary file in the same folder. UserError if it can't be written."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with files.whole(path, shared=True) as part, part.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"can't write {path}: {reason}; free the disk or choose another folder") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -270,14 +263,6 @@ def read_reference(path: str | os.PathLike) -> Reference:
         notes.append(f"{path} has no 'mu_s' and 'sigma_s': no sFID")
         return Reference(Statistics(mu, sigma, None, None, None), images, notes)
     return Reference(Statistics(mu, sigma, *_moments(path, "mu_s", "sigma_s", SPATIAL_WIDTH), None), images, notes)
-
-
-def save_reference(path: str | os.PathLike, statistics: Statistics) -> None:
-    """Write statistics in ADM's layout, without images."""
-    arrays = {"mu": statistics.mu, "sigma": statistics.sigma}
-    if statistics.mu_s is not None and statistics.sigma_s is not None:
-        arrays |= {"mu_s": statistics.mu_s, "sigma_s": statistics.sigma_s}
-    save_npz(path, arrays)
 
 
 def small_sample_warning(count: int, what: str = "samples") -> str | None:

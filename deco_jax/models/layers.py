@@ -39,22 +39,32 @@ xavier = initializers.xavier_uniform()
 zeros = initializers.zeros
 
 
-def Linear(  # noqa: N802 (stands where a module class would)
-    fan_in: int,
-    fan_out: int,
-    *,
-    dtype: Dtype,
-    rngs: nnx.Rngs,
-    use_bias: bool = True,
-    kernel_init: Callable | None = None,
-    bias_init: Callable | None = None,
-) -> nnx.Linear:
-    """A linear layer [..., fan_in] → [..., fan_out] that starts uniform within ±1/√fan_in unless told otherwise."""
-    default = uniform(1 / math.sqrt(fan_in))
-    return nnx.Linear(
-        fan_in, fan_out, use_bias=use_bias, dtype=dtype, rngs=rngs,
-        kernel_init=kernel_init or default, bias_init=bias_init or default,
-    )  # fmt: skip
+class Linear(nnx.Linear):
+    """A linear layer [..., fan_in] → [..., fan_out] that starts uniform within ±1/√fan_in unless told otherwise.
+
+    It multiplies plain matrices, [rows, fan_in] by [fan_in, fan_out]: with more axes XLA on a CPU writes a transposed
+    copy of the output's gradient before it multiplies for the weights'.
+    """
+
+    def __init__(
+        self,
+        fan_in: int,
+        fan_out: int,
+        *,
+        dtype: Dtype,
+        rngs: nnx.Rngs,
+        use_bias: bool = True,
+        kernel_init: Callable | None = None,
+        bias_init: Callable | None = None,
+    ) -> None:
+        default = uniform(1 / math.sqrt(fan_in))
+        super().__init__(
+            fan_in, fan_out, use_bias=use_bias, dtype=dtype, rngs=rngs,
+            kernel_init=kernel_init or default, bias_init=bias_init or default,
+        )  # fmt: skip
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # arrays are sharded by jit alone
+        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
 class RMSNorm(nnx.Module):

@@ -1,0 +1,79 @@
+"""--mode=encode: the features of all captions of config.data, kept in config.text.features for training to read.
+
+Finished files stay, so a run that was cut off continues; `data/features.py` has their layout.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import time
+
+import jax
+import ml_collections
+import numpy as np
+
+from deco_jax import condition as condition_lib
+from deco_jax import distributed, sharding, text
+from deco_jax.data import features as features_lib
+from deco_jax.data import sources
+from deco_jax.errors import UserError
+from deco_jax.workdir import make_workdir
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def encode(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Fill config.text.features.
+
+    Raises:
+        UserError: the model takes no text, no folder is named, it holds other features, the encoder is missing.
+    """
+    del workdir  # nothing of it belongs to one run
+    settings = config.text
+    if not config.model.text_width:
+        raise UserError("--mode=encode is for text-to-image models, and config.model.text_width is 0; nothing to do")
+    if not settings.features:
+        beside = f"{config.data.path.rstrip('/')}.features" if config.data.path else "FOLDER"
+        raise UserError(f"--mode=encode needs a folder to fill; set --config.text.features={beside}")
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    sharding.check_batch(mesh, config.data.batch_size, "config.data.batch_size")
+    source = sources.open_source(config.data)
+    sources.check_classes(source, config.model.num_classes)
+    encoder = text.open_encoder(config)
+    key = condition_lib.features_key(config, source)
+    folder = pathlib.Path(settings.features).expanduser()
+    if (folder / "store.json").exists():
+        features_lib.Features(folder, key).check_some(source)
+    texts = condition_lib.Texts(config, mesh, source, encoder, None)
+    weights = texts.load_encoder()
+    make_workdir(folder)
+    distributed.on_main_host(lambda: features_lib.create(folder, key))
+    store = features_lib.Features(folder, key)
+
+    main_host = jax.process_index() == 0
+    # The first host decides what is left: another may see its files later, and all encode together.
+    left = [shard for shard in range(store.num_shards) if not distributed.from_main_host(store.has(shard))]
+    total, done = len(source), len(source) - sum(len(store.indices(shard)) for shard in left)
+    if main_host:
+        print(f"{total:,} captions, {done:,} of them done; compiling ...", flush=True)
+    began = spoke = time.monotonic()
+    first, size = done, config.data.batch_size
+    null = texts.encode(weights, [""] * size)[0]
+    if main_host:
+        store.write_null(null.view(np.uint16))
+    for shard in left:
+        indices, parts, hashes = store.indices(shard), [], []
+        for start in range(0, len(indices), size):
+            captions = [features_lib.read_caption(source, i) for i in indices[start : start + size]]
+            # Filled up, so that one compilation serves all.
+            filled = [text.prefixed(caption, settings.prefix) for caption in captions] + [""] * (size - len(captions))
+            parts.append(texts.encode(weights, filled)[: len(captions)])
+            hashes += [features_lib.caption_hash(caption) for caption in captions]
+            done += len(captions)
+            if main_host and (done == total or time.monotonic() - spoke > SECONDS_BETWEEN_LINES):
+                spoke = time.monotonic()
+                print(f"{done:,} of {total:,} captions, {(done - first) / (spoke - began):.3g} a second", flush=True)
+        if main_host:
+            store.write(shard, np.concatenate(parts).view(np.uint16), np.asarray(hashes))
+    if main_host:
+        print(f"wrote {folder}; train with --config.text.features={settings.features}")
