@@ -3,19 +3,23 @@
     python launch/sweep.py --config=configs/cifar10.py --workdir=runs/sweep \\
         --grid optimizer.learning_rate=1e-4,2e-4 --grid seed=0,1 [-- --config.train.num_steps=50000]
 
+    --variants A,B     variants of the config, as in configs/ablation.py:A
     --grid KEY=A,B     each value with each of the other grids'; commas within brackets don't split
     --list FILE        a run a line, KEY=VALUE words; with --grid: each line with each of the grid
+    --modes A,B        what to do with each run, in order; train if not said: train,evaluate measures it too
     --sort KEY         the table's column to sort by, ascending; loss if not said. --descending turns it round
     --slurm            submit as an array, a run a task; --sbatch=--gpus=1 and the like are passed on
     --gather           only write the table; --dry-run: print what would run
 
 A run lies in WORKDIR/NAME, its name made of its settings. One that has reached its last step is skipped, one that was
-cut off goes on. The table: WORKDIR/sweep.md and sweep.json. Exit status 1 if a run failed.
+cut off goes on. The table: WORKDIR/sweep.md and sweep.json; beside ours, the figures that the paper has for a variant,
+where the config file lists them as PAPER. Exit status 1 if a run failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import os
@@ -24,22 +28,30 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
+# Modes that a sweep can go through, and what one leaves in the workdir when it is done.
+MODES = {"train": "", "sample": "samples/grid.png", "evaluate": "evaluation.json", "spectrum": "spectrum.json"}
+VARIANT = "variant"
+
+
 class Run(NamedTuple):
-    """One run: its overrides by key, without the leading "config."."""
+    """One run: its overrides by key, without the leading "config.", and under VARIANT the config's variant."""
 
     settings: dict[str, str]
     folder: pathlib.Path
 
-    def command(self, config: str, more: list[str]) -> list[str]:
-        overrides = [f"--config.{key}={value}" for key, value in self.settings.items()]
+    def command(self, config: str, mode: str, more: list[str]) -> list[str]:
+        overrides = [f"--config.{key}={value}" for key, value in self.settings.items() if key != VARIANT]
+        if VARIANT in self.settings:
+            config = f"{config}:{self.settings[VARIANT]}"
         return [
             os.environ.get("PYTHON", sys.executable), "-m", "deco_jax.main", f"--config={config}",
-            f"--workdir={self.folder}", *more, *overrides,
+            f"--workdir={self.folder}", f"--mode={mode}", *more, *overrides,
         ]  # fmt: skip
 
 
@@ -62,9 +74,11 @@ def setting(text: str) -> tuple[str, str]:
     return key, value
 
 
-def plan(workdir: pathlib.Path, grids: list[str], lines: list[str]) -> list[Run]:
+def plan(workdir: pathlib.Path, grids: list[str], lines: list[str], variants: list[str] | None = None) -> list[Run]:
     """All runs, in order; two with the same settings are one."""
     axes = [[(key, value) for value in split_values(values)] for key, values in map(setting, grids)]
+    if variants:
+        axes.insert(0, [(VARIANT, name) for name in variants])
     rows = [dict(map(setting, shlex.split(line, comments=True))) for line in lines]
     rows = [row for row in rows if row] or [{}]
     runs: dict[str, Run] = {}
@@ -95,18 +109,55 @@ def last_metrics(folder: pathlib.Path) -> dict[str, Any]:
     return metrics
 
 
-def is_done(run: Run) -> bool:
-    """Whether a run has logged and saved the last step of the config that it was started with."""
-    config = run.folder / "config.json"
+def is_done(run: Run, mode: str = "train", more: Sequence[str] = ()) -> bool:
+    """Whether a run has logged and saved its last step; or, of another mode, left its file since it was trained.
+
+    Args:
+        more: overrides of all runs, which may ask for more steps than the run had.
+    """
+    config, metrics = run.folder / "config.json", run.folder / "metrics.jsonl"
+    if mode != "train":
+        left = run.folder / MODES[mode]
+        return left.exists() and (not metrics.exists() or left.stat().st_mtime_ns >= metrics.stat().st_mtime_ns)
     if not config.exists():
         return False
-    steps = json.loads(config.read_text())["train"]["num_steps"]
-    return last_metrics(run.folder).get("step", 0) >= steps and (run.folder / "checkpoints" / str(steps)).is_dir()
+    key = "train.num_steps"
+    asked = [word.partition("=")[2] for word in more if word.startswith(f"--config.{key}=")]
+    asked += [run.settings[key]] if key in run.settings else []
+    try:
+        steps = int(asked[-1]) if asked else json.loads(config.read_text())["train"]["num_steps"]
+    except ValueError:  # the run says it itself
+        return False
+    saved = [int(entry.name) for entry in (run.folder / "checkpoints").glob("*") if entry.name.isdigit()]
+    return last_metrics(run.folder).get("step", 0) >= steps and max(saved, default=0) >= steps
 
 
-def gather(runs: list[Run], workdir: pathlib.Path, sort: str, descending: bool) -> str:
-    """Write sweep.json and sweep.md; return the latter."""
-    rows = [{**run.settings, "done": is_done(run), **last_metrics(run.folder), "run": run.folder.name} for run in runs]
+def papers_figures(config: str) -> dict[str, dict[str, float]]:
+    """What the paper reports for each variant of a config file, {variant: {metric: value}}; {} if it lists nothing."""
+    if str(ROOT) not in sys.path:  # config files import one another
+        sys.path.insert(0, str(ROOT))
+    spec = importlib.util.spec_from_file_location("_swept_config", ROOT / config.partition(":")[0])
+    if spec is None or spec.loader is None:
+        return {}
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception:  # each run says so itself, in one line
+        return {}
+    return getattr(module, "PAPER", {})
+
+
+def gather(
+    runs: list[Run], workdir: pathlib.Path, sort: str, descending: bool,
+    paper: dict[str, dict[str, float]] | None = None, more: Sequence[str] = (),
+) -> str:  # fmt: skip
+    """Write sweep.json and sweep.md; return the latter. `paper` stands beside ours, as "paper's METRIC"."""
+    rows = []
+    for run in runs:
+        theirs = (paper or {}).get(run.settings.get(VARIANT, ""), {})
+        beside = {f"paper's {metric}": value for metric, value in theirs.items()}
+        found = {"done": is_done(run, more=more), **last_metrics(run.folder), **beside, "run": run.folder.name}
+        rows.append({**run.settings, **found})
 
     def rank(row: dict[str, Any]) -> tuple[bool, float]:
         value = row.get(sort)
@@ -117,7 +168,9 @@ def gather(runs: list[Run], workdir: pathlib.Path, sort: str, descending: bool) 
     rows.sort(key=rank)
     settings = list(dict.fromkeys(key for run in runs for key in run.settings))
     names = list(dict.fromkeys(key for row in rows for key in row if key not in (*settings, "run", "done")))
-    columns = [*settings, "done", *([sort] if sort in names else []), *(name for name in names if name != sort)]
+    ours = [*([sort] if sort in names else []), *(name for name in names if name != sort and "paper's" not in name)]
+    measured = [column for name in ours for column in (name, f"paper's {name}") if column in names]
+    columns = [*settings, "done", *measured, *(name for name in names if name not in measured)]
 
     def cell(value: Any) -> str:
         return f"{value:.5g}" if isinstance(value, float) else str(value)
@@ -153,6 +206,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--workdir", required=True, type=pathlib.Path)
     parser.add_argument("--grid", action="append", default=[])
     parser.add_argument("--list", type=pathlib.Path)
+    parser.add_argument("--variants", type=split_values, default=[])
+    parser.add_argument("--modes", type=split_values, default=["train"])
     parser.add_argument("--sort", default="loss")
     parser.add_argument("--descending", action="store_true")
     parser.add_argument("--slurm", action="store_true")
@@ -165,12 +220,20 @@ def main(argv: list[str]) -> int:
     if arguments.list and not arguments.list.is_file():
         raise SystemExit(f"error: there is no list {arguments.list}")
     lines = arguments.list.read_text().splitlines() if arguments.list else []
-    runs = plan(arguments.workdir, arguments.grid, lines)
+    if unknown := [mode for mode in arguments.modes if mode not in MODES]:
+        raise SystemExit(f"error: a sweep has no mode {unknown[0]!r}; choose of {', '.join(MODES)}")
+    if arguments.variants and ":" in arguments.config:
+        raise SystemExit(f"error: {arguments.config} names a variant already; leave it out, or --variants")
+    # The runs start in this repository, wherever the sweep does.
+    arguments.workdir = arguments.workdir.absolute()
+    runs = plan(arguments.workdir, arguments.grid, lines, arguments.variants)
 
     if arguments.slurm:
         again = [os.environ.get("PYTHON", sys.executable), "launch/sweep.py", f"--config={arguments.config}"]
-        again += [f"--workdir={arguments.workdir.absolute()}", *(f"--grid={grid}" for grid in arguments.grid)]
+        again += [f"--workdir={arguments.workdir}", *(f"--grid={grid}" for grid in arguments.grid)]
         again += [f"--list={arguments.list.absolute()}"] if arguments.list else []
+        again += [f"--variants={','.join(arguments.variants)}"] if arguments.variants else []
+        again += [f"--modes={','.join(arguments.modes)}"]
         script = array_script(len(runs), arguments.sbatch, arguments.workdir, again, more)
         if arguments.dry_run:
             print(script, end="")
@@ -181,17 +244,20 @@ def main(argv: list[str]) -> int:
     failed = []
     chosen = runs if arguments.only is None else runs[arguments.only : arguments.only + 1]
     for run in [] if arguments.gather else chosen:
-        command = run.command(arguments.config, more)
-        if is_done(run):
-            print(f"done already: {run.folder.name}", flush=True)
-        elif arguments.dry_run:
-            print(shlex.join(command))
-        else:
-            print(f"running {run.folder.name}", flush=True)
-            if subprocess.run(command, cwd=ROOT).returncode:
-                failed.append(run.folder.name)
+        for mode in arguments.modes:
+            command = run.command(arguments.config, mode, more)
+            if is_done(run, mode, more):
+                print(f"done already: {run.folder.name}, {mode}", flush=True)
+            elif arguments.dry_run:
+                print(shlex.join(command))
+            else:
+                print(f"running {run.folder.name}, {mode}", flush=True)
+                if subprocess.run(command, cwd=ROOT).returncode:
+                    failed.append(run.folder.name)
+                    break
     if not arguments.dry_run and arguments.only is None:  # an array's tasks would write over each other
-        print(gather(runs, arguments.workdir, arguments.sort, arguments.descending), end="")
+        paper = papers_figures(arguments.config)
+        print(gather(runs, arguments.workdir, arguments.sort, arguments.descending, paper, more), end="")
     if failed:
         print(f"error: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
