@@ -146,8 +146,10 @@ def _run() -> None:
 
     from deco_jax import config as config_lib
     from deco_jax.errors import UserError
+    from deco_jax.hardware import set_xla_flags
 
     logging.set_verbosity(logging.WARNING)
+    set_xla_flags()
     workdir = _WORKDIR.value or ""
     try:
         config_lib.check(_CONFIG.value)

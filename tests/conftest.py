@@ -20,6 +20,10 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 import pytest
 
+from deco_jax.hardware import set_xla_flags
+
+set_xla_flags()  # as the command line does
+
 
 @pytest.fixture(autouse=True)
 def exact_products():
