@@ -73,7 +73,6 @@ def get_config(variant: str = "deco") -> ml_collections.ConfigDict:
             config.model.decoder_chunk = 4096
         config.data.batch_size = 64
         config.data.num_workers = 0
-        config.evaluate.batch_size = 2
         config.optimizer.learning_rate, config.optimizer.warmup_steps = 1e-3, 50
         config.optimizer.ema_decay = 0.995
         config.train.num_steps = 2000
