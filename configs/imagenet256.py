@@ -117,6 +117,7 @@ def get_config(variant: str = "XL") -> ml_collections.ConfigDict:
     config.evaluate.inception = ""  # inception-2015-12-05.pt, or pt_inception-2015-12-05-6726825d.pth
     config.evaluate.reference = ""  # an ADM reference .npz; empty: the images of config.data
     config.evaluate.samples = ""  # a samples.npz or a folder; empty: config.sample.num_images drawn on the way
+    config.evaluate.cache = ""  # a folder for the reference's statistics, that runs share; empty: the workdir
     config.evaluate.num_reference = 0  # images of config.data; 0: all
     config.evaluate.batch_size = 64
     config.evaluate.precision_recall_reference = 10_000  # as many as ADM's reference files hold

@@ -160,6 +160,7 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "inception": Key(str),  # path of the weights
         "reference": Key(str),  # an ADM .npz; "": the images of config.data
         "samples": Key(str),  # a samples.npz or a folder of images; "": config.sample's, drawn on the way
+        "cache": Key(str),  # folder for what is measured of references; "": WORKDIR/evaluation
         "num_reference": Key(int, *at_least(0)),  # images of config.data, evenly spread; 0: all
         "batch_size": Key(int, *at_least(1)),  # of the Inception network
         "precision_recall_reference": Key(int, *at_least(0)),  # at most so many, evenly spread; 0: not measured

@@ -5,7 +5,7 @@
     reference (an ADM .npz, the config's data)      ─┘
 
 Images are read in batches and only their statistics are kept, in WORKDIR/evaluation, from where a run that was cut off
-goes on.
+goes on. Runs that share config.evaluate.cache, a folder, measure their reference once.
 """
 
 from __future__ import annotations
@@ -70,12 +70,13 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: s
     extractor = FeatureExtractor(load_inception(inception), min(settings.batch_size, samples.total), mesh)
     weights = _digest(inception.read_bytes())
     folder = pathlib.Path(workdir) / FOLDER
-    make_workdir(folder)
+    for written in (folder, pathlib.Path(settings.cache or folder)):
+        make_workdir(written)
 
     ours = measure(
         samples, extractor, folder / "samples.npz", weights, settings.precision_recall_samples, settings.save_every
     )
-    theirs, features, notes = reference.measure(extractor, folder / "reference.npz", weights, config)
+    theirs, features, notes = reference.measure(extractor, folder, weights, config)
     scores, missing = score(ours, theirs, features, settings, mesh)
     if not extractor.has_classifier:
         missing["inception_score"] = f"{inception} has no classifier; pt_inception-2015-12-05-6726825d.pth has one"
@@ -172,7 +173,7 @@ def measure(
         num_kept: how many images' pool3 to keep, evenly spread over the set; 0: none.
     """
     num_kept = min(num_kept, images.total)
-    fingerprint = f"{images.identity} x {images.total}, weights {weights}, {num_kept} kept"
+    fingerprint = measured_from(images, weights, num_kept)
     state = _load(path, fingerprint) or Accumulator(bool(num_kept), fingerprint=fingerprint)
     say = say or (lambda text: print(text, flush=True) if jax.process_index() == 0 else None)
     if state.count:
@@ -191,6 +192,11 @@ def measure(
             speed = (state.count - first) / (spoke - began)
             say(f"{images.name}: {state.count:,} of {images.total:,} images measured, {speed:.3g} a second")
     return state
+
+
+def measured_from(images: ImageSet, weights: str, num_kept: int) -> str:
+    """Names everything that the statistics of a set depend on, as `measure` takes it."""
+    return f"{images.identity} x {images.total}, weights {weights}, {min(num_kept, images.total)} kept"
 
 
 def _load(path: pathlib.Path | None, fingerprint: str) -> Accumulator | None:
@@ -296,12 +302,20 @@ class ReferenceSet(NamedTuple):
         return self.images.size if self.images else None
 
     def measure(
-        self, extractor: FeatureExtractor, path: pathlib.Path, weights: str, config: ml_collections.ConfigDict
+        self, extractor: FeatureExtractor, folder: pathlib.Path, weights: str, config: ml_collections.ConfigDict
     ) -> tuple[Statistics, np.ndarray | None, list[str]]:
-        """Its statistics, the pool3 features for precision and recall (None without images), and what to say of it."""
+        """Its statistics, the pool3 features for precision and recall (None without images), and what to say of it.
+
+        Args:
+            folder: where what is measured is kept, unless config.evaluate.cache names another.
+        """
         settings, measured = config.evaluate, None
         num_kept = settings.precision_recall_reference if settings.precision_recall_samples else 0
         if self.images is not None and (self.statistics is None or num_kept):
+            path = folder / "reference.npz"
+            if settings.cache:  # where several may lie
+                named = _digest(measured_from(self.images, weights, num_kept).encode())
+                path = pathlib.Path(settings.cache) / f"reference_{named[:16]}.npz"
             measured = measure(self.images, extractor, path, weights, num_kept, settings.save_every)
         statistics = self.statistics
         if statistics is None:
@@ -354,7 +368,7 @@ class QuickFID:
     """FID of a few samples every config.evaluate.every steps, on the way of a training.
 
     Its number is comparable along a run only: few samples give a higher FID than the usual 50,000. The reference's
-    statistics are taken at the first call and kept in WORKDIR/evaluation.
+    statistics are taken at the first call and kept in WORKDIR/evaluation, or in config.evaluate.cache.
 
     Raises:
         UserError: no weights, no reference.
@@ -363,7 +377,7 @@ class QuickFID:
     def __init__(self, config: ml_collections.ConfigDict, folder: pathlib.Path, mesh: Mesh) -> None:
         inception = inception_path(config)
         self._config, self._mesh = config, mesh
-        self._path = folder / FOLDER / "reference.npz"
+        self._folder = folder / FOLDER
         self._reference = open_reference(config)
         self._weights = _digest(inception.read_bytes())
         count = config.evaluate.during_training_images
@@ -380,7 +394,9 @@ class QuickFID:
     ) -> float:
         """FID of the samples of a generator's weights, of all classes or of the data's captions."""
         if self._statistics is None:
-            self._statistics, _, _ = self._reference.measure(self._extractor, self._path, self._weights, self._config)
+            self._statistics, _, _ = self._reference.measure(
+                self._extractor, self._folder, self._weights, self._config
+            )
         size = image_sides(self._config.data.image_size)
         requests = self._requests = self._requests or condition.requests(self._count, frozen)
 

@@ -154,6 +154,28 @@ def test_as_a_command(tmp_path, weights):
     assert "mu_s" in result["missing"]["sfid"]
 
 
+def test_runs_that_share_a_cache_measure_the_reference_once(tmp_path):
+    config = settings(cache=str(tmp_path / "cache"), num_reference=12)
+
+    def statistics(run, extractor):
+        reference = evaluate_lib.open_reference(config)
+        found, features, _ = reference.measure(extractor, tmp_path / run, "digest", config)
+        return [*found, features]
+
+    alone = settings(num_reference=12)
+    expected = evaluate_lib.open_reference(alone).measure(Projection(), tmp_path / "alone", "digest", alone)
+    first, second = statistics("first", Projection()), statistics("second", Projection(0))
+    for a, b, c in zip(first, second, [*expected[0], expected[1]], strict=True):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(a, c)
+    config.evaluate.num_reference = 9  # another set is measured, and lies beside it
+    with pytest.raises(KeyboardInterrupt):
+        statistics("third", Projection(0))
+    statistics("third", Projection())
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert not (tmp_path / "first").exists()
+
+
 @pytest.mark.slow
 def test_devices_and_interruptions_change_nothing(tmp_path, weights):
     """Drawn and measured on one device, on eight, and on one in two runs: the same scores."""
