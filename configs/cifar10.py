@@ -30,6 +30,12 @@ from configs import ablation, imagenet256
 
 ROWS = {name: ablation.ROWS[name][1] for name in ("deco", "dit", "pixnerd", "jit", "no_frequency", "patch4", "add")}
 
+# Beside ours launch/sweep.py prints the paper's figures: size L on ImageNet 256². patch4 here, as patch16 there, is a
+# whole token of the transformer; to patch2 none corresponds.
+PAPER = {
+    f"{name}{size}": ablation.PAPER["patch16" if name == "patch4" else name] for name in ROWS for size in ("", "-cpu")
+}
+
 
 def get_config(variant: str = "deco") -> ml_collections.ConfigDict:
     """A row by its name, ROW-cpu or ROW-smoke; B is deco, smoke is deco-smoke."""

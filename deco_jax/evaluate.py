@@ -58,6 +58,7 @@ class ImageSet(NamedTuple):
     total: int
     size: tuple[int, int]  # (height, width)
     batches: Callable[[int, int], Iterator[np.ndarray]]  # (batch size, first) → uint8 [n, height, width, 3]
+    parameters: int | None = None  # of the model that draws them
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str = "") -> None:
@@ -95,7 +96,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: s
         "warnings": [line for line in warnings if line] + notes,
         "samples": {"from": samples.name, "images": samples.total, "kept": _length(ours.pool3())},
         "reference": {"from": reference.name, "images": theirs.num_images, "kept": _length(features)},
-        "neighbours": NEIGHBOURS, "inception": {"path": str(inception), "sha256": weights},
+        "neighbours": NEIGHBOURS, "parameters": samples.parameters,
+        "inception": {"path": str(inception), "sha256": weights},
         "config": {name: to_json(config)[name] for name in ("evaluate", "sample")},
         "seconds": round(time.monotonic() - began, 1),
     }  # fmt: skip
@@ -283,7 +285,8 @@ def drawn_samples(config: ml_collections.ConfigDict, workdir: str, checkpoint_pa
 
     size = image_sides(config.data.image_size)
     identity = generate.fingerprint(config, where, condition.names(config.sample.num_images))
-    return ImageSet(f"drawn from {where}", identity, config.sample.num_images, size, batches)
+    name, count = f"drawn from {where}", config.sample.num_images
+    return ImageSet(name, identity, count, size, batches, network.num_params)
 
 
 # ---------------------------------------------------------------------------------------- reference
@@ -394,9 +397,7 @@ class QuickFID:
     ) -> float:
         """FID of the samples of a generator's weights, of all classes or of the data's captions."""
         if self._statistics is None:
-            self._statistics, _, _ = self._reference.measure(
-                self._extractor, self._folder, self._weights, self._config
-            )
+            self._statistics, _, _ = self._reference.measure(self._extractor, self._folder, self._weights, self._config)
         size = image_sides(self._config.data.image_size)
         requests = self._requests = self._requests or condition.requests(self._count, frozen)
 

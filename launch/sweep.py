@@ -7,13 +7,16 @@
     --grid KEY=A,B     each value with each of the other grids'; commas within brackets don't split
     --list FILE        a run a line, KEY=VALUE words; with --grid: each line with each of the grid
     --modes A,B        what to do with each run, in order; train if not said: train,evaluate measures it too
+    --measure KEY=A,B  the modes after training with each value, as of sample.guidance: one training, a row a value
+    --plot KEY         also draw a logged value over the steps, a line a run, such as fid: WORKDIR/KEY.png
     --sort KEY         the table's column to sort by, ascending; loss if not said. --descending turns it round
     --slurm            submit as an array, a run a task; --sbatch=--gpus=1 and the like are passed on
     --gather           only write the table; --dry-run: print what would run
 
-A run lies in WORKDIR/NAME, its name made of its settings. One that has reached its last step is skipped, one that was
-cut off goes on. The table: WORKDIR/sweep.md and sweep.json; beside ours, the figures that the paper has for a variant,
-where the config file lists them as PAPER. Exit status 1 if a run failed.
+A run lies in WORKDIR/NAME, its name made of its settings, and what --measure asks for in a folder of its own in there.
+One that has reached its last step is skipped, one that was cut off goes on. The table: WORKDIR/sweep.md and sweep.json;
+beside ours, the figures that the paper has for a variant, where the config file lists them as PAPER. Exit status 1 if a
+run failed.
 """
 
 from __future__ import annotations
@@ -44,14 +47,16 @@ class Run(NamedTuple):
 
     settings: dict[str, str]
     folder: pathlib.Path
+    trained: pathlib.Path | None = None  # the run whose newest checkpoint is measured here; None: its own
 
     def command(self, config: str, mode: str, more: list[str]) -> list[str]:
         overrides = [f"--config.{key}={value}" for key, value in self.settings.items() if key != VARIANT]
         if VARIANT in self.settings:
             config = f"{config}:{self.settings[VARIANT]}"
+        checkpoint = [f"--checkpoint={self.trained}"] if self.trained else []
         return [
             os.environ.get("PYTHON", sys.executable), "-m", "deco_jax.main", f"--config={config}",
-            f"--workdir={self.folder}", f"--mode={mode}", *more, *overrides,
+            f"--workdir={self.folder}", f"--mode={mode}", *checkpoint, *more, *overrides,
         ]  # fmt: skip
 
 
@@ -74,6 +79,19 @@ def setting(text: str) -> tuple[str, str]:
     return key, value
 
 
+def name_of(settings: dict[str, str]) -> str:
+    """A folder's name for settings."""
+    name = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
+    return re.sub(r"[^\w=,.+-]", "_", name)
+
+
+def measurements(run: Run, grids: Sequence[str]) -> list[Run]:
+    """What is measured of a trained run: each value with each of the other grids'; itself if there are no grids."""
+    axes = [[(key, value) for value in split_values(values)] for key, values in map(setting, grids)]
+    points = [dict(point) for point in itertools.product(*axes)] if axes else []
+    return [Run(run.settings | point, run.folder / name_of(point), run.folder) for point in points] or [run]
+
+
 def plan(workdir: pathlib.Path, grids: list[str], lines: list[str], variants: list[str] | None = None) -> list[Run]:
     """All runs, in order; two with the same settings are one."""
     axes = [[(key, value) for value in split_values(values)] for key, values in map(setting, grids)]
@@ -84,16 +102,15 @@ def plan(workdir: pathlib.Path, grids: list[str], lines: list[str], variants: li
     runs: dict[str, Run] = {}
     for row, point in itertools.product(rows, itertools.product(*axes)):
         settings = row | dict(point)
-        name = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items()) or "run"
-        name = re.sub(r"[^\w=,.+-]", "_", name)
+        name = name_of(settings) or "run"
         while name in runs and runs[name].settings != settings:  # values that differ in a replaced letter only
             name += "+"
         runs.setdefault(name, Run(settings, workdir / name))
     return list(runs.values())
 
 
-def last_metrics(folder: pathlib.Path) -> dict[str, Any]:
-    """The last logged line of a run, and its evaluation if it has one; {} if there is nothing yet."""
+def logged(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
     path = folder / "metrics.jsonl"
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -101,8 +118,25 @@ def last_metrics(folder: pathlib.Path) -> dict[str, Any]:
             rows.append(json.loads(line))
         except json.JSONDecodeError:  # a kill cut the last line short
             continue
+    return rows
+
+
+def last_metrics(run: Run) -> dict[str, Any]:
+    """The last logged line of a run, its evaluation and its hours of training; {} if there is nothing yet.
+
+    The hours are those of the steps alone, without compiling, sampling and measuring, added up from the logged speeds.
+    """
+    rows = logged(run.trained or run.folder)
     metrics = dict(rows[-1]) if rows else {}
-    evaluation = folder / "evaluation.json"
+    config = (run.trained or run.folder) / "config.json"
+    if rows and config.exists() and all("images_per_second" in row for row in rows):
+        batch_size = json.loads(config.read_text())["data"]["batch_size"]
+        steps = itertools.pairwise([0, *(row["step"] for row in rows)])
+        seconds = [
+            (end - start) * batch_size / row["images_per_second"] for (start, end), row in zip(steps, rows, strict=True)
+        ]
+        metrics["hours"] = sum(seconds) / 3600
+    evaluation = run.folder / "evaluation.json"
     if evaluation.exists():
         values = json.loads(evaluation.read_text())
         metrics |= {key: value for key, value in values.items() if isinstance(value, int | float)}
@@ -115,7 +149,7 @@ def is_done(run: Run, mode: str = "train", more: Sequence[str] = ()) -> bool:
     Args:
         more: overrides of all runs, which may ask for more steps than the run had.
     """
-    config, metrics = run.folder / "config.json", run.folder / "metrics.jsonl"
+    config, metrics = run.folder / "config.json", (run.trained or run.folder) / "metrics.jsonl"
     if mode != "train":
         left = run.folder / MODES[mode]
         return left.exists() and (not metrics.exists() or left.stat().st_mtime_ns >= metrics.stat().st_mtime_ns)
@@ -129,7 +163,7 @@ def is_done(run: Run, mode: str = "train", more: Sequence[str] = ()) -> bool:
     except ValueError:  # the run says it itself
         return False
     saved = [int(entry.name) for entry in (run.folder / "checkpoints").glob("*") if entry.name.isdigit()]
-    return last_metrics(run.folder).get("step", 0) >= steps and max(saved, default=0) >= steps
+    return last_metrics(run).get("step", 0) >= steps and max(saved, default=0) >= steps
 
 
 def papers_figures(config: str) -> dict[str, dict[str, float]]:
@@ -149,14 +183,16 @@ def papers_figures(config: str) -> dict[str, dict[str, float]]:
 
 def gather(
     runs: list[Run], workdir: pathlib.Path, sort: str, descending: bool,
-    paper: dict[str, dict[str, float]] | None = None, more: Sequence[str] = (),
+    paper: dict[str, dict[str, float]] | None = None, more: Sequence[str] = (), measure: Sequence[str] = (),
 ) -> str:  # fmt: skip
     """Write sweep.json and sweep.md; return the latter. `paper` stands beside ours, as "paper's METRIC"."""
     rows = []
-    for run in runs:
+    measured = [(run, of_run) for run in runs for of_run in measurements(run, measure)]
+    for trained, run in measured:
         theirs = (paper or {}).get(run.settings.get(VARIANT, ""), {})
         beside = {f"paper's {metric}": value for metric, value in theirs.items()}
-        found = {"done": is_done(run, more=more), **last_metrics(run.folder), **beside, "run": run.folder.name}
+        name = str(run.folder.relative_to(workdir))
+        found = {"done": is_done(trained, more=more), **last_metrics(run), **beside, "run": name}
         rows.append({**run.settings, **found})
 
     def rank(row: dict[str, Any]) -> tuple[bool, float]:
@@ -166,11 +202,11 @@ def gather(
         return False, -value if descending else value
 
     rows.sort(key=rank)
-    settings = list(dict.fromkeys(key for run in runs for key in run.settings))
+    settings = list(dict.fromkeys(key for _, run in measured for key in run.settings))
     names = list(dict.fromkeys(key for row in rows for key in row if key not in (*settings, "run", "done")))
     ours = [*([sort] if sort in names else []), *(name for name in names if name != sort and "paper's" not in name)]
-    measured = [column for name in ours for column in (name, f"paper's {name}") if column in names]
-    columns = [*settings, "done", *measured, *(name for name in names if name not in measured)]
+    compared = [column for name in ours for column in (name, f"paper's {name}") if column in names]
+    columns = [*settings, "done", *compared, *(name for name in names if name not in compared)]
 
     def cell(value: Any) -> str:
         return f"{value:.5g}" if isinstance(value, float) else str(value)
@@ -182,6 +218,29 @@ def gather(
     (workdir / "sweep.json").write_text(json.dumps(rows, indent=2) + "\n")
     (workdir / "sweep.md").write_text(table)
     return table
+
+
+def plot(runs: list[Run], workdir: pathlib.Path, key: str) -> None:
+    """Draw a logged value over the steps, one line a run that has it, into WORKDIR/KEY.png."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    lines = {run.folder.name: [(row["step"], row[key]) for row in logged(run.folder) if key in row] for run in runs}
+    for name, points in lines.items():
+        if points:
+            axes.plot(*zip(*points, strict=True), marker=".", label=name)
+    if not any(lines.values()):
+        print(f"no run has logged {key!r}; nothing to plot", file=sys.stderr)
+        return
+    axes.set(xlabel="step", ylabel=key)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(workdir / f"{key}.png", dpi=150)
+    missing = [name for name, points in lines.items() if not points]
+    print(f"wrote {workdir / f'{key}.png'}" + (f"; without {', '.join(missing)}, which logged none" if missing else ""))
 
 
 def array_script(count: int, options: list[str], workdir: pathlib.Path, command: list[str], more: list[str]) -> str:
@@ -208,6 +267,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--list", type=pathlib.Path)
     parser.add_argument("--variants", type=split_values, default=[])
     parser.add_argument("--modes", type=split_values, default=["train"])
+    parser.add_argument("--measure", action="append", default=[])
+    parser.add_argument("--plot", default="")
     parser.add_argument("--sort", default="loss")
     parser.add_argument("--descending", action="store_true")
     parser.add_argument("--slurm", action="store_true")
@@ -233,7 +294,7 @@ def main(argv: list[str]) -> int:
         again += [f"--workdir={arguments.workdir}", *(f"--grid={grid}" for grid in arguments.grid)]
         again += [f"--list={arguments.list.absolute()}"] if arguments.list else []
         again += [f"--variants={','.join(arguments.variants)}"] if arguments.variants else []
-        again += [f"--modes={','.join(arguments.modes)}"]
+        again += [f"--modes={','.join(arguments.modes)}", *(f"--measure={grid}" for grid in arguments.measure)]
         script = array_script(len(runs), arguments.sbatch, arguments.workdir, again, more)
         if arguments.dry_run:
             print(script, end="")
@@ -244,20 +305,28 @@ def main(argv: list[str]) -> int:
     failed = []
     chosen = runs if arguments.only is None else runs[arguments.only : arguments.only + 1]
     for run in [] if arguments.gather else chosen:
-        for mode in arguments.modes:
-            command = run.command(arguments.config, mode, more)
-            if is_done(run, mode, more):
-                print(f"done already: {run.folder.name}, {mode}", flush=True)
+        tasks = [(mode, task) for mode in arguments.modes
+                 for task in ([run] if mode == "train" else measurements(run, arguments.measure))]  # fmt: skip
+        for mode, task in tasks:
+            name = task.folder.relative_to(arguments.workdir)
+            command = task.command(arguments.config, mode, more)
+            if is_done(task, mode, more):
+                print(f"done already: {name}, {mode}", flush=True)
             elif arguments.dry_run:
                 print(shlex.join(command))
             else:
-                print(f"running {run.folder.name}, {mode}", flush=True)
+                print(f"running {name}, {mode}", flush=True)
                 if subprocess.run(command, cwd=ROOT).returncode:
                     failed.append(run.folder.name)
                     break
     if not arguments.dry_run and arguments.only is None:  # an array's tasks would write over each other
         paper = papers_figures(arguments.config)
-        print(gather(runs, arguments.workdir, arguments.sort, arguments.descending, paper, more), end="")
+        print(
+            gather(runs, arguments.workdir, arguments.sort, arguments.descending, paper, more, arguments.measure),
+            end="",
+        )
+        if arguments.plot:
+            plot(runs, arguments.workdir, arguments.plot)
     if failed:
         print(f"error: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -82,10 +82,10 @@ def test_runs_whose_names_would_be_equal_get_two_folders():
     assert len({r.folder for r in runs}) == 2
 
 
-def finished(folder: pathlib.Path, loss: float, step: int = 10) -> None:
+def finished(folder: pathlib.Path, loss: float, step: int = 10, **more: float) -> None:
     (folder / "checkpoints" / "10").mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"train": {"num_steps": 10}}))
-    (folder / "metrics.jsonl").write_text(json.dumps({"step": step, "loss": loss}) + '\n{"step": 1')
+    (folder / "config.json").write_text(json.dumps({"train": {"num_steps": 10}, "data": {"batch_size": 8}}))
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": step, "loss": loss, **more}) + '\n{"step": 1')
 
 
 def test_what_is_done(tmp_path):
@@ -115,6 +115,40 @@ def test_table_is_sorted_and_unfinished_runs_come_last(tmp_path):
     assert [row["done"] for row in rows] == [False, True, False]
     descending = sweep.gather(runs, tmp_path, "loss", descending=True).splitlines()
     assert [line.split(" | ")[0] for line in descending[2:]] == ["| 0", "| 1", "| 2"]
+
+
+def test_one_training_is_measured_with_each_value(tmp_path):
+    command = [
+        sys.executable, "launch/sweep.py", "--config=configs/cifar10.py", "--variants=deco,dit", "--sort=fid",
+        "--modes=train,evaluate", "--measure=sample.guidance=1.0,1.5", "--plot=fid", f"--workdir={tmp_path}",
+    ]  # fmt: skip
+    lines = run(*command, "--dry-run").stdout.splitlines()
+    assert ["--mode=train" in line for line in lines] == [True, False, False] * 2
+    deco = tmp_path / "variant=deco"
+    assert f"--workdir={deco / 'guidance=1.5'} --mode=evaluate --checkpoint={deco}" in lines[2]
+    assert "--config.sample.guidance=1.5" in lines[2]
+    assert "guidance" not in lines[0]
+
+    for i, name in enumerate(("deco", "dit")):
+        folder = tmp_path / f"variant={name}"
+        finished(folder, 1.0, images_per_second=2.0, fid=90.0 + i)
+        for j, guidance in enumerate(("1.0", "1.5")):
+            (folder / f"guidance={guidance}").mkdir()
+            values = {"fid": 10.0 * i - j, "parameters": 7, "missing": {}}
+            (folder / f"guidance={guidance}" / "evaluation.json").write_text(json.dumps(values))
+    result = run(*command)
+    assert result.stdout.count("done already") == 6, result.stderr
+    rows = json.loads((tmp_path / "sweep.json").read_text())
+    assert [row["fid"] for row in rows] == [-1.0, 0.0, 9.0, 10.0]
+    assert [row["sample.guidance"] for row in rows] == ["1.5", "1.0"] * 2
+    assert [row["paper's fid"] for row in rows] == [31.35] * 2 + [61.1] * 2
+    assert {row["run"] for row in rows} >= {"variant=dit/guidance=1.0"}
+    assert rows[0]["hours"] == pytest.approx(10 * 8 / 2.0 / 3600)
+    assert rows[0]["parameters"] == 7
+    assert (tmp_path / "fid.png").read_bytes().startswith(b"\x89PNG")
+    (deco / "metrics.jsonl").write_text('{"step": 20, "loss": 1}')  # trained further: measured anew
+    lines = run(*command, "--dry-run").stdout.splitlines()
+    assert sum("deco" in line and "evaluate" in line and "main" in line for line in lines) == 2
 
 
 def test_sweep_runs_skips_and_gathers(tmp_path):
