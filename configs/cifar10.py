@@ -30,10 +30,12 @@ from configs import ablation, imagenet256
 
 ROWS = {name: ablation.ROWS[name][1] for name in ("deco", "dit", "pixnerd", "jit", "no_frequency", "patch4", "add")}
 
-# Beside ours launch/sweep.py prints the paper's figures: size L on ImageNet 256². patch4 here, as patch16 there, is a
-# whole token of the transformer; to patch2 none corresponds.
+# Beside ours launch/sweep.py prints the paper's figures (size L, ImageNet 256²) of the rows that have no teacher, as
+# none has here.
 PAPER = {
-    f"{name}{size}": ablation.PAPER["patch16" if name == "patch4" else name] for name in ROWS for size in ("", "-cpu")
+    f"{ours}{size}": ablation.PAPER[theirs]
+    for ours, theirs in (("deco", "no_repa"), ("dit", "dit"))
+    for size in ("", "-cpu")
 }
 
 

@@ -141,7 +141,7 @@ def test_one_training_is_measured_with_each_value(tmp_path):
     rows = json.loads((tmp_path / "sweep.json").read_text())
     assert [row["fid"] for row in rows] == [-1.0, 0.0, 9.0, 10.0]
     assert [row["sample.guidance"] for row in rows] == ["1.5", "1.0"] * 2
-    assert [row["paper's fid"] for row in rows] == [31.35] * 2 + [61.1] * 2
+    assert [row["paper's fid"] for row in rows] == [67.55] * 2 + [61.1] * 2  # both without a teacher
     assert {row["run"] for row in rows} >= {"variant=dit/guidance=1.0"}
     assert rows[0]["hours"] == pytest.approx(10 * 8 / 2.0 / 3600)
     assert rows[0]["parameters"] == 7
