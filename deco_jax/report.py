@@ -27,7 +27,7 @@ from PIL import Image
 from deco_jax.config import flatten
 from deco_jax.errors import UserError
 from deco_jax.evaluation import TITLES
-from deco_jax.workdir import make_folder
+from deco_jax.workdir import listed, make_folder, short_names
 from deco_jax.writer import write_atomically
 
 TEMPLATE = pathlib.Path(__file__).with_name("report.html")
@@ -80,8 +80,7 @@ class Run(NamedTuple):
 def report(config: ml_collections.ConfigDict, workdir: str) -> None:
     """Write WORKDIR/report.html about it, or about config.report.workdirs."""
     settings, folder = config.report, pathlib.Path(workdir)
-    named = [name.strip() for name in settings.workdirs.split(",") if name.strip()]
-    folders = [pathlib.Path(name) for name in named] or [folder]
+    folders = listed(settings.workdirs) or [folder]
     if len({path.absolute() for path in folders}) < len(folders):
         raise UserError(f"config.report.workdirs={settings.workdirs} names a workdir twice; give each once")
     runs = [
@@ -98,16 +97,6 @@ def report(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------- reading
-
-
-def short_names(folders: list[pathlib.Path]) -> list[str]:
-    """The ends of the paths, as long as it takes to tell them apart."""
-    parts = [path.absolute().parts for path in folders]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(p[-length:]) for p in parts]
-        if len(set(names)) == len(names):
-            break
-    return names
 
 
 def read_run(folder: pathlib.Path, name: str, max_grids: int, grid_pixels: int) -> Run:

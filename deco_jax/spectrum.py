@@ -31,7 +31,7 @@ from deco_jax.images import to_float
 from deco_jax.losses.frequency import jpeg_weights
 from deco_jax.models import network as network_lib
 from deco_jax.models.network import Network, Params
-from deco_jax.workdir import make_workdir
+from deco_jax.workdir import listed, make_workdir, short_names
 from deco_jax.writer import write_json
 
 # (params, {"index", "label", "weight"}) → summed energies {"dit": [block, block], "velocity": [8, 8]}
@@ -47,10 +47,11 @@ def spectrum(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: s
 
     folder = pathlib.Path(workdir)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    named = [name.strip() for name in config.spectrum.checkpoints.split(",") if name.strip()]
+    named = listed(config.spectrum.checkpoints)
     if named and checkpoint_path:
         raise UserError("--checkpoint and config.spectrum.checkpoints name checkpoints; give one of them")
-    runs = [(name, checkpoint.find(name)) for name in named or [checkpoint_path or workdir]]
+    read = named or [pathlib.Path(checkpoint_path or workdir)]
+    runs = [(name, checkpoint.find(str(where))) for name, where in zip(short_names(read), read, strict=True)]
     stored = [stored_config(where, config) for _, where in runs]
     source = sources.open_source(config.data)
     make_workdir(folder)
@@ -114,9 +115,7 @@ def stored_config(where: pathlib.Path, config: ml_collections.ConfigDict) -> ml_
     return theirs
 
 
-def model_energies(
-    config: ml_collections.ConfigDict, where: pathlib.Path, mesh: Mesh
-) -> dict[str, np.ndarray]:
+def model_energies(config: ml_collections.ConfigDict, where: pathlib.Path, mesh: Mesh) -> dict[str, np.ndarray]:
     """Mean energies of a checkpoint's EMA over config.spectrum.num_images images and all sampling steps.
 
     Returns:

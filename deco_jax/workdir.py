@@ -1,4 +1,4 @@
-"""The folder that a mode writes to."""
+"""The folder that a mode writes to, and those it reads."""
 
 from __future__ import annotations
 
@@ -28,3 +28,18 @@ def make_folder(folder: pathlib.Path) -> None:
         raise UserError(f"{folder} is, or lies under, a file; choose another folder") from error
     except OSError as error:
         raise UserError(f"{folder} can't be written: {error.strerror}; choose another folder") from error
+
+
+def listed(names: str) -> list[pathlib.Path]:
+    """The folders of a comma-separated setting."""
+    return [pathlib.Path(name.strip()) for name in names.split(",") if name.strip()]
+
+
+def short_names(folders: list[pathlib.Path]) -> list[str]:
+    """The ends of the paths, as long as it takes to tell them apart."""
+    parts = [path.absolute().parts for path in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len(set(names)) == len(names):
+            break
+    return names

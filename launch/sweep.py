@@ -80,9 +80,9 @@ def setting(text: str) -> tuple[str, str]:
 
 
 def name_of(settings: dict[str, str]) -> str:
-    """A folder's name for settings."""
-    name = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
-    return re.sub(r"[^\w=,.+-]", "_", name)
+    """A folder's name for settings, without commas: the settings that take several workdirs part them by these."""
+    name = "_".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
+    return re.sub(r"[^\w=.+-]", "_", name)
 
 
 def measurements(run: Run, grids: Sequence[str]) -> list[Run]:

@@ -77,6 +77,13 @@ def test_grid_times_list():
     assert len({r.folder for r in runs}) == 4
 
 
+def test_names_can_be_listed_with_commas():
+    runs = sweep.plan(pathlib.Path("w"), ["seed=0,1", "sample.guidance_interval=(0.,1.),(.1,1.)"], [])
+    assert [run.folder.name for run in runs][:2] == [
+        "seed=0_guidance_interval=_0._1._", "seed=0_guidance_interval=_.1_1._",
+    ]  # fmt: skip
+
+
 def test_runs_whose_names_would_be_equal_get_two_folders():
     runs = sweep.plan(pathlib.Path("w"), ["path=a/b,a_b"], [])
     assert len({r.folder for r in runs}) == 2
@@ -178,8 +185,8 @@ def test_variants_modes_and_the_papers_figures(tmp_path):
     ]  # fmt: skip
     assert all("--config.seed=0" in line and "--config.data.path=/data" in line for line in lines)
     for name, fid in (("deco", 40.0), ("dit", 30.0)):
-        finished(tmp_path / f"variant={name},seed=0", 1.0)
-        (tmp_path / f"variant={name},seed=0" / "evaluation.json").write_text(json.dumps({"fid": fid}))
+        finished(tmp_path / f"variant={name}_seed=0", 1.0)
+        (tmp_path / f"variant={name}_seed=0" / "evaluation.json").write_text(json.dumps({"fid": fid}))
     again = run(*command, "--sort=fid")
     assert again.stdout.count("done already") == 4, again.stderr
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in again.stdout.splitlines()[4:]]

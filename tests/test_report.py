@@ -17,6 +17,7 @@ from configs import quickstart
 from deco_jax import report as report_lib
 from deco_jax.config import flatten, to_json
 from deco_jax.errors import UserError
+from deco_jax.workdir import short_names
 from tests.helpers import browser, run_main
 from tests.runs import SMOKE, rows, succeed, two_steps
 
@@ -267,8 +268,8 @@ def test_enlargement(factor):
 
 def test_short_names(tmp_path):
     folders = [tmp_path / "x" / "run", tmp_path / "y" / "run", tmp_path / "other"]
-    assert report_lib.short_names(folders) == ["x/run", "y/run", f"{tmp_path.name}/other"]
-    assert report_lib.short_names(folders[1:]) == ["run", "other"]
+    assert short_names(folders) == ["x/run", "y/run", f"{tmp_path.name}/other"]
+    assert short_names(folders[1:]) == ["run", "other"]
 
 
 def test_no_metrics(tmp_path):
