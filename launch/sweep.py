@@ -31,7 +31,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -85,28 +85,37 @@ def name_of(settings: dict[str, str]) -> str:
     return re.sub(r"[^\w=.+-]", "_", name)
 
 
+def grid_axes(grids: Sequence[str]) -> list[list[tuple[str, str]]]:
+    """Of each KEY=A,B its (key, value) pairs."""
+    return [[(key, value) for value in split_values(values)] for key, values in map(setting, grids)]
+
+
+def folders(points: Iterable[dict[str, str]], parent: pathlib.Path) -> dict[pathlib.Path, dict[str, str]]:
+    """A folder for each different one of the settings, by their names, in order."""
+    found: dict[pathlib.Path, dict[str, str]] = {}
+    for settings in points:
+        folder = parent / (name_of(settings) or "run")
+        while folder in found and found[folder] != settings:  # values that differ in a replaced letter only
+            folder = folder.with_name(f"{folder.name}+")
+        found.setdefault(folder, settings)
+    return found
+
+
 def measurements(run: Run, grids: Sequence[str]) -> list[Run]:
     """What is measured of a trained run: each value with each of the other grids'; itself if there are no grids."""
-    axes = [[(key, value) for value in split_values(values)] for key, values in map(setting, grids)]
-    points = [dict(point) for point in itertools.product(*axes)] if axes else []
-    return [Run(run.settings | point, run.folder / name_of(point), run.folder) for point in points] or [run]
+    if not grids:
+        return [run]
+    points = folders(map(dict, itertools.product(*grid_axes(grids))), run.folder)
+    return [Run(run.settings | settings, folder, run.folder) for folder, settings in points.items()]
 
 
 def plan(workdir: pathlib.Path, grids: list[str], lines: list[str], variants: list[str] | None = None) -> list[Run]:
     """All runs, in order; two with the same settings are one."""
-    axes = [[(key, value) for value in split_values(values)] for key, values in map(setting, grids)]
-    if variants:
-        axes.insert(0, [(VARIANT, name) for name in variants])
+    chosen = [[(VARIANT, name) for name in variants]] if variants else []
     rows = [dict(map(setting, shlex.split(line, comments=True))) for line in lines]
     rows = [row for row in rows if row] or [{}]
-    runs: dict[str, Run] = {}
-    for row, point in itertools.product(rows, itertools.product(*axes)):
-        settings = row | dict(point)
-        name = name_of(settings) or "run"
-        while name in runs and runs[name].settings != settings:  # values that differ in a replaced letter only
-            name += "+"
-        runs.setdefault(name, Run(settings, workdir / name))
-    return list(runs.values())
+    points = (row | dict(point) for row, point in itertools.product(rows, itertools.product(*chosen, *grid_axes(grids))))
+    return [Run(settings, folder) for folder, settings in folders(points, workdir).items()]
 
 
 def logged(folder: pathlib.Path) -> list[dict[str, Any]]:
