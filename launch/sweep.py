@@ -111,11 +111,12 @@ def measurements(run: Run, grids: Sequence[str]) -> list[Run]:
 
 def plan(workdir: pathlib.Path, grids: list[str], lines: list[str], variants: list[str] | None = None) -> list[Run]:
     """All runs, in order; two with the same settings are one."""
-    chosen = [[(VARIANT, name) for name in variants]] if variants else []
+    variant_axis = [[(VARIANT, name) for name in variants]] if variants else []
+    points = [dict(point) for point in itertools.product(*variant_axis, *grid_axes(grids))]
     rows = [dict(map(setting, shlex.split(line, comments=True))) for line in lines]
     rows = [row for row in rows if row] or [{}]
-    points = (row | dict(point) for row, point in itertools.product(rows, itertools.product(*chosen, *grid_axes(grids))))
-    return [Run(settings, folder) for folder, settings in folders(points, workdir).items()]
+    settings_of_all = (row | point for row, point in itertools.product(rows, points))
+    return [Run(settings, folder) for folder, settings in folders(settings_of_all, workdir).items()]
 
 
 def logged(folder: pathlib.Path) -> list[dict[str, Any]]:
