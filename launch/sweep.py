@@ -138,6 +138,8 @@ def last_metrics(run: Run) -> dict[str, Any]:
     """
     rows = logged(run.trained or run.folder)
     metrics = dict(rows[-1]) if rows else {}
+    if "fid" in metrics:  # of a few samples while training: not to be sorted among evaluations
+        metrics["quick_fid"] = metrics.pop("fid")
     config = (run.trained or run.folder) / "config.json"
     if rows and config.exists() and all("images_per_second" in row for row in rows):
         batch_size = json.loads(config.read_text())["data"]["batch_size"]

@@ -152,6 +152,10 @@ def test_one_training_is_measured_with_each_value(tmp_path):
     assert {row["run"] for row in rows} >= {"variant=dit/guidance=1.0"}
     assert rows[0]["hours"] == pytest.approx(10 * 8 / 2.0 / 3600)
     assert rows[0]["parameters"] == 7
+    assert rows[0]["quick_fid"] == 90.0
+    (deco / "guidance=1.0" / "evaluation.json").unlink()
+    run(*command, "--gather")
+    assert "fid" not in json.loads((tmp_path / "sweep.json").read_text())[-1]  # what was logged is no evaluation
     assert (tmp_path / "fid.png").read_bytes().startswith(b"\x89PNG")
     (deco / "metrics.jsonl").write_text('{"step": 20, "loss": 1}')  # trained further: measured anew
     lines = run(*command, "--dry-run").stdout.splitlines()
