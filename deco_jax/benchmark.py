@@ -127,7 +127,7 @@ def time_training(
     add("train step", timed(run, config.benchmark), size, flops.training(config) * size)
     if frozen.keys() & {"teacher", "encoder"}:
         look = jax.jit(observe).lower(frozen, batch).compile()
-        add("its frozen part", timed(lambda: look(frozen, batch), config.benchmark), size)
+        add("its frozen part", timed(lambda: look(frozen, batch), config.benchmark), size, flops.frozen(config) * size)
     return monitor.program_bytes(step)
 
 

@@ -103,7 +103,14 @@ def training(config: ml_collections.ConfigDict) -> float:
     if config.loss.repa_weight:
         height, width = image_sides(size)
         total += 3 * projector(model.width, config.teacher.size, height * width // model.patch_size**2)
-        total += teacher(config.teacher.size, size, model.patch_size)
+    return total + frozen(config)
+
+
+def frozen(config: ml_collections.ConfigDict) -> float:
+    """FLOPs on one training image of the networks that aren't trained: REPA's teacher, the text encoder; 0 without."""
+    total, model = 0.0, config.model
+    if config.loss.repa_weight:
+        total += teacher(config.teacher.size, config.data.image_size, model.patch_size)
     if model.text_width and config.text.encoder == "qwen3" and not config.text.features:
         total += text_encoder(encoder_sizes(config), model.text_length)
     return total

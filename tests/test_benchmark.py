@@ -44,10 +44,21 @@ def report(tmp_path_factory):
     return json.loads((workdir / "benchmark.json").read_text())
 
 
-def test_the_steps_memory_and_the_frozen_part(report):
+def test_the_frozen_part_is_the_teacher_on_the_batch(report):
+    """By its arithmetic; at this size it is nearly all of the step, so that their seconds can come out either way."""
+    rows = report["rows"]
+    frozen, step = (
+        1e12 * rows[name]["tflop_per_second"] * rows[name]["seconds"]["median"]
+        for name in ("its frozen part", "train step")
+    )
+    weights, tokens = 12 * 12 * 384**2, 4 * 4 + 1  # the matrices of ViT-S/14's 12 blocks; 32² pixels in patches of 8²
+    assert frozen == pytest.approx(2 * weights * tokens * 8, rel=0.03)  # attention and the patches' embedding: 2 %
+    assert frozen < step < 1.5 * frozen
+
+
+def test_the_steps_memory(report):
     """The teacher's weights are among the step's arguments."""
-    rows, memory = report["rows"], report["train_step_bytes"]
-    assert 0 < rows["its frozen part"]["seconds"]["median"] < rows["train step"]["seconds"]["median"]
+    memory = report["train_step_bytes"]
     assert memory["arguments"] > 2 * 21e6  # ViT-S/14 in bfloat16
     assert sum(memory.values()) == 2 * memory["peak"]
 
