@@ -56,7 +56,7 @@ class Run(NamedTuple):
     metrics: dict[str, list[float | None]]  # by name, one value a logged step; None: absent or not finite
     not_finite: int  # logged values
     config: dict[str, Any] | None
-    evaluation: dict[str, Any] | None
+    evaluations: dict[str, dict[str, Any]]  # by folder, as a sweep's "guidance=1.5"; "": the run's own, and the first
     spectrum: list[tuple[str, list[tuple[str, str, list[float]]]]] | None  # see `_curves`
     spectrum_picture: Picture | None
     grids: dict[int, Picture]  # by step
@@ -130,7 +130,7 @@ def read_run(folder: pathlib.Path, name: str, max_grids: int, grid_pixels: int) 
     grids = {step: _read_picture(files[step], grid_pixels, notes) for step in chosen}
     return Run(
         name, folder, steps, metrics, not_finite, _read_json(folder / "config.json", notes),
-        _read_json(folder / "evaluation.json", notes), curves, picture,
+        _read_evaluations(folder, notes), curves, picture,
         {step: grid for step, grid in grids.items() if grid is not None}, len(files),
         _read_picture(folder / "samples" / "grid.png", grid_pixels, notes), notes,
     )  # fmt: skip
@@ -169,7 +169,14 @@ def _read_metrics(path: pathlib.Path, notes: list[str]) -> tuple[list[int], dict
     return steps, metrics, not_finite
 
 
-def _read_json(path: pathlib.Path, notes: list[str]) -> dict[str, Any] | None:
+def _read_evaluations(folder: pathlib.Path, notes: list[str]) -> dict[str, dict[str, Any]]:
+    """The run's own, and those that a sweep's --measure left in the folders right below."""
+    paths = [folder / "evaluation.json", *sorted(folder.glob("*/evaluation.json"))]
+    read = {path.parent: _read_json(path, notes, str(path.relative_to(folder))) for path in paths}
+    return {"" if parent == folder else parent.name: values for parent, values in read.items() if values is not None}
+
+
+def _read_json(path: pathlib.Path, notes: list[str], name: str = "") -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
@@ -178,7 +185,7 @@ def _read_json(path: pathlib.Path, notes: list[str]) -> dict[str, Any] | None:
             return values
     except (OSError, ValueError):
         pass
-    notes.append(f"{path.name} can't be read, and is left out")
+    notes.append(f"{name or path.name} can't be read, and is left out")
     return None
 
 
@@ -353,6 +360,10 @@ def _summary(runs: list[Run]) -> str:
         step, value = min(known, key=lambda pair: pair[1])
         return f"{value:.2f} at step {step:,}"
 
+    def fids(run: Run) -> str | None:
+        known = [(where, _score(values, "fid")) for where, values in run.evaluations.items()]
+        return ", ".join(f"{fid} ({where})" if where else fid for where, fid in known if fid) or None
+
     rows: list[tuple[str, Callable[[Run], str | None], str]] = [
         ("model", model, "not known"),
         ("data", lambda run: run.setting("data.source"), "not known"),
@@ -362,11 +373,12 @@ def _summary(runs: list[Run]) -> str:
         ("images seen", seen, "not known"),
         ("last loss", last, "no finite loss was logged"),
         ("lowest FID while training", best, "no FID was measured"),
-        ("FID, --mode=evaluate", lambda run: _score(run, "fid"), "not evaluated"),
+        ("FID, --mode=evaluate", fids, "not evaluated"),
         ("images per second, median", lambda run: _median(run, "images_per_second"), "not logged"),
     ]
     notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
-    return _table(runs, [(title, [(value(run), why) for run in runs]) for title, value, why in rows]) + _notes(notes)
+    cells = [(title, [(value(run), why) for run in runs]) for title, value, why in rows]
+    return _table([run.name for run in runs], cells) + _notes(notes)
 
 
 def _median(run: Run, metric: str) -> str | None:
@@ -382,8 +394,8 @@ def _loss_notes(runs: list[Run]) -> str:
     )  # fmt: skip
 
 
-def _score(run: Run, name: str) -> str | None:
-    value = (run.evaluation or {}).get(name)
+def _score(evaluation: dict[str, Any], name: str) -> str | None:
+    value = evaluation.get(name)
     return f"{value:.4g}" if _finite(value) else None
 
 
@@ -394,42 +406,45 @@ def _scores(runs: list[Run]) -> str:
         for run in runs if not run.known("fid")
     ]  # fmt: skip
     lines.append("<h3>Evaluation</h3>")
-    measured = [run for run in runs if run.evaluation is not None]
     lines += [
         _missing(run, "no evaluation.json that can be read; --mode=evaluate writes it", runs)
-        for run in runs if run.evaluation is None
+        for run in runs if not run.evaluations
     ]  # fmt: skip
+    measured = {f"{run.name} {where}".strip(): values for run in runs for where, values in run.evaluations.items()}
     if not measured:
         return "".join(lines)
 
-    def reason(run: Run, name: str) -> str:
-        missing = (run.evaluation or {}).get("missing")
+    def reason(evaluation: dict[str, Any], name: str) -> str:
+        missing = evaluation.get("missing")
         return str(missing.get(name, "not measured")) if isinstance(missing, dict) else "not measured"
 
-    def counted(run: Run, side: str) -> str | None:
-        what = (run.evaluation or {}).get(side)
+    def counted(evaluation: dict[str, Any], side: str) -> str | None:
+        what = evaluation.get(side)
         if not isinstance(what, dict):
             return None
         count = what.get("images")
         return f"{count:,} ({what.get('from')})" if isinstance(count, int) else str(what.get("from"))
 
-    def sampling(run: Run) -> str | None:
-        config = (run.evaluation or {}).get("config")
+    def sampling(evaluation: dict[str, Any]) -> str | None:
+        config = evaluation.get("config")
         sample = config.get("sample") if isinstance(config, dict) else None
-        if not isinstance(sample, dict) or not str((run.evaluation or {}).get("samples", {})).count("drawn from"):
+        if not isinstance(sample, dict) or not str(evaluation.get("samples", {})).count("drawn from"):
             return None
         keys = ("sampler", "num_steps", "guidance", "guidance_interval", "shift", "seed")
         return ", ".join(f"{key.replace('_', ' ')} {sample.get(key)}" for key in keys)
 
-    rows = [(title, [(_score(run, name), reason(run, name)) for run in measured]) for name, title in TITLES.items()]
+    columns = measured.values()
+    rows = [
+        (title, [(_score(values, name), reason(values, name)) for values in columns]) for name, title in TITLES.items()
+    ]
     rows += [
-        ("samples", [(counted(run, "samples"), "not said") for run in measured]),
-        ("reference", [(counted(run, "reference"), "not said") for run in measured]),
-        ("sampling", [(sampling(run), "images that were there already") for run in measured]),
+        ("samples", [(counted(values, "samples"), "not said") for values in columns]),
+        ("reference", [(counted(values, "reference"), "not said") for values in columns]),
+        ("sampling", [(sampling(values), "images that were there already") for values in columns]),
     ]
     lines.append(_table(measured, rows))
-    warnings = [(run, (run.evaluation or {}).get("warnings")) for run in measured]
-    lines.append(_notes(f"{run.name}: {line}" for run, said in warnings if isinstance(said, list) for line in said))
+    warnings = [(name, values.get("warnings")) for name, values in measured.items()]
+    lines.append(_notes(f"{name}: {line}" for name, said in warnings if isinstance(said, list) for line in said))
     return "".join(lines)
 
 
@@ -515,7 +530,8 @@ def _speed(runs: list[Run]) -> str:
         ("peak memory of a device", memory, "the device did not say"),
         ("unreadable images", unreadable, "not logged"),
     ]
-    return "<br>" + _table(runs, [(title, [(value(run), why) for run in runs]) for title, value, why in rows])
+    cells = [(title, [(value(run), why) for run in runs]) for title, value, why in rows]
+    return "<br>" + _table([run.name for run in runs], cells)
 
 
 def _config(runs: list[Run]) -> str:
@@ -523,6 +539,7 @@ def _config(runs: list[Run]) -> str:
     with_config = [run for run in runs if run.config is not None]
     if not with_config:
         return "".join(lines)
+    names = [run.name for run in with_config]
     flat = [{key: json.dumps(value) for key, value in flatten(run.config or {}).items()} for run in with_config]
     keys = list(dict.fromkeys(key for settings in flat for key in settings))
     rows = {key: [(settings.get(key), "no such setting") for settings in flat] for key in keys}
@@ -530,10 +547,10 @@ def _config(runs: list[Run]) -> str:
     if len(with_config) > 1:
         lines.append("<h3>Differences</h3>")
         lines.append(
-            _table(with_config, [(key, rows[key]) for key in rows if key in differ], "config")
+            _table(names, [(key, rows[key]) for key in rows if key in differ], "config")
             if differ else '<p class="missing">The settings are the same.</p>'
         )  # fmt: skip
-    whole = _table(with_config, list(rows.items()), "config", differ if len(with_config) > 1 else ())
+    whole = _table(names, list(rows.items()), "config", differ if len(with_config) > 1 else ())
     lines.append(f"<details><summary>All {len(rows)} settings, as they were resolved</summary>{whole}</details>")
     return "".join(lines)
 
@@ -574,10 +591,10 @@ def _notes(lines: Iterable[str]) -> str:
 
 
 def _table(
-    runs: list[Run], rows: list[tuple[str, list[tuple[Any, str]]]], kind: str = "", marked: Iterable[str] = ()
+    names: Iterable[str], rows: list[tuple[str, list[tuple[Any, str]]]], kind: str = "", marked: Iterable[str] = ()
 ) -> str:
-    """A row for each title, a column for each run; cells are (value, what to say if it is None)."""
-    head = "".join(f'<th scope="col">{_text(run.name)}</th>' for run in runs)
+    """A row for each title, a column for each name; cells are (value, what to say if it is None)."""
+    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in names)
     body = ""
     for title, cells in rows:
         columns = "".join(

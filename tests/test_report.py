@@ -192,6 +192,23 @@ def test_scores_and_what_is_missing(full):
     assert "b: no evaluation.json" in page.text
 
 
+def test_what_a_sweep_measured_of_each_run(tmp_path):
+    """launch/sweep.py --measure leaves its evaluations in folders of their own, below the run that it trained."""
+    runs = [write_run(tmp_path, name) for name in ("a", "b")]
+    for run, where, fid in ((0, "guidance=1.5", 126.25), (0, "guidance=1.0", 130.5), (1, "guidance=1.0", 99.0)):
+        (runs[run] / where).mkdir()
+        (runs[run] / where / "evaluation.json").write_text(json.dumps({"fid": fid}))
+    (runs[1] / "guidance=1.5").mkdir()
+    (runs[1] / "guidance=1.5" / "evaluation.json").write_text('{"fid": ')
+    page = write_report(tmp_path / "out", *runs)
+    (table,) = (table for table in page.tables if table[1][0] == "FID")
+    assert table[0][1:] == ["a guidance=1.0", "a guidance=1.5", "b guidance=1.0"]
+    assert table[1][1:] == ["130.5", "126.2", "99"]
+    assert page.row("FID, --mode=evaluate") == ["130.5 (guidance=1.0), 126.2 (guidance=1.5)", "99 (guidance=1.0)"]
+    assert "b: guidance=1.5/evaluation.json can't be read" in page.text
+    assert "no evaluation.json" not in page.text
+
+
 def test_spectra_of_both_in_one_plot(full):
     _, page = full
     dit, velocity = page.data["spectra"]
