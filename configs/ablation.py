@@ -1,10 +1,12 @@
-"""The paper's Table 1 and Table 4 at size L, ImageNet 256²: one name a row.
+"""The paper's Table 1 (but PixelFlow) and Table 4 at size L, ImageNet 256²: one name a row.
 
     python -m deco_jax.main --config=configs/ablation.py:dit --workdir=runs/dit \\
         --config.data.path=/data/imagenet/train --config.teacher.path=/data/dinov2_vitb14_pretrain.pth
     python launch/sweep.py --config=configs/ablation.py --variants=deco,no_frequency,dit --modes=train,evaluate \\
         --workdir=runs/ablation --sort=fid -- --config.data.path=/data/imagenet/train \\
-        --config.teacher.path=/data/dinov2_vitb14_pretrain.pth --config.evaluate.inception=/data/inception.pth
+        --config.teacher.path=/data/dinov2_vitb14_pretrain.pth \\
+        --config.evaluate.inception=/data/pt_inception-2015-12-05-6726825d.pth \\
+        --config.evaluate.reference=/data/VIRTUAL_imagenet256_labeled.npz --config.sample.num_images=50000
     python -m deco_jax.main --config=configs/ablation.py:dit-smoke --workdir=/tmp/smoke    # seconds, two cores
 
 Every row: 200k steps at batch 256, then 50 Euler steps without guidance. The FIDs below are the paper's (8 A800,

@@ -7,7 +7,7 @@
         --config.evaluate.cache=/data/references --config.sample.num_images=10000
 
 Data: class folders of PNGs (`image_folder`, here); or TFDS, which downloads and prepares it, and needs TensorFlow
-for that one time: --config.data.source=tfds --config.data.path=cifar10.
+for that one time: pip install tensorflow, then --config.data.source=tfds --config.data.path=cifar10.
 
 Variants, each also as NAME-cpu (1.3 million parameters, for two cores) and NAME-smoke (seconds):
 
@@ -19,9 +19,9 @@ Variants, each also as NAME-cpu (1.3 million parameters, for two cores) and NAME
     patch2, patch4   side of what the decoder treats as one token
     add              condition added instead of adaLN
 
-Parameters of all lie within 2 % of DeCo's (6 % at -cpu). No teacher anywhere: DINOv2's patches are too coarse for 32².
+Parameters of all lie within 2 % of DeCo's (6 % at -cpu). No teacher anywhere; with one: not measured yet.
 Hardware: meant for one GPU; its memory is not measured yet. Time: not measured yet. FID: not measured yet. NAME-cpu:
-7 to 15 minutes on one core of two, and FIDs that only tell them apart: docs/results.md.
+12 to 15 minutes on one core of two, and FIDs that only tell them apart: docs/results.md.
 """
 
 from __future__ import annotations

@@ -3,13 +3,16 @@
     python -m deco_jax.main --config=configs/imagenet256.py --workdir=runs/xl \\
         --config.data.path=/data/imagenet/train --config.teacher.path=/data/dinov2_vitb14_pretrain.pth
     python -m deco_jax.main --config=configs/imagenet256.py:L --workdir=runs/l ...      # 426,938,019 parameters
+    python -m deco_jax.main --config=configs/imagenet256.py --workdir=runs/xl --mode=evaluate \\
+        --config.evaluate.inception=/data/pt_inception-2015-12-05-6726825d.pth \\
+        --config.evaluate.reference=/data/VIRTUAL_imagenet256_labeled.npz --config.sample.num_images=50000
     python -m deco_jax.main --config=configs/imagenet256.py:smoke --workdir=/tmp/smoke  # seconds, two cores
 
 Data: ImageNet's class folders (`image_folder`), or an ArrayRecord directory that TFDS prepared (`tfds`).
 A different number of GPUs needs no other setting: the batch size is global.
 
 Hardware and time. The paper trains on 8 A800: L 0.24 s a step at batch 256, so 200k steps take 13 hours.
-XL: 787 GFLOP an image and step, 1.6 M steps are 320 epochs. This code on such machines: not measured yet.
+XL: 787 GFLOP an image and step, 1.6 M steps are 320 epochs. This code's time and memory there: not measured yet.
 
 Expected FID (the paper's; with this code: not measured yet)
     L, 200k steps, 50 Euler steps, guidance 1                        31.35

@@ -2,12 +2,16 @@
 
     python -m deco_jax.main --config=configs/imagenet512.py --workdir=runs/xl512 --config.init_from=runs/xl \\
         --config.data.path=/data/imagenet/train --config.teacher.path=/data/dinov2_vitb14_pretrain.pth
+    python -m deco_jax.main --config=configs/imagenet512.py --workdir=runs/xl512 --mode=evaluate \\
+        --config.evaluate.inception=/data/pt_inception-2015-12-05-6726825d.pth \\
+        --config.evaluate.reference=/data/VIRTUAL_imagenet512.npz --config.sample.num_images=50000
     python -m deco_jax.main --config=configs/imagenet512.py:smoke --workdir=/tmp/smoke512
 
 init_from is a run's folder, or one of its checkpoints, of `imagenet256.py` (the paper: at 320 epochs). Weights and
 EMA are taken over; the optimizer starts anew.
 
-Hardware and time: 1,080 GFLOP a forward pass and image, 4.4 times 256²'s. This code: not measured yet.
+Hardware and time: 1,080 GFLOP a forward pass and image, 4.4 times 256²'s. Memory on TPU slices:
+docs/scaling.md; time, and memory on GPUs: not measured yet.
 Expected FID with 100 Euler steps, guidance 5.0: 2.22 (the paper's; with this code: not measured yet).
 """
 

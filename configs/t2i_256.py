@@ -7,13 +7,13 @@
     python -m deco_jax.main --config=configs/t2i_256.py:smoke --workdir=/tmp/smoke      # seconds, two cores
 
 1,133,759,395 parameters. Data: WebDataset tars (`webdataset`), or a folder of images with a .txt beside each
-(`captioned_folder`). Text: the folder of huggingface.co/Qwen/Qwen3-1.7B (config.json, tokenizer.json, *.safetensors);
-captions are encoded in each step, or once, by the same command with --mode=encode and
+(`captioned_folder`). Text: the folder of huggingface.co/Qwen/Qwen3-1.7B (config.json, tokenizer.json, *.safetensors),
+and pip install tokenizers; captions are encoded in each step, or once, by the same command with --mode=encode and
 --config.text.features=FOLDER, which training then reads (512 KiB a caption). Half of those under 30 words are trained
 with "A photo of " before them (config.text.prefix).
 
-Hardware and time: 200k steps at batch 1536; with this code not measured yet. Expected: the paper gives figures for the
-last stage alone, see t2i_finetune.py.
+Hardware and time: 200k steps at batch 1536; this code's time and memory: not measured yet. Expected: the paper gives
+figures for the last stage alone, see t2i_finetune.py.
 """
 
 from __future__ import annotations

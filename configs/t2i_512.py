@@ -9,7 +9,8 @@ Data, text and sampling as in `t2i_256.py`; images smaller than 512² are left o
 folder of features belongs to one image size: --mode=encode into another here. Weights, averages and
 the optimizer's moments are taken over, as in the paper's stages.
 
-Hardware and time: 80k steps in the paper, 100k in its code (here: 80k) at batch 512; with this code not measured yet.
+Hardware and time: 80k steps in the paper, 100k in its code (here: 80k) at batch 512; this code's time and
+memory: not measured yet.
 Expected: the paper gives figures for the last stage alone, see t2i_finetune.py.
 """
 

@@ -12,9 +12,9 @@ to read with what it draws. With Qwen3 instead: --config.text.encoder=qwen3 --co
 --config.model.text_width=2048.
 
 Hardware and time: `:cpu` took 6k steps of 32 on two CPU cores, at 48 images/s when they had nothing else to do: 66
-minutes. The default, 60k steps of 64 on one GPU: not measured yet. What `:cpu` draws: docs/emoji.png. People, faces,
-flags and skin tones follow the name; rarer things keep only a shape and a colour, for so few pictures teach no words
-but their own. FID: not measured yet.
+minutes. The default, 60k steps of 64 on one GPU: not measured yet. What `:cpu` draws: docs/emoji.png. Some people
+follow the name, flags and skin tones unreliably; rarer things keep only a shape and a colour, for so few pictures
+teach no words but their own. FID: not measured yet.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ def get_config(variant: str = "S") -> ml_collections.ConfigDict:
     config.model.decoder_width, config.model.decoder_depth = 32, 3
     config.model.dtype = "float32"
     config.model.remat = "none"
-    config.model.decoder_chunk = 4096
     config.text.encoder = "bytes"
     config.data.source = "captioned_folder"
     config.data.image_size = 64
@@ -55,7 +54,7 @@ def get_config(variant: str = "S") -> ml_collections.ConfigDict:
         config.model.width, config.model.depth, config.model.num_heads = 192, 6, 6
         config.model.patch_size, config.model.unroll = 4, 6
         config.model.text_length, config.model.text_depth = 48, 1
-        config.model.decoder_width, config.model.decoder_depth = 16, 2
+        config.model.decoder_width, config.model.decoder_depth, config.model.decoder_chunk = 16, 2, 4096
         config.data.image_size, config.data.batch_size = 32, 32
         config.optimizer.learning_rate, config.optimizer.warmup_steps = 1e-3, 100
         config.optimizer.ema_decay = 0.998

@@ -10,7 +10,7 @@
 Data: about 60k images with captions in the paper. Weights, averages and the optimizer's moments come from a run of
 `t2i_512.py`.
 
-Hardware and time: 40k steps at batch 512; with this code not measured yet.
+Hardware and time: 40k steps at batch 512; this code's time and memory: not measured yet.
 Expected, the paper's after this stage: GenEval 0.86, DPG-Bench 81.4. With this code: not measured yet.
 """
 

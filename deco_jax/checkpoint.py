@@ -13,6 +13,7 @@ import functools
 import logging as logging_lib
 import pathlib
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -73,7 +74,7 @@ class Checkpoints:
             ) from error
 
     def restore(self, shapes: State, config: ml_collections.ConfigDict) -> State | None:
-        """The newest readable state, or None if there is none yet; damaged ones are named and passed over.
+        """The newest readable state, or None if there is none yet; those that can't be read are named and passed over.
 
         Args:
             shapes: of the state, with shardings (`train_state.state_shapes`).
@@ -95,13 +96,27 @@ class Checkpoints:
             if distributed.all_hosts(state is not None):
                 return state
         if self.steps():
-            raise UserError(f"none of the checkpoints in {self.folder} can be read; remove the folder to start anew")
+            raise UserError(
+                f"none of the checkpoints in {self.folder} can be read (see above); put that right, or give another "
+                "--workdir to start anew"
+            )
         return None
 
-    def remove_after(self, step: int) -> None:
-        """Delete checkpoints newer than `step`: damaged ones, which the resumed run writes again."""
-        for later in [s for s in self.steps() if s > step]:
-            self._manager.delete(later)
+    def set_aside_after(self, step: int) -> None:
+        """Rename checkpoints newer than `step` to STEP.damaged: the resumed run writes these steps again, and what one
+        host could not read for a moment is not lost."""
+        later = [s for s in self.steps() if s > step]
+
+        def rename() -> None:
+            for number in later:
+                aside = self.folder / f"{number}.damaged"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.folder / str(number)).rename(aside)
+                logging.error("the checkpoint of step %s is kept as %s", number, aside)
+
+        if later:
+            distributed.on_main_host(rename)
+            self._manager.reload()
 
     def close(self) -> None:
         self._manager.close()
@@ -171,6 +186,14 @@ def load_config(path: pathlib.Path) -> dict[str, Any]:
         return reader.restore(path / "config")
 
 
+def load_state(path: pathlib.Path, shapes: State, config: ml_collections.ConfigDict) -> State:
+    """All of a named checkpoint; errors as `load_average`, and those of `check_projector`."""
+    with _readable(path):
+        check_model(path, config)
+        check_projector(path, config)
+        return _restore_state(path, shapes)
+
+
 def find(workdir: str, checkpoint: str = "", config: ml_collections.ConfigDict | None = None) -> pathlib.Path:
     """The checkpoint to read: `checkpoint` (a step's folder, or a run's newest), else the workdir's newest.
 
@@ -200,6 +223,12 @@ def complete_steps(workdir: str | pathlib.Path) -> list[int]:
     return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit() and entry.is_dir())
 
 
+def written(path: pathlib.Path) -> str:
+    """What tells a checkpoint from a later one at the same path: Orbax's note of its writing, if there."""
+    note = path / "_CHECKPOINT_METADATA"
+    return note.read_text() if note.exists() else ""
+
+
 def check_model(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     """Raise UserError if a checkpoint holds another model than the config describes."""
     stored = load_config(path)
@@ -214,12 +243,18 @@ def check_model(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
 
 
 def check_projector(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Raise UserError unless a checkpoint to train on has REPA's projector just where the config has."""
-    theirs, ours = load_config(path)["loss"]["repa_weight"], config.loss.repa_weight
+    """Raise UserError unless a checkpoint to train on has REPA's projector just where, and as, the config has."""
+    stored = load_config(path)
+    theirs, ours = stored["loss"]["repa_weight"], config.loss.repa_weight
     if bool(theirs) != bool(ours):
         raise UserError(
             f"{path} was trained {'with' if theirs else 'without'} REPA (config.loss.repa_weight={theirs}) and here it "
             f"is {ours}; training goes on with a projector only from one: make both 0, or both above"
+        )
+    if ours and stored["teacher"]["size"] != config.teacher.size:
+        raise UserError(
+            f"{path} was trained with the teacher {stored['teacher']['size']} and here it is {config.teacher.size}, "
+            "whose features the projector doesn't fit; use the same config.teacher.size, or another --workdir"
         )
 
 

@@ -192,6 +192,7 @@ class Texts:
     ) -> None:  # fmt: skip
         length, width = self._shape = (config.model.text_length, config.model.text_width)
         self._mesh, self._source, self._encoder, self._features = mesh, source, encoder, features
+        self._prefix = config.text.prefix
         self._negative = config.sample.negative_prompt.strip()
         shapes: dict[str, Any] = {"null": jax.ShapeDtypeStruct(self._shape, jnp.bfloat16)}
         self.inputs: dict[str, tuple[tuple[int, ...], Any]] = {"text": ((length, width), jnp.uint16)}
@@ -257,7 +258,9 @@ class Texts:
         """
         names, features = self.names(count), self._features
         if not isinstance(features, Features):
-            return self.prompted(names, frozen)
+            # As they are trained on, and as the stored features are.
+            prompts = CaptionsOf(names.source, names.indices, self._prefix)
+            return dataclasses.replace(self.prompted(prompts, frozen), names=names)
 
         def context(index: np.ndarray) -> np.ndarray:
             return np.stack([features[int(i)] for i in names.indices[index]]).view(ml_dtypes.bfloat16)
@@ -296,10 +299,14 @@ class TokenizeCaption:
 
 
 class CaptionsOf(Sequence[str]):
-    """The captions of some of a source's samples, read when they are asked for."""
+    """The captions of some of a source's samples, read when they are asked for.
 
-    def __init__(self, source: Source, indices: np.ndarray) -> None:
-        self._source, self.indices = source, indices
+    Args:
+        prefix: before those that are trained on with it, as `text.prefixed` says.
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray, prefix: str = "") -> None:
+        self.source, self.indices, self._prefix = source, indices, prefix
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -307,4 +314,4 @@ class CaptionsOf(Sequence[str]):
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
-        return read_caption(self._source, int(self.indices[i]))
+        return text.prefixed(read_caption(self.source, int(self.indices[i])), self._prefix)

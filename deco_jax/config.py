@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -47,6 +49,7 @@ def one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
 
 FLOAT = (int, float)
 BYTE_WIDTH = 257  # what a caption's bytes can be, and padding
+SEED = Key(int, *between(0, 2**63 - 1))  # what JAX makes keys of
 IMAGE_SIZE = Key(
     (int, tuple),
     lambda size: all(isinstance(s, int) and s >= 8 for s in image_sides(size)) and len(image_sides(size)) == 2,
@@ -142,7 +145,7 @@ SECTIONS: dict[str, dict[str, Key]] = {
             tuple, lambda pair: len(pair) == 2 and 0 <= pair[0] <= pair[1] <= 1, "two times (low, high) within 0..1"
         ),
         "shift": Key(FLOAT, *above(0)),
-        "seed": Key(int, *at_least(0)),
+        "seed": SEED,
         "npz": Key(bool),  # also write samples/samples.npz
         "grid_images": Key(int, *at_least(1)),  # at most this many in a grid
     },
@@ -185,7 +188,7 @@ SECTIONS: dict[str, dict[str, Key]] = {
     },
 }
 TOP = {
-    "seed": Key(int, *at_least(0)),
+    "seed": SEED,
     "init_from": Key(str),  # checkpoint whose weights a new run starts from; "": none
     "init_optimizer": Key(bool),  # and whose optimizer's moments
 }
@@ -211,6 +214,17 @@ def check(config: ml_collections.ConfigDict) -> None:
     _check_together(config)
 
 
+def settle_paths(config: ml_collections.ConfigDict, **flags: str) -> None:
+    """Put the home folder for a leading ~ in settings; UserError for a path that is a URL, in a flag or a setting."""
+    named = {f"--{name}": value for name, value in flags.items()}
+    named |= {f"config.{key}": value for key, value in flatten(config.to_dict()).items()}
+    for name, value in named.items():
+        if isinstance(value, str) and re.match(r"[a-z][a-z0-9+.-]*://", value):
+            raise UserError(f"{name}={value} is no path of this machine; mount it (gcsfuse, s3fs) and give that path")
+        if isinstance(value, str) and value.startswith("~/") and name.startswith("config."):
+            config.update_from_flattened_dict({name.removeprefix("config."): os.path.expanduser(value)})
+
+
 def _check_keys(where: str, values: Mapping[str, Any], keys: Mapping[str, Key], more: list[str] | None = None) -> None:
     for name, value in values.items():
         if name not in keys:
@@ -223,7 +237,11 @@ def _check_keys(where: str, values: Mapping[str, Any], keys: Mapping[str, Key], 
         if not typed:
             expected = " or ".join(k.__name__ for k in kinds)
             raise UserError(f"{where}.{name}={value!r} must be of type {expected}" + (f", {rule}" if rule else ""))
-        if not test(value):
+        try:
+            allowed = test(value)
+        except TypeError:  # an element of a pair
+            allowed = False
+        if not allowed:
             raise UserError(f"{where}.{name}={value!r} must be {rule}")
     for name in keys:
         if name not in values:
@@ -250,6 +268,8 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
             f"the head width {model.width // model.num_heads} (config.model.width / config.model.num_heads) must be "
             "a multiple of 4, for a rotary embedding of two axes"
         )
+    if model.attention == "cudnn" and model.dtype != "bfloat16":
+        raise UserError(f"config.model.attention=cudnn needs config.model.dtype=bfloat16, not {model.dtype}")
     if model.name == "deco" and model.patch_size % model.decoder_patch_size:
         raise UserError(
             f"config.model.decoder_patch_size={model.decoder_patch_size} does not divide "
@@ -309,8 +329,11 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+# Settings of a model that say how it is computed: its parameters are the same whatever they are.
+COMPUTED = ("dtype", "remat", "unroll", "attention", "decoder_chunk")
+
+
 def model_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """Settings in which two model sections describe different parameters, as "key: theirs there, ours here"."""
-    harmless = {"dtype", "remat", "unroll", "attention", "decoder_chunk"}
-    keys = [key for key in {**ours, **theirs} if key not in harmless and ours.get(key) != theirs.get(key)]
+    keys = [key for key in {**ours, **theirs} if key not in COMPUTED and ours.get(key) != theirs.get(key)]
     return [f"{key}: {theirs.get(key)} there, {ours.get(key)} here" for key in keys]

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from deco_jax.data.source import Source
 from deco_jax.errors import UserError
 
 # A stage that takes longer says so, again and again.
@@ -31,8 +32,9 @@ def several_tasks(environment: Mapping[str, str]) -> bool:
 
 
 def start(
-    coordinator: str = "", num_processes: int = 0, process_id: int = -1, timeout: int = 300, forced: bool = False
-) -> None:
+    coordinator: str = "", num_processes: int = 0, process_id: int = -1, timeout: int = 300, forced: bool = False,
+    preemptible: bool = False,
+) -> None:  # fmt: skip
     """Join the other processes, if there are any, before anything touches a device.
 
     Args:
@@ -40,6 +42,8 @@ def start(
         num_processes, process_id: how many there are, and which this one is.
         timeout: seconds for each stage; then the process ends with status 1 and names the stage.
         forced: join even if nothing in the environment speaks of several tasks (a TPU pod's virtual machines).
+        preemptible: JAX's preemption service takes SIGTERM, for `preemption.Watch` to ask it; otherwise SIGTERM ends
+            the process as ever.
 
     Raises:
         UserError: the flags contradict each other, or the others can't be joined.
@@ -60,6 +64,7 @@ def start(
 
     who = f"process {process_id} of {num_processes}" if explicit else "this process"
     where = f"to the coordinator {coordinator}" if explicit else "as the environment says"
+    jax.config.update("jax_enable_preemption_service", preemptible)
     with stage(f"connecting {where}", timeout, who):
         try:
             # The watch over the stage ends a process that waits too long, with a line that JAX wouldn't give.
@@ -153,10 +158,28 @@ def all_hosts(value: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.asarray(value))))
 
 
+def sum_of_hosts(value: int) -> int:
+    """The sum of all hosts' values, on all hosts."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.sum(multihost_utils.process_allgather(np.asarray(value, np.int32))))
+
+
 def same_on_all_hosts(text: str) -> bool:
     """Whether all hosts give the first host's text."""
     ours = zlib.crc32(text.encode("utf-8", "surrogatepass")) >> 1
     return all_hosts(from_main_host(ours) == ours)
+
+
+def check_same_data(source: Source) -> None:
+    """UserError unless every host lists the same samples: each reads its share of one order of them."""
+    spread = np.linspace(0, len(source) - 1, min(len(source), 1000)).astype(int)
+    listing = [str(len(source)), *source.class_names, *(source.name(int(i)) for i in spread)]
+    if not same_on_all_hosts("\n".join(listing)):
+        raise UserError(
+            f"the hosts don't list the same images (here {len(source):,} of {len(source.class_names):,} classes); "
+            "give all of them the same copy of the data at the same path"
+        )
 
 
 def leave(code: int, timeout: float = 60.0) -> NoReturn:

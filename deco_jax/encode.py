@@ -38,6 +38,7 @@ def encode(config: ml_collections.ConfigDict, workdir: str) -> None:
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding.check_batch(mesh, config.data.batch_size, "config.data.batch_size")
     source = sources.open_source(config.data)
+    distributed.check_same_data(source)
     sources.check_classes(source, config.model.num_classes)
     encoder = text.open_encoder(config)
     key = condition_lib.features_key(config, source)

@@ -5,11 +5,12 @@
     reference (an ADM .npz, the config's data)      ─┘
 
 Images are read in batches and only their statistics are kept, in WORKDIR/evaluation, from where a run that was cut off
-goes on. Runs that share config.evaluate.cache, a folder, measure their reference once.
+goes on. Runs that share config.evaluate.cache, a folder, use the reference that the first of them to end measured.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ import jax
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
+from PIL import Image
 
 from deco_jax import checkpoint, distributed, generate, sharding
 from deco_jax.condition import Condition, Requests, open_condition
@@ -68,32 +70,28 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: s
     inception = inception_path(config)
     samples = open_samples(config, workdir, checkpoint_path, mesh)
     reference = open_reference(config)
+    warnings = warnings_about(samples, reference)
     extractor = FeatureExtractor(load_inception(inception), min(settings.batch_size, samples.total), mesh)
     weights = _digest(inception.read_bytes())
     folder = pathlib.Path(workdir) / FOLDER
     for written in (folder, pathlib.Path(settings.cache or folder)):
         make_workdir(written)
+    if jax.process_index() == 0:
+        for line in warnings:
+            print(f"warning: {line}", flush=True)
 
     ours = measure(
         samples, extractor, folder / "samples.npz", weights, settings.precision_recall_samples, settings.save_every
     )
-    theirs, features, notes = reference.measure(extractor, folder, weights, config)
+    theirs, features = reference.measure(extractor, folder, weights, config)
     scores, missing = score(ours, theirs, features, settings, mesh)
     if not extractor.has_classifier:
         missing["inception_score"] = f"{inception} has no classifier; pt_inception-2015-12-05-6726825d.pth has one"
     if theirs.mu_s is None:
         missing["sfid"] = f"{reference.name} has no 'mu_s' and 'sigma_s'"
-    warnings = [small_sample_warning(samples.total)]
-    if theirs.num_images is not None:
-        warnings.append(small_sample_warning(theirs.num_images, "reference images"))
-    if reference.size and reference.size != samples.size:
-        warnings.append(
-            f"samples of {_sides(samples.size)} against reference images of {_sides(reference.size)}: "
-            "a FID across sizes also counts what resizing does"
-        )
     result = {
         **{name: scores.get(name) for name in TITLES}, "missing": missing,
-        "warnings": [line for line in warnings if line] + notes,
+        "warnings": warnings,
         "samples": {"from": samples.name, "images": samples.total, "kept": _length(ours.pool3())},
         "reference": {"from": reference.name, "images": theirs.num_images, "kept": _length(features)},
         "neighbours": NEIGHBOURS, "parameters": samples.parameters,
@@ -106,6 +104,22 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: s
         write_json(path, result)
         print(table(result))
         print(f"wrote {path}")
+
+
+def warnings_about(samples: ImageSet, reference: ReferenceSet) -> list[str]:
+    """What makes the scores less than comparable. UserError for sets too small to have any."""
+    lines = []
+    for count, what in ((samples.total, "samples"), (reference.num_images, "reference images")):
+        if count is not None and count < 2:
+            raise UserError(f"{what}: {count}; a FID needs at least 2 (50,000 is usual)")
+        if count is not None:
+            lines.append(small_sample_warning(count, what))
+    if reference.size and reference.size != samples.size:
+        lines.append(
+            f"samples of {_sides(samples.size)} against reference images of {_sides(reference.size)}: "
+            "a FID across sizes also counts what resizing does"
+        )
+    return [line for line in lines if line] + reference.notes
 
 
 def score(
@@ -181,7 +195,8 @@ def measure(
     if state.count:
         say(f"{images.name}: {state.count:,} of {images.total:,} images are measured already")
     saved, spoke, began, first = state.count, time.monotonic(), time.monotonic(), state.count
-    for batch in images.batches(extractor.batch_size, state.count) if state.count < images.total else ():
+    batches = images.batches(extractor.batch_size, state.count) if state.count < images.total else iter(())
+    for batch in rebatched(batches, extractor.batch_size):
         index = np.arange(state.count, state.count + len(batch))
         state.add(extractor(batch), (index + 1) * num_kept // images.total > index * num_kept // images.total)
         done = state.count == images.total
@@ -194,6 +209,19 @@ def measure(
             speed = (state.count - first) / (spoke - began)
             say(f"{images.name}: {state.count:,} of {images.total:,} images measured, {speed:.3g} a second")
     return state
+
+
+def rebatched(batches: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """The same images in batches of `size`, however many each of `batches` brings; the last may be smaller."""
+    waiting: list[np.ndarray] = []
+    for batch in batches:
+        waiting.append(batch)
+        while sum(map(len, waiting)) >= size:
+            whole = np.concatenate(waiting) if len(waiting) > 1 else waiting[0]
+            yield whole[:size]
+            waiting = [whole[size:]]
+    if sum(map(len, waiting)):
+        yield np.concatenate(waiting)
 
 
 def measured_from(images: ImageSet, weights: str, num_kept: int) -> str:
@@ -241,28 +269,36 @@ def folder_images(folder: pathlib.Path) -> ImageSet:
     if not files:
         raise UserError(f"{folder} holds no images ({', '.join(sources.IMAGE_SUFFIXES)}); check the path")
     listing = "".join(f"{p.relative_to(folder)} {p.stat().st_size} {p.stat().st_mtime_ns}\n" for p in files)
-    height, width, _ = _pixels(files[0]).shape
-    size = (height, width)
+    size = _header(files[0])
+    for path in files:
+        if _header(path) != size:
+            raise UserError(
+                f"{path} is {_sides(_header(path))} pixels and {files[0].name} {_sides(size)}; "
+                "samples must be of one size"
+            )
 
     def batches(batch_size: int, start: int) -> Iterator[np.ndarray]:
         for first in range(start, len(files), batch_size):
-            batch = []
-            for path in files[first : first + batch_size]:
-                pixels = _pixels(path)
-                if pixels.shape[:2] != size:
-                    raise UserError(
-                        f"{path} is {_sides(pixels.shape[:2])} pixels and {files[0].name} {_sides(size)}; "
-                        "samples must be of one size"
-                    )
-                batch.append(pixels)
-            yield np.stack(batch)
+            yield np.stack([_pixels(path) for path in files[first : first + batch_size]])
 
     return ImageSet(str(folder), f"{folder.absolute()} {_digest(listing.encode())}", len(files), size, batches)
 
 
+def _header(path: pathlib.Path) -> tuple[int, int]:
+    """(height, width) as the file's beginning says."""
+    with _readable(path), Image.open(path) as picture:
+        return picture.height, picture.width
+
+
 def _pixels(path: pathlib.Path) -> np.ndarray:
-    try:
+    with _readable(path):
         return np.asarray(transforms.decode(str(path)))
+
+
+@contextlib.contextmanager
+def _readable(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # on a damaged file PIL raises nearly anything
         raise UserError(f"the image {path} can't be read ({error}); remove or replace it") from error
 
@@ -273,7 +309,7 @@ def drawn_samples(config: ml_collections.ConfigDict, workdir: str, checkpoint_pa
     Not of config.sample.prompts: what they show needn't be what the reference shows.
     """
     where = checkpoint.find(workdir, checkpoint_path, config)
-    network = network_lib.build(config.model.to_dict())
+    network = network_lib.build(config.model.to_dict(), mesh.size)
     source = sources.open_source(config.data) if config.model.text_width else None
     condition = open_condition(config, mesh, source)
     generator = generate.make_generator(network, config, mesh)
@@ -301,13 +337,20 @@ class ReferenceSet(NamedTuple):
     notes: list[str]
 
     @property
+    def num_images(self) -> int | None:
+        """Images behind its statistics; None where a file doesn't say."""
+        if self.statistics is not None:
+            return self.statistics.num_images
+        return self.images.total if self.images else None
+
+    @property
     def size(self) -> tuple[int, int] | None:
         return self.images.size if self.images else None
 
     def measure(
         self, extractor: FeatureExtractor, folder: pathlib.Path, weights: str, config: ml_collections.ConfigDict
-    ) -> tuple[Statistics, np.ndarray | None, list[str]]:
-        """Its statistics, the pool3 features for precision and recall (None without images), and what to say of it.
+    ) -> tuple[Statistics, np.ndarray | None]:
+        """Its statistics, and the pool3 features for precision and recall (None without images).
 
         Args:
             folder: where what is measured is kept, unless config.evaluate.cache names another.
@@ -324,7 +367,7 @@ class ReferenceSet(NamedTuple):
         if statistics is None:
             assert measured is not None
             statistics = measured.statistics()
-        return statistics, measured.pool3() if measured else None, self.notes
+        return statistics, measured.pool3() if measured else None
 
 
 def open_reference(config: ml_collections.ConfigDict) -> ReferenceSet:
@@ -358,10 +401,23 @@ def source_images(config: ml_collections.ConfigDict) -> ImageSet:
         finally:
             read.close()
 
-    names = [source.name(int(i)) for i in indices[np.linspace(0, count - 1, min(count, 1000)).astype(int)]]
-    identity = json.dumps([data.source, data.path, data.split, size, len(source), source.class_names, names])
+    identity = json.dumps([
+        data.source, os.path.abspath(data.path) if os.path.exists(data.path) else data.path, data.split, size,
+        len(source), source.class_names, _contents(source, indices),
+    ])  # fmt: skip
     where = " ".join(part for part in (data.source, data.path, data.split) if part)
     return ImageSet(f"data {where}", _digest(identity.encode()), count, size, batches)
+
+
+def _contents(source: sources.Source, indices: np.ndarray) -> str:
+    """Digest of the names and bytes of up to 200 of the images, evenly spread: all would take as long as measuring."""
+    digest = hashlib.sha256()
+    for i in indices[np.linspace(0, len(indices) - 1, min(len(indices), 200)).astype(int)]:
+        digest.update(source.name(int(i)).encode())
+        with contextlib.suppress(Exception):  # unreadable images are counted where they are measured
+            image = source[int(i)]["image"]
+            digest.update(pathlib.Path(image).read_bytes() if isinstance(image, str) else bytes(image))
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------- during training
@@ -397,7 +453,7 @@ class QuickFID:
     ) -> float:
         """FID of the samples of a generator's weights, of all classes or of the data's captions."""
         if self._statistics is None:
-            self._statistics, _, _ = self._reference.measure(self._extractor, self._folder, self._weights, self._config)
+            self._statistics, _ = self._reference.measure(self._extractor, self._folder, self._weights, self._config)
         size = image_sides(self._config.data.image_size)
         requests = self._requests = self._requests or condition.requests(self._count, frozen)
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import pathlib
+import time
 import uuid
 from collections.abc import Iterator
+
+STALE = 3600.0  # seconds after which nobody is still writing a part
 
 
 @contextlib.contextmanager
@@ -14,7 +18,8 @@ def whole(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator[pat
     """A path to write to, which takes the place of `path` if the block ends well and is removed if it doesn't.
 
     Args:
-        shared: several processes may write the same file at once; the last one wins.
+        shared: several processes may write the same file at once; the last one wins. Parts that a kill left behind
+            go the next time.
 
     Raises:
         OSError: the file, or a folder that it lies in, can't be written.
@@ -23,6 +28,11 @@ def whole(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator[pat
     path.parent.mkdir(parents=True, exist_ok=True)
     # A fixed name where that will do: what a kill leaves behind is written over the next time.
     part = path.with_name(f"{path.name}{'.' + uuid.uuid4().hex if shared else ''}.part")
+    if shared:
+        for left in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > STALE:
+                    left.unlink()
     try:
         yield part
         part.replace(path)

@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from deco_jax import distributed
+from deco_jax import checkpoint, distributed
 from deco_jax.condition import Condition, Requests, Texts
 from deco_jax.config import to_json
 from deco_jax.data import prompts as prompts_lib
@@ -134,7 +134,8 @@ def fingerprint(config: ml_collections.ConfigDict, where: pathlib.Path, names: S
     """Names everything that the images depend on; `names` are their captions."""
     values = to_json(config)
     drawn_from = {
-        "checkpoint": str(where), "model": values["model"], "size": values["data"]["image_size"],
+        "checkpoint": [str(where), checkpoint.written(where)],
+        "model": values["model"], "size": values["data"]["image_size"],
         "sample": {k: v for k, v in values["sample"].items() if k not in ("npz", "grid_images", "batch_size")},
     }  # fmt: skip
     if names is not None:

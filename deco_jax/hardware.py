@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import jax
 
+from deco_jax.errors import UserError
+
 
 class Chip(NamedTuple):
     """One device as JAX counts them."""
@@ -46,6 +48,12 @@ def chip_of(device: jax.Device) -> Chip | None:
 # of the time. The library keeps the sums, which it does in more exact steps.
 _CPU_KERNELS = "--xla_cpu_experimental_ynn_fusion_type"
 _CPU_KERNELS_KNOWN = ("0.10.", "0.11.", "0.12.")  # XLA ends the process at a flag that it doesn't know
+
+
+def check_attention(attention: str) -> None:
+    """UserError if this machine has not what config.model.attention needs."""
+    if attention == "cudnn" and jax.default_backend() != "gpu":
+        raise UserError(f"config.model.attention=cudnn needs an NVIDIA GPU, not a {jax.default_backend()}; use xla")
 
 
 def set_xla_flags() -> None:

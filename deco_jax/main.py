@@ -39,7 +39,18 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Several processes: ho
 _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Several processes: which one this is, from 0.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other hosts of a TPU pod; SLURM and MPI are noticed.")
 _TIMEOUT = flags.DEFINE_integer("distributed_timeout", 300, "Seconds that each stage of joining may take.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Checkpoint to read instead of the workdir's newest.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "", "Checkpoint to read instead of the workdir's newest; train: to go on from in a new workdir."
+)
+
+# Modes that run the model on this machine.
+COMPUTING = ("train", "sample", "evaluate", "spectrum", "demo", "benchmark")
+# Flags that only some modes read.
+READ_BY = {
+    "checkpoint": ("train", "sample", "evaluate", "spectrum", "demo", "export"),
+    "source": ("import",),
+    "topology": ("compile",),
+}
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -150,23 +161,33 @@ def _run() -> None:
 
     logging.set_verbosity(logging.WARNING)
     set_xla_flags()
-    workdir = _WORKDIR.value or ""
+    # The shell leaves the ~ of --workdir=~/runs alone.
+    workdir, checkpoint, source = (os.path.expanduser(flag.value or "") for flag in (_WORKDIR, _CHECKPOINT, _SOURCE))
     try:
+        for flag, modes in READ_BY.items():
+            if flags.FLAGS[flag].value and _MODE.value not in modes:
+                raise UserError(f"--mode={_MODE.value} doesn't read --{flag}, only {', '.join(modes)}; leave it out")
         config_lib.check(_CONFIG.value)
+        config_lib.settle_paths(_CONFIG.value, workdir=workdir, checkpoint=checkpoint, source=source)
         if _MODE.value not in ("compile", "report"):
             from deco_jax import distributed
 
             distributed.start(
-                _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _TIMEOUT.value, _DISTRIBUTED.value
+                _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _TIMEOUT.value, _DISTRIBUTED.value,
+                preemptible=_MODE.value == "train",
             )
+        if _MODE.value in COMPUTING:
+            from deco_jax.hardware import check_attention
+
+            check_attention(_CONFIG.value.model.attention)
         if _MODE.value == "train":
             from deco_jax.train import train
 
-            train(_CONFIG.value, workdir)
+            train(_CONFIG.value, workdir, checkpoint)
         elif _MODE.value == "sample":
             from deco_jax.sample import sample
 
-            sample(_CONFIG.value, workdir, _CHECKPOINT.value)
+            sample(_CONFIG.value, workdir, checkpoint)
         elif _MODE.value == "encode":
             from deco_jax.encode import encode
 
@@ -174,11 +195,11 @@ def _run() -> None:
         elif _MODE.value == "evaluate":
             from deco_jax.evaluate import evaluate
 
-            evaluate(_CONFIG.value, workdir, _CHECKPOINT.value)
+            evaluate(_CONFIG.value, workdir, checkpoint)
         elif _MODE.value == "spectrum":
             from deco_jax.spectrum import spectrum
 
-            spectrum(_CONFIG.value, workdir, _CHECKPOINT.value)
+            spectrum(_CONFIG.value, workdir, checkpoint)
         elif _MODE.value == "report":
             from deco_jax.report import report
 
@@ -186,7 +207,7 @@ def _run() -> None:
         elif _MODE.value == "demo":
             from deco_jax.demo import demo
 
-            demo(_CONFIG.value, workdir, _CHECKPOINT.value, _PORT.value)
+            demo(_CONFIG.value, workdir, checkpoint, _PORT.value)
         elif _MODE.value == "compile":
             from deco_jax.compile import compile_step
 
@@ -198,11 +219,11 @@ def _run() -> None:
         elif _MODE.value == "import":
             from deco_jax.convert.checkpoints import import_checkpoint
 
-            import_checkpoint(_CONFIG.value, workdir, _SOURCE.value)
+            import_checkpoint(_CONFIG.value, workdir, source)
         elif _MODE.value == "export":
             from deco_jax.convert.checkpoints import export_checkpoint
 
-            export_checkpoint(_CONFIG.value, workdir, _CHECKPOINT.value)
+            export_checkpoint(_CONFIG.value, workdir, checkpoint)
     except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt:  # before or between what can be saved

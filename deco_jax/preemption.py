@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 from typing import Any
@@ -13,7 +14,8 @@ from jax.experimental import multihost_utils
 class Watch:
     """While entered, SIGTERM and the first Ctrl-C only ask the loop to stop; a second Ctrl-C ends at once.
 
-    With several hosts JAX's preemption service spreads the signal, and all hosts agree on one step.
+    With several hosts JAX's preemption service spreads the signal, and all hosts agree on one step; a Ctrl-C is passed
+    on to it as a SIGTERM.
     """
 
     def __init__(self) -> None:
@@ -35,11 +37,13 @@ class Watch:
         if self._signal == signal.SIGINT == number:
             raise KeyboardInterrupt
         self._signal = number
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def stopping(self, step: int) -> bool:
         """Whether to save after this step and stop; the same answer on every host."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            self._signal = signal.SIGTERM
+            self._signal = self._signal or signal.SIGTERM
             return True
         return self._signal is not None and jax.process_count() == 1
 
@@ -49,5 +53,5 @@ class Watch:
 
     @property
     def exit_code(self) -> int:
-        """0 after SIGTERM, which asked for this; 130 after Ctrl-C, so that scripts stop too."""
-        return 130 if self._signal == signal.SIGINT else 0
+        """0 after SIGTERM, which asked for this; 130 after Ctrl-C on a single host, so that scripts stop too."""
+        return 130 if self._signal == signal.SIGINT and jax.process_count() == 1 else 0

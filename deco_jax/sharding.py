@@ -143,4 +143,9 @@ def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array
 def place_everywhere(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """A global batch that every host has all of, split over the devices."""
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__) for name, rows in batch.items()}
+    return {name: place(rows, sharding) for name, rows in batch.items()}
+
+
+def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array that every host has all of, each giving its own devices' parts."""
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)

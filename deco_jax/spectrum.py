@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from deco_jax import checkpoint, files, generate, sharding
 from deco_jax.condition import Classes
-from deco_jax.config import to_json
+from deco_jax.config import COMPUTED, to_json
 from deco_jax.data import pipeline, sources
 from deco_jax.data.transforms import image_sides
 from deco_jax.dct import zigzag
@@ -101,10 +101,11 @@ def _curve(energy: np.ndarray) -> dict[str, list[float]]:
 
 
 def stored_config(where: pathlib.Path, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """`config` with the model and the image size that a checkpoint was trained with."""
+    """`config` with the model and the image size that a checkpoint was trained with, computed as `config` says."""
     stored = checkpoint.load_config(where)
     theirs = ml_collections.ConfigDict(config.to_dict())
-    theirs.model = ml_collections.ConfigDict(stored["model"])
+    computed = {key: config.model[key] for key in COMPUTED if key in config.model and key in stored["model"]}
+    theirs.model = ml_collections.ConfigDict(stored["model"] | computed)
     size = stored["data"]["image_size"]
     theirs.data.image_size = tuple(size) if isinstance(size, list) else size
     height, width = image_sides(theirs.data.image_size)
@@ -121,7 +122,7 @@ def model_energies(config: ml_collections.ConfigDict, where: pathlib.Path, mesh:
     Returns:
         {"dit": [block, block], "velocity": [8, 8]}, float64.
     """
-    network = network_lib.build(config.model.to_dict())
+    network = network_lib.build(config.model.to_dict(), mesh.size)
     params = checkpoint.load_average(where, network.shapes, config, mesh)
     measure = make_measure(network, config, mesh)
     count = config.spectrum.num_images

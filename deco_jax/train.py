@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -131,6 +132,9 @@ def draw(key: jax.Array, shape: tuple[int, ...], loss: ml_collections.ConfigDict
 
 # ---------------------------------------------------------------------------------------- one step
 
+# Keeps the noise of training apart from that of samples, whose keys are those of the seed and their index, below this.
+TRAINING = 2**31
+
 
 def make_train_step(
     networks: dict[str, Network],
@@ -152,7 +156,7 @@ def make_train_step(
         return {"loss": loss, **parts}, grads
 
     def train_step(state: State, batch: Batch, frozen: dict[str, Any]) -> tuple[State, Metrics]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), TRAINING), state["step"])
         draws = draw(key, batch["image"].shape, config.loss)
         if accumulate == 1:
             metrics, grads = loss_and_gradient(state["params"], batch, draws, frozen)
@@ -204,9 +208,15 @@ def lower_train_step(
 
 # ---------------------------------------------------------------------------------------- the program
 
+CLASSES = "classes.json"  # their names in the order of the labels
 
-def train(config: ml_collections.ConfigDict, workdir: str) -> None:
-    """Train to config.train.num_steps, from the newest checkpoint in the workdir if there is one."""
+
+def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str = "") -> None:
+    """Train to config.train.num_steps, from the newest checkpoint in the workdir if there is one.
+
+    Args:
+        checkpoint_path: of another run, which a workdir without checkpoints goes on from: step, weights, moments.
+    """
     folder = pathlib.Path(workdir)
 
     # Everything that can be wrong is found before anything compiles or is written.
@@ -214,20 +224,29 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
     sharding.check_batch(mesh, config.data.batch_size, "config.data.batch_size", config.optimizer.accumulate_steps)
     with distributed.stage("listing the images"):
         source = sources.open_source(config.data)
+        distributed.check_same_data(source)
     prompts = generate.open_prompts(config) if config.train.sample_every else None
     condition = open_condition(config, mesh, source)
-    if config.init_from and not checkpoint.complete_steps(folder):
-        checkpoint.check_projector(checkpoint.find(config.init_from, config=config), config)
+    if config.init_from and checkpoint_path:
+        raise UserError(
+            "--checkpoint goes on with a run and config.init_from begins one with its weights; give one of them"
+        )
+    if (config.init_from or checkpoint_path) and not checkpoint.complete_steps(folder):
+        checkpoint.check_projector(checkpoint.find(checkpoint_path or config.init_from, config=config), config)
+    check_same_classes(folder, source.class_names)
     quick_fid = QuickFID(config, folder, mesh) if config.evaluate.every else None
     networks, observe, frozen = make_networks(config, mesh, condition)
     optimizer = make_optimizer(config.optimizer)
     shapes = state_shapes(networks, optimizer, mesh)
     requests = grid_requests(config, condition, frozen, prompts) if config.train.sample_every else None
-    make_workdir(folder)
+    for written in (folder, *([pathlib.Path(config.evaluate.cache)] if quick_fid and config.evaluate.cache else [])):
+        make_workdir(written)
 
     checkpoints = checkpoint.Checkpoints(folder, config.train.keep_checkpoints)
     with distributed.stage("reading the newest checkpoint"):
         state = checkpoints.restore(shapes, config)
+        if state is None and checkpoint_path:
+            state = checkpoint.load_state(checkpoint.find(checkpoint_path), shapes, config)
     resumed = state is not None
     if state is None:
         with distributed.stage("creating the state"):
@@ -235,10 +254,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
             if config.init_from:
                 state = start_from(config, state, mesh)
     start = int(state["step"])
-    checkpoints.remove_after(start)
+    checkpoints.set_aside_after(start)
     main_host = jax.process_index() == 0
     if main_host:
         write_json(folder / "config.json", to_json(config))
+        write_json(folder / CLASSES, source.class_names)
     writer = Writer(folder, config.train.num_steps, resumed_at=start, active=main_host)
     writer.say(
         f"{config.model.name} with {networks['denoiser'].num_params:,} parameters on "
@@ -267,6 +287,21 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
         checkpoints.close()
 
 
+def check_same_classes(folder: pathlib.Path, names: list[str]) -> None:
+    """UserError if a run that goes on would take its labels for other classes than it was trained on so far."""
+    path = folder / CLASSES
+    if not path.exists() or not checkpoint.complete_steps(folder):
+        return
+    before = json.loads(path.read_text())
+    changed = [f"{i} was {a!r} and is {b!r}" for i, (a, b) in enumerate(zip(before, names, strict=False)) if a != b]
+    if before != names:
+        what = changed[0] if changed else f"there were {len(before):,} and are {len(names):,}"
+        raise UserError(
+            f"{folder} was trained on other classes: {what}; give it its data, or another --workdir with "
+            "--config.init_from"
+        )
+
+
 def run(
     config: ml_collections.ConfigDict, folder: pathlib.Path, mesh: Mesh, networks: dict[str, Network],
     optimizer: optax.GradientTransformation, condition: Condition, observe: Observer, frozen: dict[str, Any],
@@ -276,12 +311,13 @@ def run(
     """The loop of `train`, with everything made."""
     start, total = int(state["step"]), config.train.num_steps
     generator = generate.make_generator(networks["denoiser"], config, mesh)
-    unreadable = 0
+    unreadable = unreadable_ahead = 0  # in this host's batches so far, and in the one it has read ahead
+    unreadable_before = int(writer.last.get("unreadable_images", 0))
 
     def read() -> Batch:
-        nonlocal unreadable
+        nonlocal unreadable_ahead
         batch = next(batches)
-        unreadable += len(batch["unreadable"])
+        unreadable_ahead = len(batch["unreadable"])
         return sharding.place_batch(mesh, {name: batch[name] for name in ("image", *condition.inputs)})
 
     with distributed.stage("reading the first batch"):
@@ -300,6 +336,7 @@ def run(
     with monitor.CompileWatch() as compilations, contextlib.closing(profiler):
         for step in range(start + 1, total + 1):
             profiler.before(step - start - 1)
+            unreadable += unreadable_ahead
             if step == start + 1:
                 with distributed.stage("the first step"), compilations.expected():
                     state, metrics = jax.block_until_ready(compiled(state, placed, frozen))
@@ -324,15 +361,19 @@ def run(
                     memory = monitor.peak_memory()
                     if memory is not None:
                         values["peak_memory_gib"] = memory / 2**30
-                    if quick_fid is not None and quick_fid.due(step):
-                        with compilations.expected():
-                            values["fid"] = quick_fid(generator, state["ema"], condition, frozen)
-                    writer.write(step, {**values, "images_per_second": speed, "unreadable_images": unreadable})
+                    values["images_per_second"] = speed
+                    count = unreadable_before + distributed.sum_of_hosts(unreadable)
+                    writer.write(step, {**values, "unreadable_images": count})
                 since = time.monotonic()
                 pending = []
             if saving:
                 with compilations.expected():  # of the copies that a save starts with
                     checkpoints.save(step, state, config)
+            if quick_fid is not None and quick_fid.due(step):
+                # After the save: it takes minutes, and what goes wrong in it must not cost the steps before.
+                with compilations.expected():
+                    writer.add(step, "fid", quick_fid(generator, state["ema"], condition, frozen))
+                since = time.monotonic()
             if requests is not None and (step % config.train.sample_every == 0 or step == total):
                 with contextlib.nullcontext() if sampled else compilations.expected():
                     grid = sample_grid(generator, state["ema"], requests, config, mesh)
@@ -402,7 +443,7 @@ def abstract_networks(
         condition: by default one that is known by its shapes alone.
     """
     condition = condition or abstract_condition(config, mesh)
-    networks = {"denoiser": network_lib.build(config.model.to_dict())}
+    networks = {"denoiser": network_lib.build(config.model.to_dict(), mesh.size)}
     teacher, shapes = None, dict(condition.shapes)
     if config.loss.repa_weight:
         teacher = teacher_network(config)

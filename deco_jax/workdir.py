@@ -23,7 +23,7 @@ def make_folder(folder: pathlib.Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # runs that share a folder may do this at the same time
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{folder} is, or lies under, a file; choose another folder") from error
     except OSError as error:

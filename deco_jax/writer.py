@@ -26,10 +26,11 @@ from clu import metric_writers  # noqa: E402
 class TensorBoardWriter(metric_writers.MetricWriter):
     """clu's writer interface over tensorboardX, which needs no TensorFlow."""
 
-    def __init__(self, folder: pathlib.Path) -> None:
+    def __init__(self, folder: pathlib.Path, resumed_at: int = 0) -> None:
         import tensorboardX
 
-        self._writer = tensorboardX.SummaryWriter(str(folder))
+        # Events of later steps, which are done again, are not shown twice.
+        self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=resumed_at + 1 if resumed_at else None)
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         for name, value in scalars.items():
@@ -82,12 +83,13 @@ class Writer:
         self._active, self._total = active, total_steps
         self._start_step, self._start_time = resumed_at, time.monotonic()
         self._live = active and sys.stdout.isatty()
+        self.last: dict[str, Any] = {}  # the line that a resumed run goes on from
         if not active:
             return
         path = workdir / "metrics.jsonl"
-        _keep_until(path, resumed_at)
+        self.last = _keep_until(path, resumed_at)
         self._file = path.open("a")
-        self._board = TensorBoardWriter(workdir / "tensorboard")
+        self._board = TensorBoardWriter(workdir / "tensorboard", resumed_at)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line of metrics.jsonl and one live line."""
@@ -95,7 +97,8 @@ class Writer:
             return
         # JSON has no NaN: what isn't finite is null there.
         row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._row, self._row_at = {"step": step, **row}, self._file.tell()
+        self._file.write(json.dumps(self._row) + "\n")
         self._file.flush()
         self._board.write_scalars(step, {k: v for k, v in metrics.items() if isinstance(v, int | float)})
         self._board.flush()
@@ -103,6 +106,18 @@ class Writer:
             f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float)
         )
         self.say(f"{line}  {self._time_left(step)}", live=True)
+
+    def add(self, step: int, name: str, value: float) -> None:
+        """A value that took long to measure, into the line of its step, which must be the last one written."""
+        if not self._active:
+            return
+        self._row[name] = value if math.isfinite(value) else None
+        self._file.truncate(self._row_at)
+        self._file.write(json.dumps(self._row) + "\n")
+        self._file.flush()
+        self._board.write_scalars(step, {name: value})
+        self._board.flush()
+        self.say(f"step {step}/{self._total}  {name} {value:.4g}")
 
     def _time_left(self, step: int) -> str:
         done = max(1, step - self._start_step)
@@ -138,11 +153,11 @@ class Writer:
             self._board.close()
 
 
-def _keep_until(path: pathlib.Path, step: int) -> None:
-    """Drop the lines of later steps, and a last line that a kill cut short."""
+def _keep_until(path: pathlib.Path, step: int) -> dict[str, Any]:
+    """Drop the lines of later steps, and a last line that a kill cut short; the last one kept, {} if there is none."""
     if not path.exists():
-        return
-    kept = []
+        return {}
+    kept, last = [], {}
     for line in path.read_text().splitlines():
         try:
             row = json.loads(line)
@@ -151,7 +166,9 @@ def _keep_until(path: pathlib.Path, step: int) -> None:
             continue
         if row["step"] <= step:
             kept.append(line)
+            last = row
     write_atomically(path, "".join(line + "\n" for line in kept).encode())
+    return last
 
 
 def write_atomically(path: pathlib.Path, data: bytes) -> None:

@@ -56,7 +56,8 @@ pids=()
 # shellcheck disable=SC2329  # by the traps
 forward() { kill -"$1" "${pids[@]}" 2>/dev/null || true; }
 trap 'forward TERM' TERM
-trap 'forward INT' INT
+# Ctrl-C reaches the processes by itself where a terminal sends it; this is for those that ignore it.
+trap 'forward TERM' INT
 for ((i = 0; i < count; i++)); do
   command_of "$i" "$@"
   if ((i == 0)); then "${command[@]}" & else "${command[@]}" >"$logs/process_$i.log" 2>&1 & fi

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # GPUs of one or several SLURM nodes: one process a GPU, joined by jax.distributed through SLURM's own variables.
 #
-#   launch/slurm.sh [--dry-run] [--nodes=2] [--gpus=8] [--time=24:00:00] [--name=deco] [--sbatch=OPTION ...] -- \
-#       --config=configs/imagenet256.py --workdir=/shared/runs/xl --config.mesh.fsdp=8
+#   launch/slurm.sh [--dry-run] [--nodes=2] [--gpus=8] [--cpus=8] [--time=24:00:00] [--name=deco] \
+#       [--sbatch=OPTION ...] -- --config=configs/imagenet256.py --workdir=/shared/runs/xl --config.mesh.fsdp=8
 #
-# --gpus is for each node; --sbatch=--partition=x and the like are passed on. The workdir must be on a file system
-# that all nodes share. Two minutes before its time is over the job gets SIGTERM, saves, and is put into the queue
-# again; --dry-run prints the batch script.
+# --gpus is for each node, --cpus for each GPU (its data workers share them); --sbatch=--partition=x and the like are
+# passed on. The workdir must be on a file system that all nodes share. Two minutes before its time is over the job
+# gets SIGTERM, saves, and is put into the queue again; --dry-run prints the batch script.
 set -euo pipefail
 
 usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
@@ -14,6 +14,7 @@ usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 dry_run=""
 nodes=1
 gpus=8
+cpus=8
 limit=24:00:00
 name=deco
 extra=()
@@ -22,6 +23,7 @@ while [[ $# -gt 0 ]]; do
     --dry-run) dry_run=1 ;;
     --nodes=*) nodes=${1#*=} ;;
     --gpus=*) gpus=${1#*=} ;;
+    --cpus=*) cpus=${1#*=} ;;
     --time=*) limit=${1#*=} ;;
     --name=*) name=${1#*=} ;;
     --sbatch=*) extra+=("${1#*=}") ;;
@@ -30,7 +32,7 @@ while [[ $# -gt 0 ]]; do
   esac
   shift
 done
-[[ $nodes =~ ^[1-9][0-9]*$ && $gpus =~ ^[1-9][0-9]*$ && $# -gt 0 ]] || usage
+[[ $nodes =~ ^[1-9][0-9]*$ && $gpus =~ ^[1-9][0-9]*$ && $cpus =~ ^[1-9][0-9]*$ && $# -gt 0 ]] || usage
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 arguments=$(printf '%q ' "$@")
@@ -41,6 +43,7 @@ batch() {
 #SBATCH --nodes=$nodes
 #SBATCH --ntasks-per-node=$gpus
 #SBATCH --gpus-per-node=$gpus
+#SBATCH --cpus-per-task=$cpus
 #SBATCH --time=$limit
 #SBATCH --signal=B:TERM@120
 #SBATCH --requeue
@@ -56,6 +59,8 @@ stopped=""
 # shellcheck disable=SC2329  # by the trap
 stop() { stopped=1; kill -TERM "\$step"; }
 trap stop TERM
+# srun doesn't take it from the job by itself.
+export SRUN_CPUS_PER_TASK=$cpus
 # Every task sees all GPUs of its node and takes the one of its local number.
 srun --kill-on-bad-exit=1 --gpu-bind=none ${PYTHON:-python} -m deco_jax.main $arguments&
 step=\$!

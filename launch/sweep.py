@@ -14,14 +14,16 @@
     --gather           only write the table; --dry-run: print what would run
 
 A run lies in WORKDIR/NAME, its name made of its settings, and what --measure asks for in a folder of its own in there.
-One that has reached its last step is skipped, one that was cut off goes on. The table: WORKDIR/sweep.md and sweep.json;
-beside ours, the figures that the paper has for a variant, where the config file lists them as PAPER. Exit status 1 if a
-run failed.
+One that has reached its last step is skipped, one that was cut off goes on; what was measured is measured again only
+after more training or with other overrides. A folder that holds a run of other settings is an error.
+The table: WORKDIR/sweep.md and sweep.json; beside ours, the figures that the paper has for a variant, where the config
+file lists them as PAPER. Exit status 1 if a run failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib.util
 import itertools
 import json
@@ -155,23 +157,59 @@ def last_metrics(run: Run) -> dict[str, Any]:
     return metrics
 
 
+def overrides(words: Sequence[str]) -> dict[str, str]:
+    """{key: value} of command-line words --config.KEY=VALUE or --config.KEY VALUE."""
+    found: dict[str, str] = {}
+    for word, following in itertools.pairwise([*words, ""]):
+        if word.startswith("--config."):
+            key, equals, value = word.removeprefix("--config.").partition("=")
+            found[key] = value if equals else following
+    return found
+
+
+def equal(text: str, value: Any) -> bool:
+    """Whether an override's text means a value of config.json."""
+    try:
+        read = json.loads(json.dumps(ast.literal_eval(text)))  # tuples are lists there
+    except (ValueError, SyntaxError):
+        read = {"true": True, "false": False}.get(text, text)
+    return value in (read, text)
+
+
+def check_settings(run: Run) -> None:
+    """SystemExit if the folder holds a run of other settings: names leave out the sections, so two sweeps can meet."""
+    path = run.folder / "config.json"
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    for key, text in run.settings.items():
+        value: Any = stored
+        for part in key.split("."):
+            value = value.get(part, text) if isinstance(value, dict) else text
+        if key != VARIANT and not equal(text, value):
+            raise SystemExit(f"error: {run.folder} holds a run with {key}={value}, not {text}; give another --workdir")
+
+
+def measured_with(run: Run, mode: str) -> pathlib.Path:
+    """Where a sweep notes the overrides with which it went through a mode."""
+    return run.folder / f"sweep_{mode}.json"
+
+
 def is_done(run: Run, mode: str = "train", more: Sequence[str] = ()) -> bool:
     """Whether a run has logged and saved its last step; or, of another mode, left its file since it was trained.
 
     Args:
-        more: overrides of all runs, which may ask for more steps than the run had.
+        more: overrides of all runs: they may ask for more steps than the run had, or measure it in another way.
     """
     config, metrics = run.folder / "config.json", (run.trained or run.folder) / "metrics.jsonl"
     if mode != "train":
-        left = run.folder / MODES[mode]
-        return left.exists() and (not metrics.exists() or left.stat().st_mtime_ns >= metrics.stat().st_mtime_ns)
+        left, note = run.folder / MODES[mode], measured_with(run, mode)
+        if not left.exists() or (note.exists() and json.loads(note.read_text()) != overrides(more) | run.settings):
+            return False
+        return not metrics.exists() or left.stat().st_mtime_ns >= metrics.stat().st_mtime_ns
     if not config.exists():
         return False
-    key = "train.num_steps"
-    asked = [word.partition("=")[2] for word in more if word.startswith(f"--config.{key}=")]
-    asked += [run.settings[key]] if key in run.settings else []
     try:
-        steps = int(asked[-1]) if asked else json.loads(config.read_text())["train"]["num_steps"]
+        asked = (overrides(more) | run.settings).get("train.num_steps")
+        steps = int(asked) if asked else json.loads(config.read_text())["train"]["num_steps"]
     except ValueError:  # the run says it itself
         return False
     saved = [int(entry.name) for entry in (run.folder / "checkpoints").glob("*") if entry.name.isdigit()]
@@ -315,6 +353,10 @@ def main(argv: list[str]) -> int:
         return subprocess.run(["sbatch"], input=script, text=True).returncode
 
     failed = []
+    for run in runs:
+        check_settings(run)
+    if arguments.only is not None and arguments.only not in range(len(runs)):
+        raise SystemExit(f"error: --only={arguments.only}: the runs are 0 to {len(runs) - 1}")
     chosen = runs if arguments.only is None else runs[arguments.only : arguments.only + 1]
     for run in [] if arguments.gather else chosen:
         tasks = [(mode, task) for mode in arguments.modes
@@ -331,6 +373,8 @@ def main(argv: list[str]) -> int:
                 if subprocess.run(command, cwd=ROOT).returncode:
                     failed.append(run.folder.name)
                     break
+                if mode != "train":
+                    measured_with(task, mode).write_text(json.dumps(overrides(more) | task.settings) + "\n")
     if not arguments.dry_run and arguments.only is None:  # an array's tasks would write over each other
         paper = papers_figures(arguments.config)
         print(

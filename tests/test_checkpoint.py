@@ -101,9 +101,15 @@ def test_keeps_the_newest(tmp_path, state):
     checkpoints.save(10, state, config)  # again: nothing to do
     checkpoints.wait()
     assert checkpoints.steps() == checkpoint.complete_steps(tmp_path) == [2, 10]
-    checkpoints.remove_after(2)
+    checkpoints.set_aside_after(2)
+    assert checkpoints.steps() == checkpoint.complete_steps(tmp_path) == [2]
+    checkpoints.save(10, state, config)  # as the run that goes on does
+    checkpoints.wait()
+    checkpoints.set_aside_after(2)
     checkpoints.close()
     assert checkpoint.complete_steps(tmp_path) == [2]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["10.damaged", "2"]
+    assert restore(tmp_path) is not None
 
 
 def test_half_written_ones_are_passed_over_and_removed(workdir, state):
@@ -129,6 +135,21 @@ def test_damage_anywhere_leads_to_the_one_before(workdir, state, item, caplog):
     shutil.rmtree(workdir / "checkpoints" / "3" / "params")
     with pytest.raises(UserError, match=r"none of the checkpoints in .* can be read"):
         restore(workdir)
+
+
+def test_another_teacher(saved):
+    """Its features are of another width, which is no damage."""
+    config, *_ = make()
+    path = saved / "checkpoints" / "5"
+    checkpoint.check_projector(path, config)
+    config.teacher.size = "L"
+    checkpoint.check_projector(path, config)  # without REPA it is not read
+    stored = checkpoint.load_config(path)
+    stored["loss"]["repa_weight"] = config.loss.repa_weight = 0.5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "load_config", lambda _: stored)
+        with pytest.raises(UserError, match=r"trained with the teacher B and here it is L.*config.teacher.size"):
+            checkpoint.check_projector(path, config)
 
 
 def test_another_model(saved):

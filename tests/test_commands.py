@@ -95,13 +95,20 @@ def test_sampling_goes_on_where_it_was_cut_off(tmp_path):
 
 
 def test_another_request_draws_anew(tmp_path):
-    """Images drawn with another seed or from another checkpoint are not mixed in; the grid's size changes nothing."""
+    """Nothing drawn with another seed or from another checkpoint, also a later one at its path, is mixed in; the grid's
+    size changes nothing.
+    """
     config = importlib.import_module("configs.quickstart").get_config("smoke")
     first = generate.fingerprint(config, tmp_path / "1")
     sample.Parts(tmp_path / "parts", first).add(np.zeros((4, 16, 16, 3), np.uint8))
     config.sample.grid_images = 5
     assert sample.Parts(tmp_path / "parts", generate.fingerprint(config, tmp_path / "1")).count == 4
     assert generate.fingerprint(config, tmp_path / "2") != first
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "_CHECKPOINT_METADATA").write_text('{"init_timestamp_nsecs": 1}')
+    written = generate.fingerprint(config, tmp_path / "1")
+    (tmp_path / "1" / "_CHECKPOINT_METADATA").write_text('{"init_timestamp_nsecs": 2}')
+    assert len({first, written, generate.fingerprint(config, tmp_path / "1")}) == 3
     config.sample.seed = 1
     assert sample.Parts(tmp_path / "parts", generate.fingerprint(config, tmp_path / "1")).count == 0
     assert not list((tmp_path / "parts").glob("*.npy"))

@@ -77,7 +77,7 @@ def test_models_take_exactly_the_settings_of_their_table():
 
 
 WRONG = [
-    ("seed", -1, "seed=-1 must be at least 0"),
+    ("seed", -1, "seed=-1 must be from 0 to"),
     ("seed", 1.5, "seed=1.5 must be of type int"),
     ("model.name", "unet", "model.name='unet'"),
     ("model.prediction", "eps", "one of v, x"),
@@ -113,6 +113,11 @@ WRONG = [
     ("sample.sampler", "ddim", "sample.sampler='ddim' must be one of euler"),
     ("sample.guidance_interval", (0.5, 0.1), r"two times \(low, high\)"),
     ("sample.guidance_interval", (0.1,), r"two times \(low, high\)"),
+    ("sample.guidance_interval", ("a", 1.0), r"two times \(low, high\)"),
+    ("sample.guidance_interval", (None, 1.0), r"two times \(low, high\)"),
+    ("seed", 2**63, "seed=9223372036854775808 must be from 0"),
+    ("sample.seed", -1, "must be from 0"),
+    ("model.attention", "cudnn", "cudnn needs config.model.dtype=bfloat16, not float32"),
     ("sample.num_images", 0, "at least 1"),
     ("train.num_steps", 0, "num_steps=0 must be at least 1"),
     ("train.num_steps", True, "of type int"),

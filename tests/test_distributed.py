@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from deco_jax import distributed
+from deco_jax.data import sources
 from deco_jax.errors import UserError
 from tests.helpers import ROOT, fake_devices, run_main
 from tests.runs import SMOKE, files, rows, steps, succeed
@@ -58,6 +59,21 @@ def test_one_process_agrees_with_itself():
     assert distributed.all_hosts(True)
     assert not distributed.all_hosts(False)
     assert distributed.same_on_all_hosts("text")
+
+
+def test_hosts_that_list_other_images(monkeypatch):
+    """Each reads its share of one order: with a file less on one of them an epoch would repeat and leave out images."""
+
+    class Fewer(sources.Digits):
+        def __len__(self):
+            return super().__len__() - 1
+
+    first_host = []
+    monkeypatch.setattr(distributed, "from_main_host", lambda value: first_host.append(value) or first_host[0])
+    distributed.check_same_data(sources.Digits())
+    distributed.check_same_data(sources.Digits())
+    with pytest.raises(UserError, match=r"the hosts don't list the same images .here 1,796 of 10 classes"):
+        distributed.check_same_data(Fewer())
 
 
 def test_stage_logs_where_there_are_several(capsys):
@@ -160,8 +176,8 @@ def test_two_hosts_encode_captions_like_one(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signalled", [0, 1])
-def test_sigterm_on_any_host_saves_the_same_step_on_all(signalled, tmp_path):
+@pytest.mark.parametrize("signalled, number", [(0, signal.SIGTERM), (1, signal.SIGTERM), (1, signal.SIGINT)])
+def test_a_signal_to_any_host_saves_the_same_step_on_all(signalled, number, tmp_path):
     processes = together(
         tmp_path, "--config.train.num_steps=100000", "--config.train.save_every=100000",
         "--config.train.sample_every=0",
@@ -171,7 +187,7 @@ def test_sigterm_on_any_host_saves_the_same_step_on_all(signalled, tmp_path):
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         assert time.monotonic() < deadline, finish(processes, timeout=1)
         time.sleep(0.1)
-    processes[signalled].send_signal(signal.SIGTERM)
+    processes[signalled].send_signal(number)
     outputs = finish(processes)
     (saved,) = steps(tmp_path)
     assert f"saved step {saved}" in outputs[0]

@@ -40,7 +40,7 @@ def pictures(count: int, seed: int = 0, side: int = 16) -> np.ndarray:
 def as_folder(folder, images):
     (folder / "deeper").mkdir(parents=True)
     for i, image in enumerate(images):
-        Image.fromarray(image).save(folder / ("" if i < 3 else "deeper/..") / f"{i:04d}.png")
+        Image.fromarray(image).save(folder / ("" if i < 3 else "deeper") / f"{i:04d}.png")
     return folder
 
 
@@ -154,12 +154,35 @@ def test_as_a_command(tmp_path, weights):
     assert "mu_s" in result["missing"]["sfid"]
 
 
+def test_other_pixels_in_the_same_files_are_another_reference(tmp_path):
+    (tmp_path / "data" / "class").mkdir(parents=True)
+    config = settings(cache=str(tmp_path / "cache"))
+    config.data.source, config.data.path = "image_folder", str(tmp_path / "data")
+    seen = []
+    for seed in (0, 0, 1):
+        for i, image in enumerate(pictures(3, seed)):
+            Image.fromarray(image).save(tmp_path / "data" / "class" / f"{i}.png")
+        seen.append(evaluate_lib.source_images(config).identity)
+    assert seen[0] == seen[1] != seen[2]
+
+
+@pytest.mark.parametrize("sizes", [[5], [2, 3, 1], [4, 4, 1], [1] * 7, [9, 1], []])
+def test_rebatched(sizes):
+    """The network runs on whole batches, however the images come."""
+    images = pictures(sum(sizes))
+    parts = np.split(images, np.cumsum(sizes)[:-1]) if sizes else []
+    batches = list(evaluate_lib.rebatched(iter(parts), 4))
+    assert [len(batch) for batch in batches] == [4] * (len(images) // 4) + [len(images) % 4] * (len(images) % 4 > 0)
+    if sizes:
+        np.testing.assert_array_equal(np.concatenate(batches), images)
+
+
 def test_runs_that_share_a_cache_measure_the_reference_once(tmp_path):
     config = settings(cache=str(tmp_path / "cache"), num_reference=12)
 
     def statistics(run, extractor):
         reference = evaluate_lib.open_reference(config)
-        found, features, _ = reference.measure(extractor, tmp_path / run, "digest", config)
+        found, features = reference.measure(extractor, tmp_path / run, "digest", config)
         return [*found, features]
 
     alone = settings(num_reference=12)
@@ -256,6 +279,9 @@ def test_bad_input(tmp_path, weights):
         ({"samples": keys}, "has no images 'arr_0'.*it holds 'images'"),
         ({"samples": str(tmp_path / "empty")}, "holds no images"),
         ({"samples": str(broken)}, "0000.png can't be read"),
+        ({"samples": str(mixed)}, "z.png is 8x8 pixels and 0000.png 16x16; samples must be of one size"),
+        ({"samples": bad(tmp_path, "none", arr_0=pictures(4)[:0])}, "samples: 0; a FID needs at least 2"),
+        ({"samples": bad(tmp_path, "one", arr_0=pictures(1))}, "samples: 1; a FID needs at least 2"),
         ({"reference": keys}, "is no reference file: it holds 'images'"),
         ({"reference": floats}, "float64 values"),
     ]
@@ -265,8 +291,6 @@ def test_bad_input(tmp_path, weights):
             evaluate_lib.evaluate(config, str(tmp_path / "run"))
         assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match=r"z.png is 8x8 pixels and 0000.png 16x16; samples must be of one size"):
-        measured(evaluate_lib.folder_images(mixed))
 
 
 def test_every_is_a_multiple_of_log_every():

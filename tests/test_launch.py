@@ -60,6 +60,8 @@ def test_slurm_script_is_sound():
     script = run("launch/slurm.sh", "--dry-run", "--", *ARGUMENTS).stdout
     assert run("bash", "-n", "/dev/stdin", input=script).returncode == 0
     assert "--ntasks-per-node=8" in script
+    assert "#SBATCH --cpus-per-task=8" in script
+    assert "export SRUN_CPUS_PER_TASK=8" in script
     assert "--signal=B:TERM@120" in script
 
 
@@ -108,6 +110,43 @@ def test_what_is_done(tmp_path):
     later = (run.folder / "evaluation.json").stat().st_mtime + 1
     os.utime(run.folder / "metrics.jsonl", (later, later))  # trained further
     assert not sweep.is_done(run, "evaluate")
+
+
+def test_measured_again_with_other_overrides(tmp_path):
+    """Both forms of an override count; a note of the sweep's own says with which it measured."""
+    (run,) = sweep.plan(tmp_path, ["seed=1"], [])
+    finished(run.folder, 1.0)
+    assert not sweep.is_done(run, more=["--config.train.num_steps", "11"])
+    (run.folder / "evaluation.json").write_text("{}")
+    more = ["--config.sample.num_images=10"]
+    sweep.measured_with(run, "evaluate").write_text(json.dumps({"sample.num_images": "10", "seed": "1"}))
+    assert sweep.is_done(run, "evaluate", more)
+    assert sweep.is_done(run, "evaluate", ["--config.sample.num_images", "10"])
+    assert not sweep.is_done(run, "evaluate", ["--config.sample.num_images=20"])
+
+
+def test_a_run_of_other_settings_is_not_taken_for_ones_own(tmp_path):
+    """seed and sample.seed name the same folder."""
+    command = [sys.executable, "launch/sweep.py", *ARGUMENTS[:1], f"--workdir={tmp_path}"]
+    finished(tmp_path / "seed=1", 1.0)
+    stored = {"train": {"num_steps": 10}, "data": {"batch_size": 8}, "seed": 1, "sample": {"seed": 0}}
+    (tmp_path / "seed=1" / "config.json").write_text(json.dumps(stored))
+    assert run(*command, "--grid=seed=1").returncode == 0
+    refused = run(*command, "--grid=sample.seed=1")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "seed=1 holds a run with sample.seed=0, not 1; give another --workdir" in refused.stderr
+    refused = run(*command, "--grid=seed=1", "--only=1")
+    assert (refused.returncode, "the runs are 0 to 0" in refused.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("1e-4", 0.0001), ("1", 1.0), (".1", 0.1), ("(.1,1.)", [0.1, 1.0]), ("true", True), ("False", False),
+     ("test", "test"), ("2", "2"), ("", "")],
+)  # fmt: skip
+def test_what_an_override_means(text, value):
+    assert sweep.equal(text, value)
+    assert not sweep.equal("0.5", value)
 
 
 def test_table_is_sorted_and_unfinished_runs_come_last(tmp_path):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import json
 import pathlib
 import re
 import shutil
 import signal
 
+import jax
 import pytest
 
+from deco_jax import preemption
 from tests.helpers import run_main
 from tests.runs import NO_SAMPLES, SMOKE, files, rows, signal_when, steps, succeed, two_steps
 
@@ -95,8 +98,52 @@ def test_damaged_checkpoint_is_named_and_passed_over(tmp_path, undisturbed, dama
     assert "resumed at step 1" in result.stdout
     assert f"{newest} is damaged and passed over" in result.stderr
     assert "Traceback" not in result.stderr
-    assert steps(workdir) == ["1", "5"]
+    assert steps(workdir) == ["1", "5", "2.damaged"]
     assert losses(workdir) == {step: undisturbed[step] for step in range(1, 6)}
+
+
+def test_goes_on_from_another_runs_checkpoint(tmp_path, undisturbed):
+    """--checkpoint with a new workdir: the same steps as in the run it comes from; then it goes on with its own."""
+    source = two_steps(tmp_path) / "checkpoints" / "1"
+    command = [*SHORT, f"--workdir={tmp_path / 'fork'}", f"--checkpoint={source}"]
+    said = succeed(*command, "--config.train.num_steps=3").stdout
+    assert "resumed at step 1" in said
+    said = succeed(*command).stdout
+    assert "resumed at step 3" in said
+    assert losses(tmp_path / "fork") == {step: undisturbed[step] for step in range(2, 6)}
+    refused = run_main(*command, f"--config.init_from={source}")
+    assert (refused.returncode, "give one of them" in refused.stderr) == (1, True)
+
+
+def test_other_classes_of_the_same_number_are_refused(tmp_path):
+    workdir = two_steps(tmp_path)
+    names = json.loads((workdir / "classes.json").read_text())
+    assert names == [str(digit) for digit in range(10)]
+    (workdir / "classes.json").write_text(json.dumps(["zero", *names[1:]]))
+    before = files(workdir)
+    result = run_main(*SHORT, f"--workdir={workdir}")
+    assert result.returncode == 1
+    assert "was trained on other classes: 0 was 'zero' and is '0'" in result.stderr
+    assert files(workdir) == before
+
+
+def test_ctrl_c_reaches_all_hosts(monkeypatch):
+    """With several hosts the preemption service, which takes SIGTERM, makes them stop at one step."""
+    received = []
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(preemption.multihost_utils, "reached_preemption_sync_point", lambda step: bool(received))
+    try:
+        with preemption.Watch() as watch:
+            assert not watch.stopping(1)
+            signal.raise_signal(signal.SIGINT)
+            assert received == [signal.SIGTERM]
+            assert watch.stopping(2)
+            assert (watch.reason, watch.exit_code) == ("interrupted", 0)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def test_loss_that_is_not_finite(tmp_path, undisturbed):

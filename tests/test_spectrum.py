@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import jax.numpy as jnp
@@ -10,8 +11,11 @@ import pytest
 import scipy.fft
 from PIL import Image
 
+from deco_jax import checkpoint, generate, sharding, spectrum
+from deco_jax.condition import Classes
 from deco_jax.dct import zigzag
 from deco_jax.evaluation.spectrum import block_energy, normalised_spectrum
+from deco_jax.models import network as network_lib
 from tests.helpers import relative_error, run_main
 from tests.runs import SMOKE, succeed, two_steps
 
@@ -66,6 +70,7 @@ def measured(tmp_path_factory):
     result = succeed(
         SMOKE, f"--workdir={out}", "--mode=spectrum", f"--config.spectrum.checkpoints={run},{run}/checkpoints/1",
         "--config.spectrum.num_images=3", "--config.spectrum.batch_size=2", "--config.sample.num_steps=2",
+        "--config.sample.sampler=euler",
     )  # fmt: skip
     return out, json.loads((out / "spectrum.json").read_text()), result.stdout
 
@@ -83,6 +88,49 @@ def test_two_checkpoints_in_one_plot(measured):
     assert "its map's is 4x4" in said
     with Image.open(folder / "spectrum.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 5
+
+
+def test_energies_of_a_checkpoint_by_hand(measured):
+    """Of every image at every state of Euler's method, the filled-up last batch left out."""
+    from configs import quickstart
+
+    folder, result, _ = measured
+    config = quickstart.get_config("smoke")
+    mesh = sharding.make_mesh(1, 1)
+    network = network_lib.build(config.model.to_dict())
+    where = folder.parent / "run" / "checkpoints" / "2"
+    params = checkpoint.load_average(where, network.shapes, config, mesh)
+    times = np.linspace(0, 1, 3)
+    times = times / (times + config.sample.shift * (1 - times))  # the shifted grid of two steps
+    dit, velocity = [], []
+    for image in range(3):
+        x = np.asarray(generate.noise_of(0, np.arange(3), (16, 16))(0))[image : image + 1]
+        for now, after in itertools.pairwise(times):
+            t = jnp.full((1,), now, jnp.float32)
+            label = Classes(10).requests(3).context(np.array([image]))
+            v, inside = network.apply(params, jnp.asarray(x, jnp.float32), t, label)
+            v_null, _ = network.apply(params, jnp.asarray(x, jnp.float32), t, np.array([10]))
+            v, v_null = np.asarray(v, np.float64), np.asarray(v_null, np.float64)
+            dit.append(reference(np.asarray(inside["low_frequency"], np.float64).reshape(1, 4, 4, -1), 4))
+            velocity.append(reference(v, 8))
+            low, high = config.sample.guidance_interval
+            guided = v_null + config.sample.guidance * (v - v_null) if low <= now <= high else v
+            x = x + (after - now) * guided
+    (first, _) = result["checkpoints"]
+    for name, energies, block in (("dit", dit, 4), ("velocity", velocity, 8)):
+        expected = np.mean(energies, axis=(0, 1)).reshape(-1)[zigzag(block)]
+        assert relative_error(first[name]["energy"], expected) < 1e-4
+
+
+def test_computed_as_the_config_says(measured):
+    """The checkpoint says which model, the config how to compute it: one of a GPU can be looked at without one."""
+    from configs import quickstart
+
+    folder, _, _ = measured
+    config = quickstart.get_config("smoke")
+    config.model.remat, config.model.width = "full", 64
+    theirs = spectrum.stored_config(folder.parent / "run" / "checkpoints" / "2", config)
+    assert (theirs.model.remat, theirs.model.width) == ("full", 32)
 
 
 def test_data_and_weights(measured):

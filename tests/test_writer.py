@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from deco_jax import files
 from deco_jax import writer as writer_lib
 from deco_jax.writer import Writer
 from tests.helpers import ROOT
@@ -45,6 +46,34 @@ def test_resuming_drops_what_will_be_done_again_and_a_line_cut_short(tmp_path):
     writer.write(4, {"loss": 7.0})
     writer.close()
     assert [(row["step"], row["loss"]) for row in lines(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 7.0)]
+
+
+def test_a_value_that_comes_later_joins_its_line(tmp_path):
+    writer = Writer(tmp_path, total_steps=10, resumed_at=0)
+    writer.write(1, {"loss": 0.5})
+    writer.write(2, {"loss": 0.25})
+    writer.add(2, "fid", 12.5)
+    writer.write(3, {"loss": 0.125})
+    writer.add(3, "fid", float("nan"))
+    writer.close()
+    expected = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25, "fid": 12.5}]
+    assert lines(tmp_path) == [*expected, {"step": 3, "loss": 0.125, "fid": None}]
+    resumed = Writer(tmp_path, total_steps=10, resumed_at=2)
+    assert resumed.last == expected[1]
+    resumed.write(3, {"loss": 0.1})
+    resumed.add(3, "fid", 1.0)
+    resumed.close()
+    assert lines(tmp_path) == [*expected, {"step": 3, "loss": 0.1, "fid": 1.0}]
+
+
+def test_parts_of_shared_files_that_a_kill_left_go_the_next_time(tmp_path):
+    path, old, new = (tmp_path / name for name in ("a.npz", "a.npz.1.part", "a.npz.2.part"))
+    for part in (old, new):
+        part.write_bytes(b"half")
+    os.utime(old, (time.time() - 2 * files.STALE,) * 2)
+    with files.whole(path, shared=True) as part:
+        part.write_bytes(b"all")
+    assert (path.read_bytes(), old.exists(), new.exists()) == (b"all", False, True)  # new: somebody may be writing it
 
 
 def test_other_hosts_write_nothing(tmp_path, capsys):

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from deco_jax.errors import UserError
+from deco_jax.sharding import place
 
 SIZE = 299
 POOL3_WIDTH = 2048
@@ -324,7 +325,7 @@ class FeatureExtractor:
         expected = jax.tree.map(lambda a: a.shape, nnx.to_pure_dict(abstract))
         if expected != jax.tree.map(np.shape, params):
             raise ValueError("the parameters are not those of the 2015 Inception network")
-        self._params = jax.tree.map(lambda a: _place(np.asarray(a), whole), params)
+        self._params = jax.tree.map(lambda a: place(np.asarray(a), whole), params)
 
         def apply(params: dict, images: jax.Array) -> Features:
             model = nnx.merge(graph, nnx.State(jax.tree.map(nnx.Param, params)))
@@ -341,7 +342,7 @@ class FeatureExtractor:
             used = len(batch)
             if used < self.batch_size:  # a short batch would compile anew
                 batch = np.concatenate([batch, np.zeros((self.batch_size - used, *batch.shape[1:]), np.uint8)])
-            results.append((used, self._apply(self._params, _place(batch, self._images))))
+            results.append((used, self._apply(self._params, place(batch, self._images))))
         return Features(*(self._gather(results, i) for i in range(len(Features._fields))))
 
     def _gather(self, results: list[tuple[int, Features]], field: int) -> np.ndarray | None:
@@ -350,8 +351,3 @@ class FeatureExtractor:
         width = (POOL3_WIDTH, SPATIAL_WIDTH, NUM_CLASSES)[field]
         parts = [np.asarray(features[field])[:used] for used, features in results]
         return np.concatenate([np.zeros((0, width), np.float32), *parts])
-
-
-def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """Every process holds the whole array and gives its own devices' parts."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deco_jax.errors import UserError
+from deco_jax.sharding import place
 
 # A squared distance this small against the squared norms is what is left of zero in |a|² + |b|² - 2ab in float32.
 _ZERO = 1e-5
@@ -67,7 +68,7 @@ class _Points:
         blocks = max(-(-count // self.column_block), 1)
         padded = np.zeros((blocks * self.column_block, width), np.float32)
         padded[:count] = self.features
-        self.columns = _place(padded.reshape(blocks, self.column_block, width), self.whole)
+        self.columns = place(padded.reshape(blocks, self.column_block, width), self.whole)
 
     def __len__(self) -> int:
         return len(self.features)
@@ -82,7 +83,7 @@ class _Points:
         blocks, size, _ = manifold.columns.shape
         padded = np.full(blocks * size, -1.0, np.float32)  # no distance is below a padded column's radius
         padded[: len(manifold)] = squared_radii
-        return self._by_rows(_inside, manifold.columns, _place(padded.reshape(blocks, size), self.whole))
+        return self._by_rows(_inside, manifold.columns, place(padded.reshape(blocks, size), self.whole))
 
     def _by_rows(self, function: Callable, *arguments: jax.Array) -> np.ndarray:
         results: list[tuple[int, jax.Array | np.ndarray]] = []
@@ -91,7 +92,7 @@ class _Points:
             used = len(rows)
             rows = np.pad(rows, ((0, self.row_block - used), (0, 0)))
             index = np.arange(start, start + self.row_block, dtype=np.int32)
-            results.append((used, function(_place(rows, self.split), _place(index, self.split), *arguments)))
+            results.append((used, function(place(rows, self.split), place(index, self.split), *arguments)))
             if len(results) > 1:  # one block ahead keeps the device busy and its queue short
                 results[-2] = (results[-2][0], self._read(results[-2][1]))
         return np.concatenate([self._read(value)[:used] for used, value in results])
@@ -138,8 +139,3 @@ def _inside(rows: jax.Array, index: jax.Array, columns: jax.Array, squared_radii
 
     inside, _ = jax.lax.scan(body, jnp.zeros(rows.shape[0], bool), (columns, squared_radii))
     return inside
-
-
-def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """Every process holds the whole array and gives its own devices' parts."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -51,13 +51,17 @@ def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> Network:
     return Network(init, apply, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes))
 
 
-def build(model: Mapping[str, Any]) -> Network:
+def build(model: Mapping[str, Any], devices: int = 1) -> Network:
     """The network of `config.model`.
 
     Args:
         model: `name` picks the class; `prediction` belongs to the loss and samplers; every other entry is an
             argument of the class, so an unknown one is a TypeError.
+        devices: that it runs on. With several, decoder_chunk is 0: a chunk is cut out of the whole batch, which each
+            device would then hold and work through.
     """
     arguments = {key: value for key, value in dict(model).items() if key not in ("name", "prediction")}
+    if devices > 1 and "decoder_chunk" in arguments:
+        arguments["decoder_chunk"] = 0
     arguments["dtype"] = jnp.dtype(arguments["dtype"])
     return functional(lambda rngs: MODELS[model["name"]](**arguments, rngs=rngs))
