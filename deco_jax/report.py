@@ -107,12 +107,19 @@ def read_run(folder: pathlib.Path, name: str, max_grids: int, grid_pixels: int) 
         grid_pixels: the longer side of a grid as it is embedded, at most.
 
     Raises:
-        UserError: there are no metrics.
+        UserError: there are neither metrics nor, as of imported weights, anything that was made of them.
     """
     if not folder.is_dir():
         raise UserError(f"no such workdir: {folder}; give the folder of a run")
     notes: list[str] = []
-    steps, metrics, not_finite = _read_metrics(folder / "metrics.jsonl", notes)
+    try:
+        steps, metrics, not_finite = _read_metrics(folder / "metrics.jsonl", notes)
+    except UserError:
+        made = ("evaluation.json", "*/evaluation.json", "spectrum.json", "samples/*.png")
+        if not any(next(folder.glob(pattern), None) for pattern in made):
+            raise
+        steps, metrics, not_finite = [], {}, 0
+        notes.append("no metrics: nothing was trained in this workdir")
     spectrum = _read_json(folder / "spectrum.json", notes)
     curves = None
     if spectrum is not None:
@@ -341,13 +348,15 @@ def _summary(runs: list[Run]) -> str:
         height, width = value if isinstance(value, list) and len(value) == 2 else (value, value)
         return None if value is None else f"{height}×{width}"
 
-    def done(run: Run) -> str:
+    def done(run: Run) -> str | None:
+        if not run.steps:
+            return None
         total = run.setting("train.num_steps")
         return f"{run.steps[-1]:,}" + (f" of {total:,}" if isinstance(total, int) else "")
 
     def seen(run: Run) -> str | None:
         batch = run.setting("data.batch_size")
-        return f"{run.steps[-1] * batch:,}" if isinstance(batch, int) else None
+        return f"{run.steps[-1] * batch:,}" if run.steps and isinstance(batch, int) else None
 
     def last(run: Run) -> str | None:
         known = run.known("loss")
@@ -369,7 +378,7 @@ def _summary(runs: list[Run]) -> str:
         ("data", lambda run: run.setting("data.source"), "not known"),
         ("image size", size, "not known"),
         ("batch size", lambda run: run.setting("data.batch_size"), "not known"),
-        ("steps", done, ""),
+        ("steps", done, "none trained here"),
         ("images seen", seen, "not known"),
         ("last loss", last, "no finite loss was logged"),
         ("lowest FID while training", best, "no FID was measured"),

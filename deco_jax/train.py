@@ -298,7 +298,7 @@ def check_same_classes(folder: pathlib.Path, names: list[str]) -> None:
         what = changed[0] if changed else f"there were {len(before):,} and are {len(names):,}"
         raise UserError(
             f"{folder} was trained on other classes: {what}; give it its data, or another --workdir with "
-            "--config.init_from"
+            f"--config.init_from; if only the names changed, remove {path}"
         )
 
 
@@ -369,6 +369,10 @@ def run(
             if saving:
                 with compilations.expected():  # of the copies that a save starts with
                     checkpoints.save(step, state, config)
+            if stopping:  # who asks doesn't wait for a grid or a FID
+                checkpoints.wait()
+                writer.say(f"{watch.reason}: saved step {step}; the same command goes on from here")
+                raise SystemExit(watch.exit_code)
             if quick_fid is not None and quick_fid.due(step):
                 # After the save: it takes minutes, and what goes wrong in it must not cost the steps before.
                 with compilations.expected():
@@ -381,10 +385,6 @@ def run(
                 writer.write_image(step, "samples", grid, folder / "samples" / f"step_{step:08d}.png")
                 writer.say(f"wrote {folder / 'samples' / f'step_{step:08d}.png'}")
                 since = time.monotonic()
-            if stopping:
-                checkpoints.wait()
-                writer.say(f"{watch.reason}: saved step {step}; the same command goes on from here")
-                raise SystemExit(watch.exit_code)
         checkpoints.wait()
     writer.say(f"done: step {total}, in {folder}")
 

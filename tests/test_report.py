@@ -192,6 +192,17 @@ def test_scores_and_what_is_missing(full):
     assert "b: no evaluation.json" in page.text
 
 
+def test_imported_weights_that_were_only_measured(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "evaluation.json").write_text(json.dumps({"fid": 1.625}))
+    trained = write_run(tmp_path, "trained")
+    page = write_report(tmp_path / "out", tmp_path / "run", trained)
+    assert page.row("steps") == ["none trained here", "6 of 4"]
+    assert page.row("FID, --mode=evaluate")[0] == page.row("FID")[0] == "1.625"
+    assert "run: no metrics: nothing was trained in this workdir" in page.text
+    assert write_report(tmp_path / "run").row("last loss") == ["no finite loss was logged"]
+
+
 def test_what_a_sweep_measured_of_each_run(tmp_path):
     """launch/sweep.py --measure leaves its evaluations in folders of their own, below the run that it trained."""
     runs = [write_run(tmp_path, name) for name in ("a", "b")]
