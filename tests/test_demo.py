@@ -171,7 +171,7 @@ def test_class_to_image_in_a_browser(digits):
 
         fill(page, "Seed", -1)
         page.get_by_role("button", name="Draw").click()
-        page.get_by_text("config.sample.seed=-1 must be at least 0").first.wait_for()
+        page.get_by_text("config.sample.seed=-1 must be from 0 to").first.wait_for()
 
 
 def test_text_to_image_in_a_browser(captions):
