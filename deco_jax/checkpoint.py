@@ -85,9 +85,7 @@ class Checkpoints:
         for step in reversed(self.steps()):
             path, state = self.folder / str(step), None
             try:
-                check_model(path, config)
-                check_projector(path, config)
-                state = _restore_state(path, shapes)
+                state = _checked_state(path, shapes, config)
             except UserError:
                 raise
             except Exception as error:
@@ -134,6 +132,12 @@ def _save_args(state: State, config: ml_collections.ConfigDict) -> ocp.args.Comp
         config=ocp.args.JsonSave(config_lib.to_json(config)),
         **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
     )
+
+
+def _checked_state(path: pathlib.Path, shapes: State, config: ml_collections.ConfigDict) -> State:
+    check_model(path, config)
+    check_projector(path, config)
+    return _restore_state(path, shapes)
 
 
 def _restore_state(path: pathlib.Path, shapes: State) -> State:
@@ -187,11 +191,13 @@ def load_config(path: pathlib.Path) -> dict[str, Any]:
 
 
 def load_state(path: pathlib.Path, shapes: State, config: ml_collections.ConfigDict) -> State:
-    """All of a named checkpoint; errors as `load_average`, and those of `check_projector`."""
+    """All of a named checkpoint, on the mesh; errors as `load_average`, and those of `check_projector`.
+
+    Args:
+        shapes: of the state, with shardings (`train_state.state_shapes`).
+    """
     with _readable(path):
-        check_model(path, config)
-        check_projector(path, config)
-        return _restore_state(path, shapes)
+        return _checked_state(path, shapes, config)
 
 
 def find(workdir: str, checkpoint: str = "", config: ml_collections.ConfigDict | None = None) -> pathlib.Path:

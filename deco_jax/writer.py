@@ -98,10 +98,7 @@ class Writer:
         # JSON has no NaN: what isn't finite is null there.
         row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._row, self._row_at = {"step": step, **row}, self._file.tell()
-        self._file.write(json.dumps(self._row) + "\n")
-        self._file.flush()
-        self._board.write_scalars(step, {k: v for k, v in metrics.items() if isinstance(v, int | float)})
-        self._board.flush()
+        self._put(step, {k: v for k, v in metrics.items() if isinstance(v, int | float)})
         line = f"step {step}/{self._total}  " + "  ".join(
             f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float)
         )
@@ -113,11 +110,14 @@ class Writer:
             return
         self._row[name] = value if math.isfinite(value) else None
         self._file.truncate(self._row_at)
+        self._put(step, {name: value})
+        self.say(f"step {step}/{self._total}  {name} {value:.4g}")
+
+    def _put(self, step: int, scalars: Mapping[str, float]) -> None:
         self._file.write(json.dumps(self._row) + "\n")
         self._file.flush()
-        self._board.write_scalars(step, {name: value})
+        self._board.write_scalars(step, scalars)
         self._board.flush()
-        self.say(f"step {step}/{self._total}  {name} {value:.4g}")
 
     def _time_left(self, step: int) -> str:
         done = max(1, step - self._start_step)

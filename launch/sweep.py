@@ -357,7 +357,7 @@ def main(argv: list[str]) -> int:
         check_settings(run)
     if arguments.only is not None and arguments.only not in range(len(runs)):
         raise SystemExit(f"error: --only={arguments.only}: the runs are 0 to {len(runs) - 1}")
-    chosen = runs if arguments.only is None else runs[arguments.only : arguments.only + 1]
+    chosen = runs if arguments.only is None else [runs[arguments.only]]
     for run in [] if arguments.gather else chosen:
         tasks = [(mode, task) for mode in arguments.modes
                  for task in ([run] if mode == "train" else measurements(run, arguments.measure))]  # fmt: skip
