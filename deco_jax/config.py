@@ -18,9 +18,9 @@ import numpy as np
 
 from deco_jax.data.sources import SOURCES
 from deco_jax.data.transforms import image_sides
-from deco_jax.diffusion.samplers import SAMPLERS
 from deco_jax.errors import UserError
 from deco_jax.models.layers import REMAT_POLICIES
+from deco_jax.sampling.samplers import SAMPLERS
 
 
 class Key(NamedTuple):

@@ -15,12 +15,12 @@ from typing import Any
 
 import ml_collections
 
+from deco_jax.conditioning.text import encoder_sizes
 from deco_jax.data.transforms import image_sides
-from deco_jax.diffusion import guidance, samplers
 from deco_jax.models import dinov2
-from deco_jax.models.pixel_decoder import POSITION_FEATURES
+from deco_jax.models.decoder import POSITION_FEATURES
 from deco_jax.models.qwen3 import Sizes
-from deco_jax.text import encoder_sizes
+from deco_jax.sampling import guidance, samplers
 
 
 def forward(model: Mapping[str, Any], image_size: int | tuple[int, int]) -> dict[str, float]:

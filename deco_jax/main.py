@@ -138,7 +138,7 @@ def main(_: list[str]) -> None:
         traceback.print_exc()
         code = 1
     if _several_processes():
-        from deco_jax import distributed
+        from deco_jax.run import distributed
 
         distributed.leave(code or 0)
 
@@ -157,7 +157,7 @@ def _run() -> None:
 
     from deco_jax import config as config_lib
     from deco_jax.errors import UserError
-    from deco_jax.hardware import set_xla_flags
+    from deco_jax.run.hardware import set_xla_flags
 
     logging.set_verbosity(logging.WARNING)
     set_xla_flags()
@@ -170,58 +170,58 @@ def _run() -> None:
         config_lib.check(_CONFIG.value)
         config_lib.settle_paths(_CONFIG.value, workdir=workdir, checkpoint=checkpoint, source=source)
         if _MODE.value not in ("compile", "report"):
-            from deco_jax import distributed
+            from deco_jax.run import distributed
 
             distributed.start(
                 _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _TIMEOUT.value, _DISTRIBUTED.value,
                 preemptible=_MODE.value == "train",
             )
         if _MODE.value in COMPUTING:
-            from deco_jax.hardware import check_attention
+            from deco_jax.run.hardware import check_attention
 
             check_attention(_CONFIG.value.model.attention)
         if _MODE.value == "train":
-            from deco_jax.train import train
+            from deco_jax.programs.train import train
 
             train(_CONFIG.value, workdir, checkpoint)
         elif _MODE.value == "sample":
-            from deco_jax.sample import sample
+            from deco_jax.programs.sample import sample
 
             sample(_CONFIG.value, workdir, checkpoint)
         elif _MODE.value == "encode":
-            from deco_jax.encode import encode
+            from deco_jax.programs.encode import encode
 
             encode(_CONFIG.value, workdir)
         elif _MODE.value == "evaluate":
-            from deco_jax.evaluate import evaluate
+            from deco_jax.programs.evaluate import evaluate
 
             evaluate(_CONFIG.value, workdir, checkpoint)
         elif _MODE.value == "spectrum":
-            from deco_jax.spectrum import spectrum
+            from deco_jax.programs.spectrum import spectrum
 
             spectrum(_CONFIG.value, workdir, checkpoint)
         elif _MODE.value == "report":
-            from deco_jax.report import report
+            from deco_jax.programs.report import report
 
             report(_CONFIG.value, workdir)
         elif _MODE.value == "demo":
-            from deco_jax.demo import demo
+            from deco_jax.programs.demo import demo
 
             demo(_CONFIG.value, workdir, checkpoint, _PORT.value)
         elif _MODE.value == "compile":
-            from deco_jax.compile import compile_step
+            from deco_jax.programs.compile import compile_step
 
             compile_step(_CONFIG.value, workdir, _TOPOLOGY.value)
         elif _MODE.value == "benchmark":
-            from deco_jax.benchmark import benchmark
+            from deco_jax.programs.benchmark import benchmark
 
             benchmark(_CONFIG.value, workdir, time.monotonic() - _STARTED)
         elif _MODE.value == "import":
-            from deco_jax.convert.checkpoints import import_checkpoint
+            from deco_jax.programs.convert import import_checkpoint
 
             import_checkpoint(_CONFIG.value, workdir, source)
         elif _MODE.value == "export":
-            from deco_jax.convert.checkpoints import export_checkpoint
+            from deco_jax.programs.convert import export_checkpoint
 
             export_checkpoint(_CONFIG.value, workdir, checkpoint)
     except UserError as error:

@@ -20,7 +20,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 import pytest
 
-from deco_jax.hardware import set_xla_flags
+from deco_jax.run.hardware import set_xla_flags
 
 set_xla_flags()  # as the command line does
 

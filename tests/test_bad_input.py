@@ -136,7 +136,8 @@ def says_what_is_wrong(code: int, stderr: str, says: str) -> None:
 RUN_ALL = """
 import json, os, sys, traceback
 from absl import app
-from deco_jax import main, sample, train
+from deco_jax import main
+from deco_jax.programs import sample, train
 results = []
 for arguments in json.load(sys.stdin):
     read, write = os.pipe()

@@ -5,7 +5,7 @@ import json
 import ml_collections
 import pytest
 
-from deco_jax import benchmark
+from deco_jax.programs import benchmark
 from tests.helpers import run_main
 
 

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from deco_jax import files
 from deco_jax.data import captioned
 from deco_jax.data.captioned import CaptionedFolder, WebDataset, parse_caption
 from deco_jax.data.pipeline import epoch, read_one
 from deco_jax.data.sources import Digits, check_classes, open_source
 from deco_jax.errors import UserError
+from deco_jax.run import files
 from tests.helpers import ROOT, first_batches
 
 SIZE = (8, 10)  # height, width

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from deco_jax import checkpoint, sharding
 from deco_jax.errors import UserError
+from deco_jax.method.optimizer import make_optimizer
 from deco_jax.models import network as network_lib
-from deco_jax.optimizer import make_optimizer
-from deco_jax.train_state import create_state, state_shapes
+from deco_jax.run import checkpoint, sharding
+from deco_jax.run.state import create_state, state_shapes
 
 # When one read of a damaged checkpoint fails, Orbax leaves its sibling reads unawaited.
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine '.*_get_array_metadatas' was never awaited:RuntimeWarning")

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from deco_jax import config as config_lib
-from deco_jax import generate, sample
 from deco_jax.data.transforms import image_sides
+from deco_jax.programs import sample
+from deco_jax.sampling import generate
 from tests.helpers import ROOT
 from tests.runs import SMOKE, rows, signal_when, steps, succeed, two_steps
 

@@ -9,9 +9,10 @@ import jax
 import pytest
 
 from configs import imagenet256, quickstart
-from deco_jax import compile as compile_lib
-from deco_jax import flops, hardware, sharding
+from deco_jax import flops
 from deco_jax.errors import UserError
+from deco_jax.programs import compile as compile_lib
+from deco_jax.run import hardware, sharding
 from tests.helpers import ROOT, run_main
 
 SMOKE = "--config=configs/imagenet256.py:smoke"
@@ -62,10 +63,11 @@ SHARE = """
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 from configs import imagenet256
-from deco_jax import compile, sharding
-from deco_jax.optimizer import make_optimizer
-from deco_jax.train import abstract_networks
-from deco_jax.train_state import state_shapes
+from deco_jax.programs import compile
+from deco_jax.run import sharding
+from deco_jax.method.optimizer import make_optimizer
+from deco_jax.programs.train import abstract_networks
+from deco_jax.run.state import state_shapes
 config = imagenet256.get_config()
 sizes = []
 for data, fsdp in ((1, 8), (8, 1)):

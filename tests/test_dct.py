@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.fft
 
-from deco_jax import dct
+from deco_jax.method import dct
 from tests.helpers import golden, nhwc, relative_error
 
 

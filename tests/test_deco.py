@@ -13,7 +13,7 @@ import pytest
 
 from deco_jax.convert.deco import from_torch
 from deco_jax.models import layers, network
-from deco_jax.models.pixel_decoder import cosine_basis, embed_pixels, from_queries, to_queries
+from deco_jax.models.decoder import cosine_basis, embed_pixels, from_queries, to_queries
 from tests.helpers import golden, golden_params, nhwc, relative_error
 
 TRUNK = {
@@ -129,7 +129,7 @@ def test_gradients_equal_a_plain_loop_s():
     ours = jax.jit(jax.grad(functools.partial(loss, model=model | {"remat": "full", "unroll": 2})))(params)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("deco_jax.models.dit.run_stack", plain_scan)
-        patch.setattr("deco_jax.models.pixel_decoder.run_stack", plain_scan)
+        patch.setattr("deco_jax.models.decoder.run_stack", plain_scan)
         plain = jax.jit(jax.grad(functools.partial(loss, model=model)))(params)
     for path, expected in jax.tree_util.tree_leaves_with_path(plain):
         actual = functools.reduce(lambda tree, key: tree[key.key], path, ours)

@@ -19,10 +19,12 @@ import pytest
 from PIL import Image
 
 from configs import quickstart, t2i_256
-from deco_jax import checkpoint, demo, generate, sharding
-from deco_jax.condition import Requests, open_condition
+from deco_jax.conditioning.condition import Requests, open_condition
 from deco_jax.errors import UserError
 from deco_jax.models import network as network_lib
+from deco_jax.programs import demo
+from deco_jax.run import checkpoint, sharding
+from deco_jax.sampling import generate
 from tests.helpers import ROOT, browser
 from tests.runs import SMOKE
 

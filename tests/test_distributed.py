@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deco_jax import distributed
 from deco_jax.data import sources
 from deco_jax.errors import UserError
+from deco_jax.run import distributed
 from tests.helpers import ROOT, fake_devices, run_main
 from tests.runs import SMOKE, files, rows, steps, succeed
 

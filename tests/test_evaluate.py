@@ -13,10 +13,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import quickstart
-from deco_jax import evaluate as evaluate_lib
-from deco_jax import sharding
 from deco_jax.errors import UserError
-from deco_jax.evaluation.inception import Features
+from deco_jax.models.inception import Features
+from deco_jax.programs import evaluate as evaluate_lib
+from deco_jax.run import sharding
 from tests.helpers import relative_error
 from tests.runs import NO_SAMPLES, SMOKE, rows, signal_when, succeed, two_steps
 

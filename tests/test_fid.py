@@ -11,7 +11,6 @@ import scipy.linalg
 
 from deco_jax.errors import UserError
 from deco_jax.evaluation.fid import InceptionScore, frechet_distance, inception_score
-from deco_jax.evaluation.inception import Features
 from deco_jax.evaluation.statistics import (
     Accumulator,
     NpzImages,
@@ -20,6 +19,7 @@ from deco_jax.evaluation.statistics import (
     save_npz,
     small_sample_warning,
 )
+from deco_jax.models.inception import Features
 from tests.helpers import golden, relative_error
 
 

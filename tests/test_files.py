@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from deco_jax import files
+from deco_jax.run import files
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from configs import imagenet256, t2i_256
-from deco_jax import flops, text
+from deco_jax import flops
+from deco_jax.conditioning import text
 from deco_jax.models import network as network_lib
 from deco_jax.models.qwen3 import Sizes
 

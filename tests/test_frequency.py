@@ -9,7 +9,7 @@ import pytest
 import scipy.fft
 
 from deco_jax.errors import UserError
-from deco_jax.losses.frequency import CHROMINANCE_TABLE, LUMINANCE_TABLE, frequency_loss, jpeg_weights
+from deco_jax.method.losses.frequency import CHROMINANCE_TABLE, LUMINANCE_TABLE, frequency_loss, jpeg_weights
 from tests.helpers import golden, nhwc, relative_error
 
 

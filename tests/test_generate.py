@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from deco_jax import generate, sharding
-from deco_jax.condition import Classes, Requests
+from deco_jax.conditioning.condition import Classes, Requests
 from deco_jax.models import network as network_lib
+from deco_jax.run import sharding
+from deco_jax.sampling import generate
 
 
 @pytest.fixture(scope="module")

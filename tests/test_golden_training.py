@@ -11,11 +11,11 @@ import numpy as np
 import optax
 import pytest
 
-from deco_jax import optimizer as optimizer_lib
-from deco_jax import train
 from deco_jax.convert import deco
+from deco_jax.method import optimizer as optimizer_lib
 from deco_jax.models import network
 from deco_jax.models.projector import Projector
+from deco_jax.programs import train
 from tests.helpers import golden, golden_params, nhwc, relative_error
 from tests.test_deco import MODELS
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deco_jax.diffusion import guidance
-from deco_jax.diffusion.samplers import timesteps
 from deco_jax.errors import UserError
+from deco_jax.sampling import guidance
+from deco_jax.sampling.samplers import timesteps
 from tests.helpers import relative_error
 
 

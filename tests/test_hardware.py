@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from deco_jax import hardware
+from deco_jax.run import hardware
 
 FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from configs import ablation, imagenet256, t2i_256
-from deco_jax import checkpoint, sharding
-from deco_jax.convert import checkpoints, torch_files
+from deco_jax.convert import torch_files
 from deco_jax.errors import UserError
 from deco_jax.models import dinov2, network
+from deco_jax.programs import convert as checkpoints
+from deco_jax.run import checkpoint, sharding
 from tests.helpers import GOLDEN, golden, golden_params, nhwc, relative_error, run_main
 
 SETTINGS = {

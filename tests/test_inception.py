@@ -16,7 +16,7 @@ from flax import nnx
 
 from deco_jax.convert.inception import load_inception
 from deco_jax.errors import UserError
-from deco_jax.evaluation.inception import FeatureExtractor, Inception, preprocess, resize_tf1
+from deco_jax.models.inception import FeatureExtractor, Inception, preprocess, resize_tf1
 from tests.helpers import ROOT, fake_devices, golden, relative_error
 
 torch = pytest.importorskip("torch")
@@ -240,7 +240,7 @@ def test_mesh_of_four_agrees_with_one(weights):
     program = """
         import jax, numpy as np
         from deco_jax.convert.inception import load_inception
-        from deco_jax.evaluation.inception import FeatureExtractor
+        from deco_jax.models.inception import FeatureExtractor
         from deco_jax.evaluation.precision_recall import neighbour_radii, precision_recall
         mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
         rng = np.random.default_rng(0)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from deco_jax.diffusion import path
 from deco_jax.errors import UserError
+from deco_jax.method import path
 from tests.helpers import golden, relative_error
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deco_jax.losses.repa import alignment_loss
+from deco_jax.method.losses.repa import alignment_loss
 from tests.helpers import relative_error
 
 

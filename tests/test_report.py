@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from configs import quickstart
-from deco_jax import report as report_lib
 from deco_jax.config import flatten, to_json
 from deco_jax.errors import UserError
-from deco_jax.workdir import short_names
+from deco_jax.programs import report as report_lib
+from deco_jax.run.workdir import short_names
 from tests.helpers import browser, run_main
 from tests.runs import SMOKE, rows, succeed, two_steps
 

@@ -12,7 +12,7 @@ import signal
 import jax
 import pytest
 
-from deco_jax import preemption
+from deco_jax.run import preemption
 from tests.helpers import run_main
 from tests.runs import NO_SAMPLES, SMOKE, files, rows, signal_when, steps, succeed, two_steps
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from deco_jax.convert.deco import from_torch
-from deco_jax.diffusion import samplers
-from deco_jax.diffusion.guidance import guided_steps, guided_velocity
-from deco_jax.diffusion.path import shift_time, to_velocity
 from deco_jax.errors import UserError
+from deco_jax.method.path import shift_time, to_velocity
 from deco_jax.models import network
+from deco_jax.sampling import samplers
+from deco_jax.sampling.guidance import guided_steps, guided_velocity
 from tests.helpers import golden, golden_params, nhwc, relative_error
 
 ODE_SAMPLERS = [name for name in samplers.SAMPLERS if name != "sde"]

@@ -13,11 +13,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from configs import ablation, quickstart, t2i_256
-from deco_jax import sharding
 from deco_jax.errors import UserError
+from deco_jax.method.optimizer import make_optimizer
 from deco_jax.models import network as network_lib
-from deco_jax.optimizer import make_optimizer
-from deco_jax.train_state import initial_state
+from deco_jax.run import sharding
+from deco_jax.run.state import initial_state
 from tests.helpers import ROOT, fake_devices
 
 MESHES = {"one": (1, 1), "data8": (8, 1), "data2_fsdp4": (2, 4), "fsdp8": (1, 8)}
@@ -26,11 +26,14 @@ MESHES = {"one": (1, 1), "data8": (8, 1), "data2_fsdp4": (2, 4), "fsdp8": (1, 8)
 PROGRAM = """
 import json, pathlib, sys
 import jax, numpy as np
-from deco_jax import checkpoint, condition, generate, sharding, train
+from deco_jax.run import checkpoint, sharding
+from deco_jax.conditioning import condition
+from deco_jax.sampling import generate
+from deco_jax.programs import train
 from deco_jax.data import pipeline, sources
 from deco_jax.models import network
-from deco_jax.optimizer import make_optimizer
-from deco_jax.train_state import create_state, state_shapes
+from deco_jax.method.optimizer import make_optimizer
+from deco_jax.run.state import create_state, state_shapes
 from configs import quickstart
 
 folder, meshes = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])

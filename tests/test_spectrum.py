@@ -11,11 +11,13 @@ import pytest
 import scipy.fft
 from PIL import Image
 
-from deco_jax import checkpoint, generate, sharding, spectrum
-from deco_jax.condition import Classes
-from deco_jax.dct import zigzag
+from deco_jax.conditioning.condition import Classes
 from deco_jax.evaluation.spectrum import block_energy, normalised_spectrum
+from deco_jax.method.dct import zigzag
 from deco_jax.models import network as network_lib
+from deco_jax.programs import spectrum
+from deco_jax.run import checkpoint, sharding
+from deco_jax.sampling import generate
 from tests.helpers import relative_error, run_main
 from tests.runs import SMOKE, succeed, two_steps
 

@@ -17,13 +17,15 @@ import tokenizers
 from flax import nnx
 
 from configs import t2i_256
-from deco_jax import condition, encode, sharding, text, train
+from deco_jax.conditioning import condition, text
 from deco_jax.convert import qwen3 as convert
 from deco_jax.data import features as features_lib
 from deco_jax.data import pipeline, sources
 from deco_jax.errors import UserError
 from deco_jax.models.network import Network
 from deco_jax.models.qwen3 import Qwen3
+from deco_jax.programs import encode, train
+from deco_jax.run import sharding
 from tests.helpers import relative_error
 from tests.texts import SIZES, hard_captions, write_encoder, write_tokenizer
 

@@ -12,11 +12,14 @@ import pytest
 from PIL import Image
 
 from configs import t2i_256
-from deco_jax import checkpoint, condition, evaluate, generate, sharding, train
+from deco_jax.conditioning import condition
 from deco_jax.data import sources
+from deco_jax.method.optimizer import make_optimizer
 from deco_jax.models import network as network_lib
-from deco_jax.optimizer import make_optimizer
-from deco_jax.train_state import create_state, state_shapes
+from deco_jax.programs import evaluate, train
+from deco_jax.run import checkpoint, sharding
+from deco_jax.run.state import create_state, state_shapes
+from deco_jax.sampling import generate
 from tests.helpers import relative_error
 from tests.runs import NO_SAMPLES, rows, succeed
 from tests.test_resume import losses

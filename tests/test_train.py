@@ -10,10 +10,11 @@ import optax
 import pytest
 
 from configs import quickstart
-from deco_jax import monitor, sharding, train
+from deco_jax.method.optimizer import make_optimizer, update_average
 from deco_jax.models.network import Network
-from deco_jax.optimizer import make_optimizer, update_average
-from deco_jax.train_state import create_state
+from deco_jax.programs import train
+from deco_jax.run import monitor, sharding
+from deco_jax.run.state import create_state
 from tests.helpers import relative_error
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deco_jax import files
-from deco_jax import writer as writer_lib
-from deco_jax.writer import Writer
+from deco_jax.run import files
+from deco_jax.run import writer as writer_lib
+from deco_jax.run.writer import Writer
 from tests.helpers import ROOT
 
 
@@ -139,5 +139,5 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_no_tensorflow():
-    program = "import sys, deco_jax.train, deco_jax.sample; assert 'tensorflow' not in sys.modules"
+    program = "import sys, deco_jax.programs.train, deco_jax.programs.sample; assert 'tensorflow' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=120)

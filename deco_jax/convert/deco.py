@@ -13,17 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from deco_jax.convert.mapping import (
-    DROP_FIRST,
-    MATRIX,
-    TRANSPOSE,
-    VECTOR,
-    Row,
-    Transform,
-    halves,
-    one_to_one,
-    to_ours,
-)
+from deco_jax.convert.mapping import DROP_FIRST, MATRIX, TRANSPOSE, VECTOR, Row, Transform, halves, one_to_one, to_ours
 from deco_jax.convert.mapping import to_torch as table_to_torch
 from deco_jax.errors import UserError
 

@@ -15,7 +15,7 @@ from flax import nnx
 
 from deco_jax.convert.mapping import flatten, unflatten
 from deco_jax.errors import UserError
-from deco_jax.evaluation.inception import NUM_CLASSES, POOL3_WIDTH, Inception
+from deco_jax.models.inception import NUM_CLASSES, POOL3_WIDTH, Inception
 
 BATCH_NORM_EPSILON = 1e-3
 

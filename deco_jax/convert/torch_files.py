@@ -17,9 +17,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from deco_jax import files
 from deco_jax.convert.mapping import listed
 from deco_jax.errors import UserError
+from deco_jax.run import files
 
 PREFIXES = {"denoiser": "denoiser.", "ema": "ema_denoiser.", "projector": "diffusion_trainer.proj."}
 SAFETENSORS_INDEX = "model.safetensors.index.json"

@@ -29,10 +29,10 @@ from absl import logging
 from numpy.lib import recfunctions
 from PIL import Image
 
-from deco_jax import files
 from deco_jax.data.source import IMAGE_SUFFIXES, Source, printable
 from deco_jax.data.workers import follow_main
 from deco_jax.errors import UserError
+from deco_jax.run import files
 
 MAX_PIXELS = 89_478_485  # where PIL begins to suspect a decompression bomb
 MAX_IMAGE_BYTES = 2**30

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from deco_jax import files
 from deco_jax.data.source import Source
 from deco_jax.errors import UserError
+from deco_jax.run import files
 
 SHARD_BYTES = 2**28
 # So many captions, evenly spread, are compared before a training starts; the others when they are read.

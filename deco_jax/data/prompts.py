@@ -20,7 +20,7 @@ import numpy as np
 
 from deco_jax import images as images_lib
 from deco_jax.errors import UserError
-from deco_jax.writer import save_png, write_atomically
+from deco_jax.run.writer import save_png, write_atomically
 
 GENEVAL_IMAGES = 4  # a prompt
 DPG_IMAGES = 4

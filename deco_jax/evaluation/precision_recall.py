@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deco_jax.errors import UserError
-from deco_jax.sharding import place
+from deco_jax.run.sharding import place
 
 # A squared distance this small against the squared norms is what is left of zero in |a|² + |b|² - 2ab in float32.
 _ZERO = 1e-5

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deco_jax.dct import dct_matrix, zigzag
+from deco_jax.method.dct import dct_matrix, zigzag
 
 BLOCK = 8
 

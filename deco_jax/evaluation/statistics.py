@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deco_jax import files
 from deco_jax.errors import UserError
 from deco_jax.evaluation.fid import SPLIT, InceptionScore
-from deco_jax.evaluation.inception import NUM_CLASSES, POOL3_WIDTH, SPATIAL_WIDTH, Features, check_images
+from deco_jax.models.inception import NUM_CLASSES, POOL3_WIDTH, SPATIAL_WIDTH, Features, check_images
+from deco_jax.run import files
 
 FORMAT = 1
 

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from deco_jax.models.decoder import PixelDecoder
 from deco_jax.models.dit import Trunk, intermediates
-from deco_jax.models.pixel_decoder import PixelDecoder
 
 
 class DeCo(Trunk):

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deco_jax.models.decoder import POSITION_FEATURES, cosine_basis, embed_pixels
 from deco_jax.models.dit import Trunk, intermediates
 from deco_jax.models.layers import Dtype, Linear, RMSNorm, patchify, run_stack, stack, unpatchify, zeros
-from deco_jax.models.pixel_decoder import POSITION_FEATURES, cosine_basis, embed_pixels
 
 
 def unit_columns(weights: jax.Array, floor: float = 1e-12) -> jax.Array:

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from deco_jax.dct import RGB_TO_YCBCR, block_dct
 from deco_jax.errors import UserError
+from deco_jax.method.dct import RGB_TO_YCBCR, block_dct
 
 # ITU-T T.81, Annex K, tables K.1 and K.2: [vertical frequency, horizontal frequency].
 LUMINANCE_TABLE = np.array(

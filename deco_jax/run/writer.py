@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from deco_jax import files
+from deco_jax.run import files
 
 # clu imports TensorFlow for its own TensorBoard writer, which isn't used here: an empty stand-in keeps it out.
 sys.modules.setdefault("clu.metric_writers.summary_writer", types.SimpleNamespace(SummaryWriter=None))  # type: ignore[arg-type]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pathlib
 
-from deco_jax import distributed
 from deco_jax.errors import UserError
+from deco_jax.run import distributed
 
 
 def make_workdir(folder: pathlib.Path) -> None:

@@ -12,14 +12,14 @@ import jax
 import ml_collections
 import numpy as np
 
-from deco_jax import checkpoint, sharding
 from deco_jax.config import to_json
 from deco_jax.convert import deco, torch_files
 from deco_jax.errors import UserError
 from deco_jax.models import dinov2, network
 from deco_jax.models.projector import make_projector
-from deco_jax.workdir import make_workdir
-from deco_jax.writer import write_json
+from deco_jax.run import checkpoint, sharding
+from deco_jax.run.workdir import make_workdir
+from deco_jax.run.writer import write_json
 
 
 def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: str) -> None:

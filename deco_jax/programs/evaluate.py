@@ -25,8 +25,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from deco_jax import checkpoint, distributed, generate, sharding
-from deco_jax.condition import Condition, Requests, open_condition
+from deco_jax.conditioning.condition import Condition, Requests, open_condition
 from deco_jax.config import to_json
 from deco_jax.convert.inception import WHERE, load_inception
 from deco_jax.data import pipeline, sources, transforms
@@ -34,18 +33,14 @@ from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
 from deco_jax.evaluation import TITLES
 from deco_jax.evaluation.fid import frechet_distance
-from deco_jax.evaluation.inception import FeatureExtractor
 from deco_jax.evaluation.precision_recall import precision_recall
-from deco_jax.evaluation.statistics import (
-    Accumulator,
-    NpzImages,
-    Statistics,
-    read_reference,
-    small_sample_warning,
-)
+from deco_jax.evaluation.statistics import Accumulator, NpzImages, Statistics, read_reference, small_sample_warning
 from deco_jax.models import network as network_lib
-from deco_jax.workdir import make_workdir
-from deco_jax.writer import write_json
+from deco_jax.models.inception import FeatureExtractor
+from deco_jax.run import checkpoint, distributed, sharding
+from deco_jax.run.workdir import make_workdir
+from deco_jax.run.writer import write_json
+from deco_jax.sampling import generate
 
 FOLDER = "evaluation"
 NEIGHBOURS = 3

@@ -17,16 +17,17 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from deco_jax import checkpoint, distributed
-from deco_jax.condition import Condition, Requests, Texts
+from deco_jax.conditioning.condition import Condition, Requests, Texts
 from deco_jax.config import to_json
 from deco_jax.data import prompts as prompts_lib
 from deco_jax.data.transforms import image_sides
-from deco_jax.diffusion import guidance, path, samplers
 from deco_jax.errors import UserError
 from deco_jax.images import to_uint8
+from deco_jax.method import path
 from deco_jax.models.network import Network, Params
-from deco_jax.sharding import batch_sharding, place_everywhere, replicated
+from deco_jax.run import checkpoint, distributed
+from deco_jax.run.sharding import batch_sharding, place_everywhere, replicated
+from deco_jax.sampling import guidance, samplers
 
 # (params, {"index": int32 [batch], "context": labels or text features}, null) → uint8 [batch, height, width, 3]
 Generator = Callable[[Params, dict[str, jax.Array], Any], jax.Array]

@@ -28,10 +28,10 @@ from flax import serialization
 from jax.sharding import Mesh
 
 from deco_jax import config as config_lib
-from deco_jax import distributed
 from deco_jax.errors import UserError
-from deco_jax.sharding import state_shardings
-from deco_jax.train_state import State
+from deco_jax.run import distributed
+from deco_jax.run.sharding import state_shardings
+from deco_jax.run.state import State
 
 FOLDER = "checkpoints"
 

@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from deco_jax.models.network import Network
-from deco_jax.sharding import state_shardings
+from deco_jax.run.sharding import state_shardings
 
 State = dict[str, Any]
 

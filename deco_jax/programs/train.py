@@ -26,26 +26,28 @@ import optax
 from absl import logging
 from jax.sharding import Mesh
 
-from deco_jax import checkpoint, distributed, generate, images, monitor, preemption, sharding
-from deco_jax.condition import Condition, Requests, abstract_condition, open_condition
+from deco_jax import images
+from deco_jax.conditioning.condition import Condition, Requests, abstract_condition, open_condition
 from deco_jax.config import to_json
 from deco_jax.convert.dinov2 import load_teacher
 from deco_jax.data import pipeline, sources
 from deco_jax.data.transforms import image_sides
-from deco_jax.diffusion import path
 from deco_jax.errors import UserError
-from deco_jax.evaluate import QuickFID
-from deco_jax.losses.flow_matching import flow_matching_loss
-from deco_jax.losses.frequency import frequency_loss, jpeg_weights
-from deco_jax.losses.repa import alignment_loss
+from deco_jax.method import path
+from deco_jax.method.losses.flow_matching import flow_matching_loss
+from deco_jax.method.losses.frequency import frequency_loss, jpeg_weights
+from deco_jax.method.losses.repa import alignment_loss
+from deco_jax.method.optimizer import make_optimizer, update_average
 from deco_jax.models import dinov2
 from deco_jax.models import network as network_lib
 from deco_jax.models.network import Network
 from deco_jax.models.projector import make_projector
-from deco_jax.optimizer import make_optimizer, update_average
-from deco_jax.train_state import State, create_state, state_shapes
-from deco_jax.workdir import make_workdir
-from deco_jax.writer import Writer, write_json
+from deco_jax.programs.evaluate import QuickFID
+from deco_jax.run import checkpoint, distributed, monitor, preemption, sharding
+from deco_jax.run.state import State, create_state, state_shapes
+from deco_jax.run.workdir import make_workdir
+from deco_jax.run.writer import Writer, write_json
+from deco_jax.sampling import generate
 
 Metrics = dict[str, jax.Array]
 Batch = dict[str, jax.Array]

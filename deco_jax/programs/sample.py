@@ -16,13 +16,15 @@ import jax
 import ml_collections
 import numpy as np
 
-from deco_jax import checkpoint, distributed, files, generate, images, sharding
-from deco_jax.condition import Requests, open_condition
+from deco_jax import images
+from deco_jax.conditioning.condition import Requests, open_condition
 from deco_jax.data import prompts as prompts_lib
 from deco_jax.data import sources
 from deco_jax.models import network as network_lib
-from deco_jax.workdir import make_workdir
-from deco_jax.writer import save_png, write_atomically
+from deco_jax.run import checkpoint, distributed, files, sharding
+from deco_jax.run.workdir import make_workdir
+from deco_jax.run.writer import save_png, write_atomically
+from deco_jax.sampling import generate
 
 
 def sample(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str = "") -> None:

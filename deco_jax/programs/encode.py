@@ -12,12 +12,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from deco_jax import condition as condition_lib
-from deco_jax import distributed, sharding, text
+from deco_jax.conditioning import condition as condition_lib
+from deco_jax.conditioning import text
 from deco_jax.data import features as features_lib
 from deco_jax.data import sources
 from deco_jax.errors import UserError
-from deco_jax.workdir import make_workdir
+from deco_jax.run import distributed, sharding
+from deco_jax.run.workdir import make_workdir
 
 SECONDS_BETWEEN_LINES = 10.0
 

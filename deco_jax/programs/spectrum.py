@@ -18,21 +18,22 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from deco_jax import checkpoint, files, generate, sharding
-from deco_jax.condition import Classes
+from deco_jax.conditioning.condition import Classes
 from deco_jax.config import COMPUTED, to_json
 from deco_jax.data import pipeline, sources
 from deco_jax.data.transforms import image_sides
-from deco_jax.dct import zigzag
-from deco_jax.diffusion import guidance, path, samplers
 from deco_jax.errors import UserError
 from deco_jax.evaluation.spectrum import BLOCK, block_energy, normalised_spectrum
 from deco_jax.images import to_float
-from deco_jax.losses.frequency import jpeg_weights
+from deco_jax.method import path
+from deco_jax.method.dct import zigzag
+from deco_jax.method.losses.frequency import jpeg_weights
 from deco_jax.models import network as network_lib
 from deco_jax.models.network import Network, Params
-from deco_jax.workdir import listed, make_workdir, short_names
-from deco_jax.writer import write_json
+from deco_jax.run import checkpoint, files, sharding
+from deco_jax.run.workdir import listed, make_workdir, short_names
+from deco_jax.run.writer import write_json
+from deco_jax.sampling import generate, guidance, samplers
 
 # (params, {"index", "label", "weight"}) → summed energies {"dit": [block, block], "velocity": [8, 8]}
 Measure = Callable[[Params, dict[str, jax.Array]], dict[str, jax.Array]]

@@ -19,15 +19,17 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
-from deco_jax import distributed, flops, generate, hardware, monitor, sharding
-from deco_jax.condition import Classes, Condition, open_condition
+from deco_jax import flops
+from deco_jax.conditioning.condition import Classes, Condition, open_condition
 from deco_jax.data import sources
 from deco_jax.data.transforms import image_sides
-from deco_jax.optimizer import make_optimizer
-from deco_jax.train import abstract_networks, lower_train_step, open_batches
-from deco_jax.train_state import create_state
-from deco_jax.workdir import make_workdir
-from deco_jax.writer import write_json
+from deco_jax.method.optimizer import make_optimizer
+from deco_jax.programs.train import abstract_networks, lower_train_step, open_batches
+from deco_jax.run import distributed, hardware, monitor, sharding
+from deco_jax.run.state import create_state
+from deco_jax.run.workdir import make_workdir
+from deco_jax.run.writer import write_json
+from deco_jax.sampling import generate
 
 Row = dict[str, Any]
 

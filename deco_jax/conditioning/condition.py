@@ -20,11 +20,12 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
-from deco_jax import distributed, sharding, text
+from deco_jax.conditioning import text
 from deco_jax.data.features import Features, read_caption
 from deco_jax.data.pipeline import EncodeCaption
 from deco_jax.data.sources import Source, check_classes
 from deco_jax.errors import UserError
+from deco_jax.run import distributed, sharding
 
 Batch = dict[str, jax.Array]
 NO_ENCODER = (

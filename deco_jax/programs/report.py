@@ -27,8 +27,8 @@ from PIL import Image
 from deco_jax.config import flatten
 from deco_jax.errors import UserError
 from deco_jax.evaluation import TITLES
-from deco_jax.workdir import listed, make_folder, short_names
-from deco_jax.writer import write_atomically
+from deco_jax.run.workdir import listed, make_folder, short_names
+from deco_jax.run.writer import write_atomically
 
 TEMPLATE = pathlib.Path(__file__).with_name("report.html")
 # Metrics that have a place of their own; every other is drawn among the losses.

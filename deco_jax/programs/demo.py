@@ -26,14 +26,16 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from deco_jax import checkpoint, generate, images, sharding
 from deco_jax import config as config_lib
-from deco_jax.condition import Requests, Texts, open_condition
+from deco_jax import images
+from deco_jax.conditioning.condition import Requests, Texts, open_condition
 from deco_jax.data import sources
 from deco_jax.data.transforms import image_sides
-from deco_jax.diffusion.samplers import SAMPLERS
 from deco_jax.errors import UserError
 from deco_jax.models import network as network_lib
+from deco_jax.run import checkpoint, sharding
+from deco_jax.sampling import generate
+from deco_jax.sampling.samplers import SAMPLERS
 
 HOST = "127.0.0.1"
 MAX_IMAGES = 16

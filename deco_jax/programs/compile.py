@@ -19,15 +19,16 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from deco_jax import flops, hardware, monitor, sharding
-from deco_jax.condition import Condition, abstract_condition
+from deco_jax import flops
+from deco_jax.conditioning.condition import Condition, abstract_condition
 from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
-from deco_jax.optimizer import make_optimizer
-from deco_jax.train import abstract_networks, lower_train_step
-from deco_jax.train_state import State, state_shapes
-from deco_jax.workdir import make_workdir
-from deco_jax.writer import write_json
+from deco_jax.method.optimizer import make_optimizer
+from deco_jax.programs.train import abstract_networks, lower_train_step
+from deco_jax.run import hardware, monitor, sharding
+from deco_jax.run.state import State, state_shapes
+from deco_jax.run.workdir import make_workdir
+from deco_jax.run.writer import write_json
 
 # A parameter of up to this size may stay whole on every device.
 REPLICATED_LIMIT = 10**6

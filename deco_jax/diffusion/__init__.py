@@ -1,1 +1,0 @@
-"""The flow from noise to data: path, guidance and samplers, as pure functions."""

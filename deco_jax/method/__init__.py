@@ -1,0 +1,1 @@
+"""What a paper varies: path, times, losses, optimizer, as pure functions."""

@@ -1,0 +1,1 @@
+"""What keeps a run alive: mesh, state, checkpoints, several hosts, signals, logs."""
