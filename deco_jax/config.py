@@ -74,14 +74,16 @@ TRUNK = {
 }
 DECODER = {"decoder_width": Key(int, *at_least(1)), "decoder_depth": Key(int, *at_least(1))}
 MODEL = {
-    "deco": TRUNK | DECODER | {
+    "deco": TRUNK
+    | DECODER
+    | {
         "decoder_patch_size": Key(int, *at_least(1)),
         "decoder_interaction": Key(str, *one_of("adaln", "add")),
         "decoder_chunk": Key(int, *at_least(0)),  # queries at a time, 0: all; some thousands on a CPU
     },
     "dit": TRUNK,
     "pixnerd": TRUNK | DECODER | {"decoder_ratio": Key(int, *at_least(1))},
-}  # fmt: skip
+}
 
 SECTIONS: dict[str, dict[str, Key]] = {
     "data": {

@@ -21,8 +21,18 @@ from ml_collections import config_flags
 _STARTED = time.monotonic()
 
 MODES = (
-    "train", "sample", "encode", "evaluate", "spectrum", "report", "demo", "compile", "benchmark", "import", "export",
-)  # fmt: skip
+    "train",
+    "sample",
+    "encode",
+    "evaluate",
+    "spectrum",
+    "report",
+    "demo",
+    "compile",
+    "benchmark",
+    "import",
+    "export",
+)
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py, or configs/NAME.py:VARIANT.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.")
@@ -173,7 +183,11 @@ def _run() -> None:
             from deco_jax.run import distributed
 
             distributed.start(
-                _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _TIMEOUT.value, _DISTRIBUTED.value,
+                _COORDINATOR.value,
+                _NUM_PROCESSES.value,
+                _PROCESS_ID.value,
+                _TIMEOUT.value,
+                _DISTRIBUTED.value,
                 preemptible=_MODE.value == "train",
             )
         if _MODE.value in COMPUTING:

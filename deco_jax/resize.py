@@ -45,11 +45,7 @@ def bicubic_matrix(size: int, new_size: int, scale: float | None = None) -> np.n
 
 
 def resize_bicubic(
-    images: jax.Array,
-    height: int,
-    width: int,
-    *,
-    scales: tuple[float | None, float | None] = (None, None),
+    images: jax.Array, height: int, width: int, *, scales: tuple[float | None, float | None] = (None, None)
 ) -> jax.Array:
     """[batch, old height, old width, channels] → float32 [batch, height, width, channels].
 

@@ -57,9 +57,16 @@ class Run(NamedTuple):
             config = f"{config}:{self.settings[VARIANT]}"
         checkpoint = [f"--checkpoint={self.trained}"] if self.trained else []
         return [
-            os.environ.get("PYTHON", sys.executable), "-m", "deco_jax.main", f"--config={config}",
-            f"--workdir={self.folder}", f"--mode={mode}", *checkpoint, *more, *overrides,
-        ]  # fmt: skip
+            os.environ.get("PYTHON", sys.executable),
+            "-m",
+            "deco_jax.main",
+            f"--config={config}",
+            f"--workdir={self.folder}",
+            f"--mode={mode}",
+            *checkpoint,
+            *more,
+            *overrides,
+        ]
 
 
 def split_values(text: str) -> list[str]:
@@ -232,9 +239,14 @@ def papers_figures(config: str) -> dict[str, dict[str, float]]:
 
 
 def gather(
-    runs: list[Run], workdir: pathlib.Path, sort: str, descending: bool,
-    paper: dict[str, dict[str, float]] | None = None, more: Sequence[str] = (), measure: Sequence[str] = (),
-) -> str:  # fmt: skip
+    runs: list[Run],
+    workdir: pathlib.Path,
+    sort: str,
+    descending: bool,
+    paper: dict[str, dict[str, float]] | None = None,
+    more: Sequence[str] = (),
+    measure: Sequence[str] = (),
+) -> str:
     """Write sweep.json and sweep.md; return the latter. `paper` stands beside ours, as "paper's METRIC"."""
     rows = []
     measured = [(run, of_run) for run in runs for of_run in measurements(run, measure)]
@@ -359,8 +371,11 @@ def main(argv: list[str]) -> int:
         raise SystemExit(f"error: --only={arguments.only}: the runs are 0 to {len(runs) - 1}")
     chosen = runs if arguments.only is None else [runs[arguments.only]]
     for run in [] if arguments.gather else chosen:
-        tasks = [(mode, task) for mode in arguments.modes
-                 for task in ([run] if mode == "train" else measurements(run, arguments.measure))]  # fmt: skip
+        tasks = [
+            (mode, task)
+            for mode in arguments.modes
+            for task in ([run] if mode == "train" else measurements(run, arguments.measure))
+        ]
         for mode, task in tasks:
             name = task.folder.relative_to(arguments.workdir)
             command = task.command(arguments.config, mode, more)

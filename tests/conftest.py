@@ -12,10 +12,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 # Most of the tests' time goes into compiling programs that run for milliseconds: this halves it.
 os.environ["XLA_FLAGS"] = " ".join(
     [
-        os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0",
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
         *(["--xla_cpu_use_fusion_emitters=false"] if version("jaxlib") < "0.11" else []),  # unknown to later ones
     ]
-).strip()  # fmt: skip
+).strip()
 
 import jax
 import pytest

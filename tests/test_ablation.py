@@ -38,13 +38,18 @@ def test_row_trains(row, teacher, tmp_path):
     options = []
     if with_repa:
         options = [
-            "--config.loss.repa_weight=0.5", "--config.loss.repa_layer=2", "--config.teacher.size=S",
+            "--config.loss.repa_weight=0.5",
+            "--config.loss.repa_layer=2",
+            "--config.teacher.size=S",
             f"--config.teacher.path={teacher}",
-        ]  # fmt: skip
+        ]
     result = run_main(
-        f"--config=configs/ablation.py:{row}-smoke", f"--workdir={tmp_path}", *options,
-        "--config.train.num_steps=2", "--config.train.sample_every=0",
-    )  # fmt: skip
+        f"--config=configs/ablation.py:{row}-smoke",
+        f"--workdir={tmp_path}",
+        *options,
+        "--config.train.num_steps=2",
+        "--config.train.sample_every=0",
+    )
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in rows] == [1, 2]
@@ -55,9 +60,12 @@ def test_row_trains(row, teacher, tmp_path):
 
 def test_a_missing_teacher_is_one_line_and_nothing_is_written(tmp_path):
     result = run_main(
-        "--config=configs/ablation.py:smoke", f"--workdir={tmp_path / 'run'}", "--config.loss.repa_weight=0.5",
-        "--config.loss.repa_layer=2", "--config.teacher.path=/nowhere/dinov2.pth",
-    )  # fmt: skip
+        "--config=configs/ablation.py:smoke",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.loss.repa_weight=0.5",
+        "--config.loss.repa_layer=2",
+        "--config.teacher.path=/nowhere/dinov2.pth",
+    )
     assert (result.returncode, len(result.stderr.strip().splitlines())) == (1, 1)
     assert "dinov2_vitb14_pretrain.pth" in result.stderr
     assert not (tmp_path / "run").exists()

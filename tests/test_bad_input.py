@@ -187,9 +187,14 @@ def outcomes(tmp_path_factory):
         filled = [argument.format(tmp=case / "empty", data=data, run=run) for argument in arguments]
         commands.append([f"--workdir={case / 'run'}", *filled])
     subprocess.run(
-        [sys.executable, "-c", RUN_ALL, folder / "results"], input=json.dumps(commands), text=True, cwd=ROOT,
-        timeout=240, check=True, capture_output=True,
-    )  # fmt: skip
+        [sys.executable, "-c", RUN_ALL, folder / "results"],
+        input=json.dumps(commands),
+        text=True,
+        cwd=ROOT,
+        timeout=240,
+        check=True,
+        capture_output=True,
+    )
     assert files(data) == before
     results = json.loads((folder / "results").read_text())
     return [(case, code, said) for case, (code, said) in zip(folders, results, strict=True)]

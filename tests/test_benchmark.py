@@ -35,9 +35,13 @@ def test_warm_up_is_not_timed():
 def report(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("benchmark")
     result = run_main(
-        "--config=configs/benchmark_cpu.py:smoke", f"--workdir={workdir}", "--mode=benchmark",
-        "--config.loss.repa_weight=0.5", "--config.loss.repa_layer=2", "--config.teacher.size=S",
-    )  # fmt: skip
+        "--config=configs/benchmark_cpu.py:smoke",
+        f"--workdir={workdir}",
+        "--mode=benchmark",
+        "--config.loss.repa_weight=0.5",
+        "--config.loss.repa_layer=2",
+        "--config.teacher.size=S",
+    )
     assert result.returncode == 0, result.stderr
     for name in ("train step", "forward", "input batch"):
         assert f"  {name} " in result.stdout
@@ -66,9 +70,17 @@ def test_the_steps_memory(report):
 def test_every_part_is_timed(report):
     rows = report["rows"]
     names = [
-        "import", "build", "compile", "first step", "train step", "its frozen part", "forward", "sample one image",
-        "sample 10", "input batch",
-    ]  # fmt: skip
+        "import",
+        "build",
+        "compile",
+        "first step",
+        "train step",
+        "its frozen part",
+        "forward",
+        "sample one image",
+        "sample 10",
+        "input batch",
+    ]
     assert list(rows) == names
     for row in rows.values():
         seconds = row["seconds"]

@@ -146,20 +146,46 @@ def test_one_tar_and_a_subfolder(tars):
 
 
 BAD_PAIRS = [
-    ("good.png", encoded(9)), ("good.txt", b"\xef\xbb\xbf good \n"), ("UPPER.JPG", encoded(9, kind="JPEG")),
-    ("UPPER.txt", b"fine"), ("w.webp", encoded(9, kind="WEBP")), ("w.txt", "\U0001f98a".encode()),
-    ("low.png", encoded(1, height=7)), ("low.txt", b"x"), ("thin.jpeg", encoded(1, width=9, kind="JPEG")),
-    ("thin.txt", b"x"), ("alone.png", encoded()), ("word.txt", b"x"), ("latin.png", encoded()),
-    ("latin.txt", "é".encode("latin-1")), ("blank.png", encoded()), ("blank.txt", b" \n"),
-    ("text.jpg", b"<html>404</html>"), ("text.txt", b"x"), ("empty.png", b""), ("empty.txt", b"x"),
-    ("gif.jpg", encoded(kind="GIF")), ("gif.txt", b"x"), ("bomb.png", bomb()), ("bomb.txt", b"x"),
-    ("wide.png", bomb(captioned.MAX_PIXELS + 1)), ("wide.txt", b"x"), ("notes.csv", b"x"), ("mask.npy", b"x"),
-    ("long.png", encoded()), ("long.txt", b"x" * (captioned.MAX_CAPTION_BYTES + 1)),
-]  # fmt: skip
+    ("good.png", encoded(9)),
+    ("good.txt", b"\xef\xbb\xbf good \n"),
+    ("UPPER.JPG", encoded(9, kind="JPEG")),
+    ("UPPER.txt", b"fine"),
+    ("w.webp", encoded(9, kind="WEBP")),
+    ("w.txt", "\U0001f98a".encode()),
+    ("low.png", encoded(1, height=7)),
+    ("low.txt", b"x"),
+    ("thin.jpeg", encoded(1, width=9, kind="JPEG")),
+    ("thin.txt", b"x"),
+    ("alone.png", encoded()),
+    ("word.txt", b"x"),
+    ("latin.png", encoded()),
+    ("latin.txt", "é".encode("latin-1")),
+    ("blank.png", encoded()),
+    ("blank.txt", b" \n"),
+    ("text.jpg", b"<html>404</html>"),
+    ("text.txt", b"x"),
+    ("empty.png", b""),
+    ("empty.txt", b"x"),
+    ("gif.jpg", encoded(kind="GIF")),
+    ("gif.txt", b"x"),
+    ("bomb.png", bomb()),
+    ("bomb.txt", b"x"),
+    ("wide.png", bomb(captioned.MAX_PIXELS + 1)),
+    ("wide.txt", b"x"),
+    ("notes.csv", b"x"),
+    ("mask.npy", b"x"),
+    ("long.png", encoded()),
+    ("long.txt", b"x" * (captioned.MAX_CAPTION_BYTES + 1)),
+]
 BAD_COUNTS = {
-    "images smaller than 8x10": 2, captioned.NO_CAPTION: 1, captioned.NO_IMAGE: 1, captioned.BAD_CAPTION: 3,
-    captioned.BROKEN: 3, captioned.OVERSIZED: 2, captioned.OTHER: 2,
-}  # fmt: skip
+    "images smaller than 8x10": 2,
+    captioned.NO_CAPTION: 1,
+    captioned.NO_IMAGE: 1,
+    captioned.BAD_CAPTION: 3,
+    captioned.BROKEN: 3,
+    captioned.OVERSIZED: 2,
+    captioned.OTHER: 2,
+}
 
 
 def test_bad_files_are_counted(tmp_path):
@@ -181,22 +207,38 @@ def test_bad_files_are_counted(tmp_path):
 
 def test_bad_members_are_counted(tmp_path):
     members = [
-        *BAD_PAIRS, ("both.png", encoded()), ("both.json", b"not JSON"), ("both.txt", b"both"),
-        ("text.png", encoded()), ("text.json", b'{"text": "from text", "caption": " "}'),
-        ("prompt.png", encoded()), ("prompt.json", b'{"prompt": "from prompt"}'),
-        ("sub/./dot..s.png", encoded()), ("sub/./dot..s.txt", b"dots are no way out"),
-        ("json.png", encoded()), ("json.json", b"{'caption': 1}"), ("list.png", encoded()), ("list.json", b'["x"]'),
-        ("field.png", encoded()), ("field.json", b'{"caption": 3}'),
-        ("deep.png", encoded()), ("deep.json", b"[" * 200_000),
-        ("half.png", encoded()), ("half.json", b'{"caption": "\\ud83d"}'),
-        ("/etc/a.png", encoded()), ("/etc/a.txt", b"x"), ("../b.png", encoded()), ("x/../../b.txt", b"x"),
-        ("..\\c.png", encoded()), ("C:/d.png", encoded()),
-        link("s.png", tarfile.SYMTYPE, "/etc/passwd"), link("h.png", tarfile.LNKTYPE), link("f.png", tarfile.FIFOTYPE),
+        *BAD_PAIRS,
+        ("both.png", encoded()),
+        ("both.json", b"not JSON"),
+        ("both.txt", b"both"),
+        ("text.png", encoded()),
+        ("text.json", b'{"text": "from text", "caption": " "}'),
+        ("prompt.png", encoded()),
+        ("prompt.json", b'{"prompt": "from prompt"}'),
+        ("sub/./dot..s.png", encoded()),
+        ("sub/./dot..s.txt", b"dots are no way out"),
+        ("json.png", encoded()),
+        ("json.json", b"{'caption': 1}"),
+        ("list.png", encoded()),
+        ("list.json", b'["x"]'),
+        ("field.png", encoded()),
+        ("field.json", b'{"caption": 3}'),
+        ("deep.png", encoded()),
+        ("deep.json", b"[" * 200_000),
+        ("half.png", encoded()),
+        ("half.json", b'{"caption": "\\ud83d"}'),
+        ("/etc/a.png", encoded()),
+        ("/etc/a.txt", b"x"),
+        ("../b.png", encoded()),
+        ("x/../../b.txt", b"x"),
+        ("..\\c.png", encoded()),
+        ("C:/d.png", encoded()),
+        link("s.png", tarfile.SYMTYPE, "/etc/passwd"),
+        link("h.png", tarfile.LNKTYPE),
+        link("f.png", tarfile.FIFOTYPE),
         link("folder", tarfile.DIRTYPE),
-    ]  # fmt: skip
-    expected = {
-        **BAD_COUNTS, captioned.BAD_CAPTION: 8, captioned.UNSAFE: 6, captioned.SPECIAL: 3,
-    }  # fmt: skip
+    ]
+    expected = {**BAD_COUNTS, captioned.BAD_CAPTION: 8, captioned.UNSAFE: 6, captioned.SPECIAL: 3}
     good = ["good", "fine", "\U0001f98a", "both", "from text", "from prompt", "dots are no way out"]
     # "text" is there twice, as two samples one after the other may be.
     write_tar(tmp_path / "data.tar", members)

@@ -77,11 +77,17 @@ def test_training_set_against_test_set(tmp_path):
     for path in test:
         shutil.copy(path, samples / f"{path.parent.name}_{path.name}")
     said = succeed(
-        "--config=configs/cifar10.py", f"--workdir={tmp_path / 'run'}", "--mode=evaluate",
-        f"--config.data.path={DATA}/train", f"--config.evaluate.num_reference={COUNT}", "--config.data.num_workers=0",
-        f"--config.evaluate.inception={WEIGHTS}", f"--config.evaluate.samples={samples}",
-        env={"XLA_FLAGS": ""}, timeout=7200,
-    ).stdout  # fmt: skip
+        "--config=configs/cifar10.py",
+        f"--workdir={tmp_path / 'run'}",
+        "--mode=evaluate",
+        f"--config.data.path={DATA}/train",
+        f"--config.evaluate.num_reference={COUNT}",
+        "--config.data.num_workers=0",
+        f"--config.evaluate.inception={WEIGHTS}",
+        f"--config.evaluate.samples={samples}",
+        env={"XLA_FLAGS": ""},
+        timeout=7200,
+    ).stdout
     print(said)
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
 

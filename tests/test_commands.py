@@ -76,9 +76,14 @@ def test_sampling_goes_on_where_it_was_cut_off(tmp_path):
     checkpoint = two_steps(tmp_path) / "checkpoints" / "2"
     # So many steps that a batch takes long enough to be caught in.
     command = [
-        SMOKE, "--mode=sample", f"--checkpoint={checkpoint}", "--config.sample.num_images=60",
-        "--config.sample.batch_size=10", "--config.sample.num_steps=100", "--config.sample.npz=True",
-    ]  # fmt: skip
+        SMOKE,
+        "--mode=sample",
+        f"--checkpoint={checkpoint}",
+        "--config.sample.num_images=60",
+        "--config.sample.batch_size=10",
+        "--config.sample.num_steps=100",
+        "--config.sample.npz=True",
+    ]
     succeed(*command, f"--workdir={tmp_path / 'whole'}")
 
     cut = tmp_path / "cut"

@@ -23,10 +23,17 @@ def report(tmp_path_factory):
     """Parameters above the limit of replication, on 8 devices of a fake machine."""
     workdir = tmp_path_factory.mktemp("compile")
     result = run_main(
-        SMOKE, f"--workdir={workdir}", "--mode=compile", "--topology=cpu:8", "--config.mesh.data=1",
-        "--config.mesh.fsdp=8", "--config.model.width=256", "--config.model.num_classes=1000",
-        "--config.model.depth=2", "--config.data.batch_size=16",
-    )  # fmt: skip
+        SMOKE,
+        f"--workdir={workdir}",
+        "--mode=compile",
+        "--topology=cpu:8",
+        "--config.mesh.data=1",
+        "--config.mesh.fsdp=8",
+        "--config.model.width=256",
+        "--config.model.num_classes=1000",
+        "--config.model.depth=2",
+        "--config.data.batch_size=16",
+    )
     assert result.returncode == 0, result.stderr
     assert "memory of this device is not known" in result.stdout
     return json.loads((workdir / "compile.json").read_text())
@@ -120,9 +127,15 @@ def test_compiling_needs_no_data_and_no_teacher(tmp_path):
     config = imagenet256.get_config()
     assert config.data.path == config.teacher.path == ""
     result = run_main(
-        SMOKE, f"--workdir={tmp_path}", "--mode=compile", "--topology=cpu:2", "--config.loss.repa_weight=0.5",
-        "--config.loss.repa_layer=2", "--config.teacher.size=S", "--config.data.image_size=32",
-    )  # fmt: skip
+        SMOKE,
+        f"--workdir={tmp_path}",
+        "--mode=compile",
+        "--topology=cpu:2",
+        "--config.loss.repa_weight=0.5",
+        "--config.loss.repa_layer=2",
+        "--config.teacher.size=S",
+        "--config.data.image_size=32",
+    )
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "compile.json").read_text())
     assert report["teacher"] is True
@@ -138,11 +151,19 @@ def test_a_mesh_that_the_topology_has_not(tmp_path):
 @pytest.mark.parametrize(
     "kind, name",
     [
-        ("TPU v5 lite", "v5e"), ("TPU v5e", "v5e"), ("TPU v5", "v5p"), ("TPU v5p", "v5p"), ("TPU v6 lite", "v6e"),
-        ("TPU v4", "v4"), ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"),
-        ("NVIDIA A100-SXM4-40GB", "A100-40GB"), ("NVIDIA A100-SXM4-80GB", "A100-80GB"), ("cpu", None),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5e", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v5p", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("TPU v4", "v4"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
+        ("cpu", None),
     ],
-)  # fmt: skip
+)
 def test_chips_by_jax_names(kind, name):
     class Device:
         device_kind = kind
@@ -155,9 +176,15 @@ def test_chips_by_jax_names(kind, name):
 def test_a_tpu_slice(tmp_path):
     pytest.importorskip("libtpu")
     result = run_main(
-        SMOKE, f"--workdir={tmp_path}", "--mode=compile", "--topology=v5e:2x2", "--config.mesh.fsdp=4",
-        "--config.mesh.data=1", "--config.model.dtype=bfloat16", timeout=580,
-    )  # fmt: skip
+        SMOKE,
+        f"--workdir={tmp_path}",
+        "--mode=compile",
+        "--topology=v5e:2x2",
+        "--config.mesh.fsdp=4",
+        "--config.mesh.data=1",
+        "--config.model.dtype=bfloat16",
+        timeout=580,
+    )
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "compile.json").read_text())
     assert report["chip"] == "v5e"

@@ -172,7 +172,9 @@ class TinyColours(tfds.core.GeneratorBasedBuilder):
             yield i, {"image": file, "label": i % 3}
 """
 
-READ = PREPARE + """
+READ = (
+    PREPARE
+    + """
 from deco_jax.data.sources import Tfds, open_source
 from deco_jax.data.pipeline import train_batches
 import ml_collections
@@ -187,6 +189,7 @@ if __name__ == "__main__":
     assert "tensorflow" not in sys.modules
     print(source._folder)
 """
+)
 
 
 def test_tfds(tmp_path):

@@ -17,18 +17,29 @@ from deco_jax.models.decoder import cosine_basis, embed_pixels, from_queries, to
 from tests.helpers import golden, golden_params, nhwc, relative_error
 
 TRUNK = {
-    "prediction": "v", "width": 48, "depth": 3, "num_heads": 4, "patch_size": 4, "num_classes": 10, "text_width": 0,
-    "text_length": 0, "text_depth": 0, "dtype": "float32", "remat": "none", "unroll": 1, "attention": "xla",
-}  # fmt: skip
+    "prediction": "v",
+    "width": 48,
+    "depth": 3,
+    "num_heads": 4,
+    "patch_size": 4,
+    "num_classes": 10,
+    "text_width": 0,
+    "text_length": 0,
+    "text_depth": 0,
+    "dtype": "float32",
+    "remat": "none",
+    "unroll": 1,
+    "attention": "xla",
+}
 DECODER = {"decoder_width": 16, "decoder_depth": 2, "decoder_patch_size": 1, "decoder_interaction": "adaln"}
 MODELS = {
     "deco_c2i": TRUNK | DECODER | {"name": "deco"},
-    "deco_t2i": TRUNK | DECODER | {
-        "name": "deco", "width": 32, "num_classes": 0, "text_width": 24, "text_length": 6, "text_depth": 2,
-    },
+    "deco_t2i": TRUNK
+    | DECODER
+    | {"name": "deco", "width": 32, "num_classes": 0, "text_width": 24, "text_length": 6, "text_depth": 2},
     "baseline_dit": TRUNK | {"name": "dit"},
     "pixnerd": TRUNK | {"name": "pixnerd", "decoder_width": 8, "decoder_depth": 2, "decoder_ratio": 2},
-}  # fmt: skip
+}
 BOUND = {"deco_c2i": 5e-6, "deco_t2i": 2e-6, "baseline_dit": 2e-6, "pixnerd": 1e-5}
 
 
@@ -97,12 +108,13 @@ SIZES = {
         (MODELS["baseline_dit"] | {"width": 1152, "depth": 28, "num_heads": 16}, 676_360_128),
         (MODELS["pixnerd"] | SIZES["pixnerd"], 452_113_795),
         (
-            MODELS["deco_t2i"] | SIZES["deco"]
+            MODELS["deco_t2i"]
+            | SIZES["deco"]
             | {"width": 1536, "depth": 16, "num_heads": 24, "text_width": 2048, "text_length": 128, "text_depth": 4},
             1_133_759_395,
         ),
     ],
-)  # fmt: skip
+)
 def test_parameter_counts_are_the_published_models(changes, parameters):
     classes = 1000 if changes["num_classes"] else 0
     assert network.build(changes | {"patch_size": 16, "num_classes": classes}).num_params == parameters
@@ -154,24 +166,36 @@ def test_initial_ranges_are_the_paper_s():
 
     uniform = {
         "patch_embed/kernel": xavier(3 * patch**2, width),
-        "time_embed/hidden/bias": default(256), "time_embed/out/bias": default(width),
+        "time_embed/hidden/bias": default(256),
+        "time_embed/out/bias": default(width),
         "blocks/attention/qkv/kernel": default(width),
-        "blocks/attention/out/kernel": default(width), "blocks/attention/out/bias": default(width),
-        "blocks/mlp/gate/kernel": default(width), "blocks/mlp/up/kernel": default(width),
+        "blocks/attention/out/kernel": default(width),
+        "blocks/attention/out/bias": default(width),
+        "blocks/mlp/gate/kernel": default(width),
+        "blocks/mlp/up/kernel": default(width),
         "blocks/mlp/down/kernel": default(hidden),
-        "blocks/modulation/kernel": default(width), "blocks/modulation/bias": default(width),
-        "decoder/pixel_embed/kernel": default(67), "decoder/pixel_embed/bias": default(67),
+        "blocks/modulation/kernel": default(width),
+        "blocks/modulation/bias": default(width),
+        "decoder/pixel_embed/kernel": default(67),
+        "decoder/pixel_embed/bias": default(67),
         "decoder/input/kernel": xavier(decoder, decoder),
         "decoder/condition/kernel": xavier(width, patch**2 * decoder),
         "decoder/blocks/mlp_in/kernel": xavier(decoder, decoder),
         "decoder/blocks/mlp_out/kernel": xavier(decoder, decoder),
-    }  # fmt: skip
+    }
     normal = {"time_embed/hidden/kernel", "time_embed/out/kernel", "label_embed/embedding"}
     zero = {
-        "patch_embed/bias", "decoder/input/bias", "decoder/condition/bias", "decoder/blocks/mlp_in/bias",
-        "decoder/blocks/mlp_out/bias", "decoder/blocks/modulation/kernel", "decoder/blocks/modulation/bias",
-        "decoder/blocks/norm/bias", "decoder/output/kernel", "decoder/output/bias",
-    }  # fmt: skip
+        "patch_embed/bias",
+        "decoder/input/bias",
+        "decoder/condition/bias",
+        "decoder/blocks/mlp_in/bias",
+        "decoder/blocks/mlp_out/bias",
+        "decoder/blocks/modulation/kernel",
+        "decoder/blocks/modulation/bias",
+        "decoder/blocks/norm/bias",
+        "decoder/output/kernel",
+        "decoder/output/bias",
+    }
     for path, value in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         value = np.asarray(value)

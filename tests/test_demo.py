@@ -65,9 +65,15 @@ def captions(tmp_path_factory):
 
 def wish(**changes) -> demo.Wish:
     values = {
-        "height": 16, "width": 16, "count": 2, "num_steps": 3, "sampler": "euler", "guidance": 2.0, "shift": 1.0,
+        "height": 16,
+        "width": 16,
+        "count": 2,
+        "num_steps": 3,
+        "sampler": "euler",
+        "guidance": 2.0,
+        "shift": 1.0,
         "seed": 5,
-    }  # fmt: skip
+    }
     return demo.Wish(**values | changes)
 
 
@@ -102,8 +108,11 @@ def served(*arguments: object):
         pytest.skip("needs gradio")
     process = subprocess.Popen(
         [sys.executable, "-m", "deco_jax.main", "--mode=demo", "--port=0", *map(str, arguments)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     said = ""
     try:
         assert process.stdout is not None
@@ -189,9 +198,17 @@ def test_text_to_image_in_a_browser(captions):
         config = t2i_256.get_config("smoke")
         sample = config.sample
         wanted = wish(
-            prompt="three <b>", negative_prompt="seven", height=32, width=32, count=1, num_steps=2,
-            sampler=sample.sampler, guidance=sample.guidance, shift=sample.shift, seed=sample.seed,
-        )  # fmt: skip
+            prompt="three <b>",
+            negative_prompt="seven",
+            height=32,
+            width=32,
+            count=1,
+            num_steps=2,
+            sampler=sample.sampler,
+            guidance=sample.guidance,
+            shift=sample.shift,
+            seed=sample.seed,
+        )
         (image,) = expected(config, captions, wanted)
         assert same(pictures[0], image.repeat(8, 0).repeat(8, 1))
         (other,) = expected(config, captions, dataclasses.replace(wanted, negative_prompt=""))
@@ -229,8 +246,16 @@ def test_any_size_that_the_patch_divides(digits):
 
 
 def test_fields_of_the_page():
-    fields = {"height": 16, "width": 16.0, "count": 1, "num_steps": 5, "sampler": "heun", "guidance": 3, "shift": 1,
-              "seed": 7}  # fmt: skip
+    fields = {
+        "height": 16,
+        "width": 16.0,
+        "count": 1,
+        "num_steps": 5,
+        "sampler": "heun",
+        "guidance": 3,
+        "shift": 1,
+        "seed": 7,
+    }
     assert demo.read_wish(fields) == wish(count=1, num_steps=5, sampler="heun", guidance=3.0, seed=7)
     for empty in (None, "", float("inf")):
         with pytest.raises(UserError, match=r"num steps: .* won't do"):

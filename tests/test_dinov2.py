@@ -44,8 +44,11 @@ def in_huggingface_layout(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarra
                 for name, part in zip(("query", "key", "value"), np.split(a, 3), strict=True):
                     renamed[f"{block}attention.attention.{name}.{suffix}"] = part
                 continue
-            for old, new in (("attn.proj", "attention.output.dense"), ("ls1.gamma", "layer_scale1.lambda1"),
-                             ("ls2.gamma", "layer_scale2.lambda1")):  # fmt: skip
+            for old, new in (
+                ("attn.proj", "attention.output.dense"),
+                ("ls1.gamma", "layer_scale1.lambda1"),
+                ("ls2.gamma", "layer_scale2.lambda1"),
+            ):
                 rest = rest.replace(old, new)
             renamed[block + rest] = a
         elif head == "norm":

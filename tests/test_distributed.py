@@ -96,9 +96,14 @@ def free_port() -> int:
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_process_that_waits_in_vain_names_the_stage(process, tmp_path):
     result = run_main(
-        SMOKE, f"--workdir={tmp_path / 'run'}", f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2",
-        f"--process_id={process}", "--distributed_timeout=4", timeout=120,
-    )  # fmt: skip
+        SMOKE,
+        f"--workdir={tmp_path / 'run'}",
+        f"--coordinator=127.0.0.1:{free_port()}",
+        "--num_processes=2",
+        f"--process_id={process}",
+        "--distributed_timeout=4",
+        timeout=120,
+    )
     assert result.returncode == 1
     last = [line for line in result.stderr.splitlines() if line.startswith("error:")][-1]
     assert "still connecting to the coordinator 127.0.0.1:" in last
@@ -113,13 +118,25 @@ def together(workdir, *arguments: str, config: str = SMOKE) -> list[subprocess.P
     return [
         subprocess.Popen(
             [
-                sys.executable, "-m", "deco_jax.main", config, f"--workdir={workdir}", *MESH, *arguments,
-                f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}",
+                sys.executable,
+                "-m",
+                "deco_jax.main",
+                config,
+                f"--workdir={workdir}",
+                *MESH,
+                *arguments,
+                f"--coordinator=127.0.0.1:{port}",
+                "--num_processes=2",
+                f"--process_id={i}",
             ],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for i in range(2)
-    ]  # fmt: skip
+    ]
 
 
 def finish(processes: list[subprocess.Popen], timeout: float = 400) -> list[str]:
@@ -179,9 +196,8 @@ def test_two_hosts_encode_captions_like_one(tmp_path):
 @pytest.mark.parametrize("signalled, number", [(0, signal.SIGTERM), (1, signal.SIGTERM), (1, signal.SIGINT)])
 def test_a_signal_to_any_host_saves_the_same_step_on_all(signalled, number, tmp_path):
     processes = together(
-        tmp_path, "--config.train.num_steps=100000", "--config.train.save_every=100000",
-        "--config.train.sample_every=0",
-    )  # fmt: skip
+        tmp_path, "--config.train.num_steps=100000", "--config.train.save_every=100000", "--config.train.sample_every=0"
+    )
     metrics = tmp_path / "metrics.jsonl"
     deadline = time.monotonic() + 400
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):

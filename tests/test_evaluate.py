@@ -129,9 +129,13 @@ def test_as_a_command(tmp_path, weights):
     images = pictures(8)
     np.savez(tmp_path / "images.npz", arr_0=images)
     common = [
-        SMOKE, f"--workdir={tmp_path / 'run'}", "--mode=evaluate", f"--config.evaluate.inception={weights}",
-        f"--config.evaluate.samples={tmp_path / 'images.npz'}", "--config.evaluate.batch_size=8",
-    ]  # fmt: skip
+        SMOKE,
+        f"--workdir={tmp_path / 'run'}",
+        "--mode=evaluate",
+        f"--config.evaluate.inception={weights}",
+        f"--config.evaluate.samples={tmp_path / 'images.npz'}",
+        "--config.evaluate.batch_size=8",
+    ]
     said = succeed(*common, f"--config.evaluate.reference={tmp_path / 'images.npz'}").stdout
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     scale = np.load(tmp_path / "run" / "evaluation" / "samples.npz")["features"].var(0).sum()
@@ -204,10 +208,16 @@ def test_devices_and_interruptions_change_nothing(tmp_path, weights):
     """Drawn and measured on one device, on eight, and on one in two runs: the same scores."""
     checkpoint = two_steps(tmp_path) / "checkpoints" / "2"
     command = [
-        SMOKE, "--mode=evaluate", f"--checkpoint={checkpoint}", "--config.evaluate.save_every=2",
-        f"--config.evaluate.inception={WEIGHTS or weights}", "--config.evaluate.num_reference=16",
-        "--config.sample.num_steps=2", "--config.sample.num_images=16", "--config.sample.batch_size=2",
-    ]  # fmt: skip
+        SMOKE,
+        "--mode=evaluate",
+        f"--checkpoint={checkpoint}",
+        "--config.evaluate.save_every=2",
+        f"--config.evaluate.inception={WEIGHTS or weights}",
+        "--config.evaluate.num_reference=16",
+        "--config.sample.num_steps=2",
+        "--config.sample.num_images=16",
+        "--config.sample.batch_size=2",
+    ]
 
     def scores(name):
         result = json.loads((tmp_path / name / "evaluation.json").read_text())
@@ -215,8 +225,14 @@ def test_devices_and_interruptions_change_nothing(tmp_path, weights):
 
     succeed(*command, f"--workdir={tmp_path / 'one'}", "--config.evaluate.batch_size=2")
     env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    succeed(*command, f"--workdir={tmp_path / 'eight'}", "--config.mesh.data=4", "--config.mesh.fsdp=2",
-            "--config.evaluate.batch_size=8", env=env)  # fmt: skip
+    succeed(
+        *command,
+        f"--workdir={tmp_path / 'eight'}",
+        "--config.mesh.data=4",
+        "--config.mesh.fsdp=2",
+        "--config.evaluate.batch_size=8",
+        env=env,
+    )
     # With random weights the distances are large numbers.
     tolerance = {"abs": 1e-3} if WEIGHTS else {"rel": 1e-3}
     assert scores("eight") == pytest.approx(scores("one"), **tolerance)
@@ -238,12 +254,22 @@ def test_during_training(tmp_path, weights):
     """The quick FID of the last step is that of the checkpoint's samples, drawn and measured by --mode=evaluate."""
     run = two_steps(tmp_path)
     common = [
-        SMOKE, f"--workdir={run}", f"--config.evaluate.inception={weights}", "--config.evaluate.num_reference=8",
-        "--config.evaluate.batch_size=8", "--config.sample.num_steps=1", "--config.sample.num_images=6",
+        SMOKE,
+        f"--workdir={run}",
+        f"--config.evaluate.inception={weights}",
+        "--config.evaluate.num_reference=8",
+        "--config.evaluate.batch_size=8",
+        "--config.sample.num_steps=1",
+        "--config.sample.num_images=6",
         "--config.sample.batch_size=3",
-    ]  # fmt: skip
-    succeed(*common, NO_SAMPLES, "--config.train.num_steps=4", "--config.evaluate.every=4",
-            "--config.evaluate.during_training_images=6")  # fmt: skip
+    ]
+    succeed(
+        *common,
+        NO_SAMPLES,
+        "--config.train.num_steps=4",
+        "--config.evaluate.every=4",
+        "--config.evaluate.during_training_images=6",
+    )
     metrics = rows(run)
     assert "fid" not in metrics[3]
     said = succeed(*common, "--mode=evaluate").stdout

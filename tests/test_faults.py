@@ -19,9 +19,12 @@ from tests.runs import SMOKE, rows, succeed
 KILLS, TERMS = 30, 5
 STEPS = 500
 RUN = (
-    SMOKE, f"--config.train.num_steps={STEPS}", "--config.train.sample_every=0", "--config.train.save_every=5",
+    SMOKE,
+    f"--config.train.num_steps={STEPS}",
+    "--config.train.sample_every=0",
+    "--config.train.save_every=5",
     "--config.train.log_every=1",
-)  # fmt: skip
+)
 
 
 def said(workdir: pathlib.Path) -> pathlib.Path:
@@ -33,8 +36,12 @@ def start(workdir: pathlib.Path) -> subprocess.Popen:
     with said(workdir).open("w") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "deco_jax.main", *RUN, f"--workdir={workdir}"],
-            cwd=ROOT, env=os.environ.copy(), stdout=output, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            cwd=ROOT,
+            env=os.environ.copy(),
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
 
 def saving(workdir: pathlib.Path) -> bool:

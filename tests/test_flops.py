@@ -63,9 +63,20 @@ def products(jaxpr) -> float:
 
 
 TRUNK = {
-    "prediction": "v", "width": 96, "depth": 3, "num_heads": 4, "patch_size": 8, "num_classes": 10, "text_width": 0,
-    "text_length": 0, "text_depth": 0, "dtype": "float32", "remat": "none", "unroll": 3, "attention": "xla",
-}  # fmt: skip
+    "prediction": "v",
+    "width": 96,
+    "depth": 3,
+    "num_heads": 4,
+    "patch_size": 8,
+    "num_classes": 10,
+    "text_width": 0,
+    "text_length": 0,
+    "text_depth": 0,
+    "dtype": "float32",
+    "remat": "none",
+    "unroll": 3,
+    "attention": "xla",
+}
 DECODER = {"decoder_width": 16, "decoder_depth": 2}
 MODELS = {
     "deco": {"name": "deco", **TRUNK, **DECODER, "decoder_patch_size": 1, "decoder_interaction": "adaln"},
@@ -73,10 +84,17 @@ MODELS = {
     "dit": {"name": "dit", **TRUNK},
     "pixnerd": {"name": "pixnerd", **TRUNK, **DECODER, "decoder_ratio": 2},
     "text": {
-        "name": "deco", **TRUNK, **DECODER, "decoder_patch_size": 1, "decoder_interaction": "adaln",
-        "num_classes": 0, "text_width": 40, "text_length": 12, "text_depth": 2,
+        "name": "deco",
+        **TRUNK,
+        **DECODER,
+        "decoder_patch_size": 1,
+        "decoder_interaction": "adaln",
+        "num_classes": 0,
+        "text_width": 40,
+        "text_length": 12,
+        "text_depth": 2,
     },
-}  # fmt: skip
+}
 
 
 def folded(model) -> float:

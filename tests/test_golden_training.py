@@ -21,10 +21,12 @@ from tests.test_deco import MODELS
 
 
 def config_for(model: str, **loss) -> ml_collections.ConfigDict:
-    return ml_collections.ConfigDict({
-        "model": MODELS[model] | {"prediction": "x" if model == "baseline_dit" else "v"},
-        "loss": {"frequency_weight": 1.0, "frequency_quality": 85, "repa_weight": 0.5, "repa_layer": 2, **loss},
-    })  # fmt: skip
+    return ml_collections.ConfigDict(
+        {
+            "model": MODELS[model] | {"prediction": "x" if model == "baseline_dit" else "v"},
+            "loss": {"frequency_weight": 1.0, "frequency_quality": 85, "repa_weight": 0.5, "repa_layer": 2, **loss},
+        }
+    )
 
 
 def setup(model: str, **loss):
@@ -93,10 +95,17 @@ def test_five_training_steps():
     """AdamW, the gradient norm over denoiser and projector, and the denoiser's EMA."""
     more = golden("more")
     config, params, objective = setup("deco_c2i")
-    settings = ml_collections.ConfigDict({
-        "learning_rate": 1e-3, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 0.0,
-        "warmup_steps": 0,
-    })  # fmt: skip
+    settings = ml_collections.ConfigDict(
+        {
+            "learning_rate": 1e-3,
+            "b1": 0.9,
+            "b2": 0.999,
+            "eps": 1e-8,
+            "weight_decay": 0.0,
+            "clip_norm": 0.0,
+            "warmup_steps": 0,
+        }
+    )
     adam = optimizer_lib.make_optimizer(settings)
     opt_state, ema = adam.init(params), params["denoiser"]
 

@@ -60,9 +60,7 @@ def test_captions_stand_beneath_their_images():
     ink = []
     for i in range(3):
         top, left = gap + (i // 2) * (height + below + gap), gap + (i % 2) * (width + gap)
-        np.testing.assert_array_equal(
-            grid[top : top + height : factor, left : left + width : factor], pictures[i]
-        )  # fmt: skip
+        np.testing.assert_array_equal(grid[top : top + height : factor, left : left + width : factor], pictures[i])
         text = grid[top + height : top + height + below, left : left + width]
         ink.append(int((text < 128).sum()))
         grid[top : top + height + below, left : left + width] = 255

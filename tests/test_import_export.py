@@ -19,9 +19,7 @@ from deco_jax.programs import convert as checkpoints
 from deco_jax.run import checkpoint, sharding
 from tests.helpers import GOLDEN, golden, golden_params, nhwc, relative_error, run_main
 
-SETTINGS = {
-    "model.width": 48, "model.patch_size": 4, "model.decoder_width": 16, "data.image_size": 16,
-}  # fmt: skip
+SETTINGS = {"model.width": 48, "model.patch_size": 4, "model.decoder_width": 16, "data.image_size": 16}
 ARGUMENTS = ["--config=configs/imagenet256.py:smoke", *(f"--config.{key}={value}" for key, value in SETTINGS.items())]
 FILE = GOLDEN / "lightning.ckpt"
 
@@ -80,10 +78,18 @@ def test_export_returns_the_same_tensors_to_the_bit(tmp_path, monkeypatch):
 def test_a_text_to_image_checkpoint(tmp_path):
     """In the official layout, with other EMA weights: answers as the reference, and comes back to the bit."""
     config, values = t2i_256.get_config("smoke"), golden("deco_t2i")
-    config.update_from_flattened_dict({
-        "model.width": 32, "model.patch_size": 4, "model.decoder_width": 16, "model.text_width": 24,
-        "model.text_length": 6, "model.text_depth": 2, "text.encoder": "qwen3", "data.image_size": 16,
-    })  # fmt: skip
+    config.update_from_flattened_dict(
+        {
+            "model.width": 32,
+            "model.patch_size": 4,
+            "model.decoder_width": 16,
+            "model.text_width": 24,
+            "model.text_length": 6,
+            "model.text_depth": 2,
+            "text.encoder": "qwen3",
+            "data.image_size": 16,
+        }
+    )
     raw = {name: torch.from_numpy(array) for name, array in golden_params("deco_t2i").items()}
     state = {f"denoiser.{k}": 0.5 * v for k, v in raw.items()} | {f"ema_denoiser.{k}": v for k, v in raw.items()}
     torch.save({"state_dict": state, "global_step": 200_000, "epoch": 3}, tmp_path / "t2i.ckpt")
@@ -145,18 +151,21 @@ BAD = {
     "missing file": (lambda tmp: tmp / "none.ckpt", "no such file"),
     "damaged file": (damaged, "no readable PyTorch file"),
     "missing tensor": (
-        lambda tmp: with_state(tmp, lambda s: s.pop("denoiser.blocks.1.attn.qkv.weight")), "blocks.1.attn.qkv.weight",
+        lambda tmp: with_state(tmp, lambda s: s.pop("denoiser.blocks.1.attn.qkv.weight")),
+        "blocks.1.attn.qkv.weight",
     ),
     "tensor left over": (
-        lambda tmp: with_state(tmp, lambda s: s.update({"denoiser.extra.weight": torch.zeros(2)})), "extra.weight",
+        lambda tmp: with_state(tmp, lambda s: s.update({"denoiser.extra.weight": torch.zeros(2)})),
+        "extra.weight",
     ),
     "unknown network": (lambda tmp: with_state(tmp, lambda s: s.update({"vae.weight": torch.zeros(2)})), "vae.weight"),
     "another size": (
         lambda tmp: with_state(
             tmp, lambda s: s.update({"denoiser.dec_net.final_layer.linear.weight": torch.zeros(3, 8)})
-        ), "shape",
+        ),
+        "shape",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)

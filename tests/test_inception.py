@@ -29,36 +29,84 @@ needs_weights = pytest.mark.skipif(
 
 # --- an independent network: torchvision's names and layer table, F.conv2d and F.batch_norm ---------------------------
 
-A = [("branch1x1", 0, 64, (1, 1)), ("branch5x5_1", 0, 48, (1, 1)), ("branch5x5_2", 48, 64, (5, 5)),
-     ("branch3x3dbl_1", 0, 64, (1, 1)), ("branch3x3dbl_2", 64, 96, (3, 3)), ("branch3x3dbl_3", 96, 96, (3, 3))]
-E = [("branch1x1", 0, 320, (1, 1)), ("branch3x3_1", 0, 384, (1, 1)), ("branch3x3_2a", 384, 384, (1, 3)),
-     ("branch3x3_2b", 384, 384, (3, 1)), ("branch3x3dbl_1", 0, 448, (1, 1)), ("branch3x3dbl_2", 448, 384, (3, 3)),
-     ("branch3x3dbl_3a", 384, 384, (1, 3)), ("branch3x3dbl_3b", 384, 384, (3, 1)), ("branch_pool", 0, 192, (1, 1))]
+A = [
+    ("branch1x1", 0, 64, (1, 1)),
+    ("branch5x5_1", 0, 48, (1, 1)),
+    ("branch5x5_2", 48, 64, (5, 5)),
+    ("branch3x3dbl_1", 0, 64, (1, 1)),
+    ("branch3x3dbl_2", 64, 96, (3, 3)),
+    ("branch3x3dbl_3", 96, 96, (3, 3)),
+]
+E = [
+    ("branch1x1", 0, 320, (1, 1)),
+    ("branch3x3_1", 0, 384, (1, 1)),
+    ("branch3x3_2a", 384, 384, (1, 3)),
+    ("branch3x3_2b", 384, 384, (3, 1)),
+    ("branch3x3dbl_1", 0, 448, (1, 1)),
+    ("branch3x3dbl_2", 448, 384, (3, 3)),
+    ("branch3x3dbl_3a", 384, 384, (1, 3)),
+    ("branch3x3dbl_3b", 384, 384, (3, 1)),
+    ("branch_pool", 0, 192, (1, 1)),
+]
 
 
 def c_block(inner):
     row, column, n = (1, 7), (7, 1), inner
-    return [("branch1x1", 0, 192, (1, 1)), ("branch7x7_1", 0, n, (1, 1)), ("branch7x7_2", n, n, row),
-            ("branch7x7_3", n, 192, column), ("branch7x7dbl_1", 0, n, (1, 1)), ("branch7x7dbl_2", n, n, column),
-            ("branch7x7dbl_3", n, n, row), ("branch7x7dbl_4", n, n, column), ("branch7x7dbl_5", n, 192, row),
-            ("branch_pool", 0, 192, (1, 1))]
+    return [
+        ("branch1x1", 0, 192, (1, 1)),
+        ("branch7x7_1", 0, n, (1, 1)),
+        ("branch7x7_2", n, n, row),
+        ("branch7x7_3", n, 192, column),
+        ("branch7x7dbl_1", 0, n, (1, 1)),
+        ("branch7x7dbl_2", n, n, column),
+        ("branch7x7dbl_3", n, n, row),
+        ("branch7x7dbl_4", n, n, column),
+        ("branch7x7dbl_5", n, 192, row),
+        ("branch_pool", 0, 192, (1, 1)),
+    ]
 
 
 LAYERS = {
-    "": (0, [("Conv2d_1a_3x3", 3, 32, (3, 3)), ("Conv2d_2a_3x3", 32, 32, (3, 3)), ("Conv2d_2b_3x3", 32, 64, (3, 3)),
-             ("Conv2d_3b_1x1", 64, 80, (1, 1)), ("Conv2d_4a_3x3", 80, 192, (3, 3))]),
+    "": (
+        0,
+        [
+            ("Conv2d_1a_3x3", 3, 32, (3, 3)),
+            ("Conv2d_2a_3x3", 32, 32, (3, 3)),
+            ("Conv2d_2b_3x3", 32, 64, (3, 3)),
+            ("Conv2d_3b_1x1", 64, 80, (1, 1)),
+            ("Conv2d_4a_3x3", 80, 192, (3, 3)),
+        ],
+    ),
     "Mixed_5b.": (192, [*A, ("branch_pool", 0, 32, (1, 1))]),
     "Mixed_5c.": (256, [*A, ("branch_pool", 0, 64, (1, 1))]),
     "Mixed_5d.": (288, [*A, ("branch_pool", 0, 64, (1, 1))]),
-    "Mixed_6a.": (288, [("branch3x3", 0, 384, (3, 3)), ("branch3x3dbl_1", 0, 64, (1, 1)),
-                        ("branch3x3dbl_2", 64, 96, (3, 3)), ("branch3x3dbl_3", 96, 96, (3, 3))]),
-    "Mixed_6b.": (768, c_block(128)), "Mixed_6c.": (768, c_block(160)),
-    "Mixed_6d.": (768, c_block(160)), "Mixed_6e.": (768, c_block(192)),
-    "Mixed_7a.": (768, [("branch3x3_1", 0, 192, (1, 1)), ("branch3x3_2", 192, 320, (3, 3)),
-                        ("branch7x7x3_1", 0, 192, (1, 1)), ("branch7x7x3_2", 192, 192, (1, 7)),
-                        ("branch7x7x3_3", 192, 192, (7, 1)), ("branch7x7x3_4", 192, 192, (3, 3))]),
-    "Mixed_7b.": (1280, E), "Mixed_7c.": (2048, E),
-}  # fmt: skip
+    "Mixed_6a.": (
+        288,
+        [
+            ("branch3x3", 0, 384, (3, 3)),
+            ("branch3x3dbl_1", 0, 64, (1, 1)),
+            ("branch3x3dbl_2", 64, 96, (3, 3)),
+            ("branch3x3dbl_3", 96, 96, (3, 3)),
+        ],
+    ),
+    "Mixed_6b.": (768, c_block(128)),
+    "Mixed_6c.": (768, c_block(160)),
+    "Mixed_6d.": (768, c_block(160)),
+    "Mixed_6e.": (768, c_block(192)),
+    "Mixed_7a.": (
+        768,
+        [
+            ("branch3x3_1", 0, 192, (1, 1)),
+            ("branch3x3_2", 192, 320, (3, 3)),
+            ("branch7x7x3_1", 0, 192, (1, 1)),
+            ("branch7x7x3_2", 192, 192, (1, 7)),
+            ("branch7x7x3_3", 192, 192, (7, 1)),
+            ("branch7x7x3_4", 192, 192, (3, 3)),
+        ],
+    ),
+    "Mixed_7b.": (1280, E),
+    "Mixed_7c.": (2048, E),
+}
 
 
 def random_state_dict() -> dict[str, np.ndarray]:

@@ -73,17 +73,20 @@ def test_values_split_at_commas_outside_brackets():
 def test_grid_times_list():
     runs = sweep.plan(pathlib.Path("w"), ["a.x=1,2"], ["b.y=3 c=4  # a comment", "", "b.y=5"])
     assert [r.settings for r in runs] == [
-        {"b.y": "3", "c": "4", "a.x": "1"}, {"b.y": "3", "c": "4", "a.x": "2"},
-        {"b.y": "5", "a.x": "1"}, {"b.y": "5", "a.x": "2"},
-    ]  # fmt: skip
+        {"b.y": "3", "c": "4", "a.x": "1"},
+        {"b.y": "3", "c": "4", "a.x": "2"},
+        {"b.y": "5", "a.x": "1"},
+        {"b.y": "5", "a.x": "2"},
+    ]
     assert len({r.folder for r in runs}) == 4
 
 
 def test_names_can_be_listed_with_commas():
     runs = sweep.plan(pathlib.Path("w"), ["seed=0,1", "sample.guidance_interval=(0.,1.),(.1,1.)"], [])
     assert [run.folder.name for run in runs][:2] == [
-        "seed=0_guidance_interval=_0._1._", "seed=0_guidance_interval=_.1_1._",
-    ]  # fmt: skip
+        "seed=0_guidance_interval=_0._1._",
+        "seed=0_guidance_interval=_.1_1._",
+    ]
 
 
 def test_runs_whose_names_would_be_equal_get_two_folders():
@@ -141,9 +144,18 @@ def test_a_run_of_other_settings_is_not_taken_for_ones_own(tmp_path):
 
 @pytest.mark.parametrize(
     "text, value",
-    [("1e-4", 0.0001), ("1", 1.0), (".1", 0.1), ("(.1,1.)", [0.1, 1.0]), ("true", True), ("False", False),
-     ("test", "test"), ("2", "2"), ("", "")],
-)  # fmt: skip
+    [
+        ("1e-4", 0.0001),
+        ("1", 1.0),
+        (".1", 0.1),
+        ("(.1,1.)", [0.1, 1.0]),
+        ("true", True),
+        ("False", False),
+        ("test", "test"),
+        ("2", "2"),
+        ("", ""),
+    ],
+)
 def test_what_an_override_means(text, value):
     assert sweep.equal(text, value)
     assert not sweep.equal("0.5", value)
@@ -165,9 +177,16 @@ def test_table_is_sorted_and_unfinished_runs_come_last(tmp_path):
 
 def test_one_training_is_measured_with_each_value(tmp_path):
     command = [
-        sys.executable, "launch/sweep.py", "--config=configs/cifar10.py", "--variants=deco,dit", "--sort=fid",
-        "--modes=train,evaluate", "--measure=sample.guidance=1.0,1.5", "--plot=fid", f"--workdir={tmp_path}",
-    ]  # fmt: skip
+        sys.executable,
+        "launch/sweep.py",
+        "--config=configs/cifar10.py",
+        "--variants=deco,dit",
+        "--sort=fid",
+        "--modes=train,evaluate",
+        "--measure=sample.guidance=1.0,1.5",
+        "--plot=fid",
+        f"--workdir={tmp_path}",
+    ]
     lines = run(*command, "--dry-run").stdout.splitlines()
     assert ["--mode=train" in line for line in lines] == [True, False, False] * 2
     deco = tmp_path / "variant=deco"
@@ -203,9 +222,15 @@ def test_one_training_is_measured_with_each_value(tmp_path):
 
 def test_sweep_runs_skips_and_gathers(tmp_path):
     arguments = [
-        "launch/sweep.py", "--config=configs/quickstart.py:smoke", f"--workdir={tmp_path}", "--grid", "seed=0,1",
-        "--", "--config.train.num_steps=1", "--config.train.sample_every=0",
-    ]  # fmt: skip
+        "launch/sweep.py",
+        "--config=configs/quickstart.py:smoke",
+        f"--workdir={tmp_path}",
+        "--grid",
+        "seed=0,1",
+        "--",
+        "--config.train.num_steps=1",
+        "--config.train.sample_every=0",
+    ]
     dry = run(sys.executable, arguments[0], "--dry-run", *arguments[1:])
     assert dry.stdout.count("deco_jax.main") == 2
     assert not list(tmp_path.iterdir())
@@ -219,13 +244,22 @@ def test_sweep_runs_skips_and_gathers(tmp_path):
 
 def test_variants_modes_and_the_papers_figures(tmp_path):
     command = [
-        sys.executable, "launch/sweep.py", "--config=configs/ablation.py", "--variants=deco,dit", "--grid", "seed=0",
-        "--modes=train,evaluate", f"--workdir={tmp_path}",
-    ]  # fmt: skip
+        sys.executable,
+        "launch/sweep.py",
+        "--config=configs/ablation.py",
+        "--variants=deco,dit",
+        "--grid",
+        "seed=0",
+        "--modes=train,evaluate",
+        f"--workdir={tmp_path}",
+    ]
     lines = run(*command, "--dry-run", "--", "--config.data.path=/data").stdout.splitlines()
     assert [("ablation.py:deco" in line, "--mode=train" in line) for line in lines] == [
-        (True, True), (True, False), (False, True), (False, False),
-    ]  # fmt: skip
+        (True, True),
+        (True, False),
+        (False, True),
+        (False, False),
+    ]
     assert all("--config.seed=0" in line and "--config.data.path=/data" in line for line in lines)
     for name, fid in (("deco", 40.0), ("dit", 30.0)):
         finished(tmp_path / f"variant={name}_seed=0", 1.0)
@@ -246,18 +280,31 @@ def test_sweep_refuses_what_it_cannot_do(tmp_path):
 
 def test_sweep_says_which_run_failed(tmp_path):
     result = run(
-        sys.executable, "launch/sweep.py", "--config=configs/quickstart.py:smoke", f"--workdir={tmp_path}", "--grid",
+        sys.executable,
+        "launch/sweep.py",
+        "--config=configs/quickstart.py:smoke",
+        f"--workdir={tmp_path}",
+        "--grid",
         "model.num_heads=5",
-    )  # fmt: skip
+    )
     assert result.returncode == 1
     assert "1 of 1 runs failed: num_heads=5" in result.stderr
 
 
 def test_sweep_as_an_array(tmp_path):
     result = run(
-        sys.executable, "launch/sweep.py", "--config=configs/quickstart.py:smoke", f"--workdir={tmp_path}", "--grid",
-        "seed=0,1,2", "--slurm", "--sbatch=--gpus=1", "--dry-run", "--", "--config.train.num_steps=1",
-    )  # fmt: skip
+        sys.executable,
+        "launch/sweep.py",
+        "--config=configs/quickstart.py:smoke",
+        f"--workdir={tmp_path}",
+        "--grid",
+        "seed=0,1,2",
+        "--slurm",
+        "--sbatch=--gpus=1",
+        "--dry-run",
+        "--",
+        "--config.train.num_steps=1",
+    )
     assert "#SBATCH --array=0-2" in result.stdout
     assert "#SBATCH --gpus=1" in result.stdout
     assert '--only="$SLURM_ARRAY_TASK_ID" -- --config.train.num_steps=1' in result.stdout

@@ -103,8 +103,10 @@ def test_shapes():
         to_ours(TABLE, {**tensors, "layers.3.w.weight": np.zeros((9, 4), np.float32)})
     with pytest.raises(UserError, match="shapes differ"):
         to_ours(TABLE, {**tensors, "layers.3.k.weight": np.zeros((9, 4), np.float32)})
-    deeper = {**like, "blocks": {**like["blocks"], "qk": {k: np.zeros((3, *a.shape[1:]))
-                                                         for k, a in like["blocks"]["qk"].items()}}}  # fmt: skip
+    deeper = {
+        **like,
+        "blocks": {**like["blocks"], "qk": {k: np.zeros((3, *a.shape[1:])) for k, a in like["blocks"]["qk"].items()}},
+    }
     with pytest.raises(UserError, match="the model has 2 blocks"):
         to_torch(TABLE, deeper)
 

@@ -68,8 +68,10 @@ def test_geneval(geneval):
 def test_dpg(dpg):
     assert dpg.kind == "dpg"
     assert dict(zip(dpg.names, dpg.prompts, strict=True)) == {
-        "12": "a dog", "3": "ein Fuß", "COCOval2014000000000520": "A cat,\nsleeping.",
-    }  # fmt: skip
+        "12": "a dog",
+        "3": "ein Fuß",
+        "COCOval2014000000000520": "A cat,\nsleeping.",
+    }
     assert lib.images_a_prompt(dpg) == 4
 
 
@@ -78,10 +80,15 @@ def test_mistakes(tmp_path):
     (tmp_path / "blank").mkdir()
     (tmp_path / "blank" / "1.txt").write_text(" \n")
     for name, data in {
-        "none.txt": b"\n \n", "none.jsonl": b"\n", "latin.txt": "Fuß".encode("latin-1"), "image.png": b"",
-        "broken.jsonl": GENEVAL[0].encode() + b"\n{'prompt'", "other.jsonl": b'{"text": "a"}', "list.jsonl": b"[1]",
+        "none.txt": b"\n \n",
+        "none.jsonl": b"\n",
+        "latin.txt": "Fuß".encode("latin-1"),
+        "image.png": b"",
+        "broken.jsonl": GENEVAL[0].encode() + b"\n{'prompt'",
+        "other.jsonl": b'{"text": "a"}',
+        "list.jsonl": b"[1]",
         "half.jsonl": b'{"prompt": "\\ud83d"}',
-    }.items():  # fmt: skip
+    }.items():
         (tmp_path / name).write_bytes(data)
     for spec, message in {
         "": "prompt is empty",

@@ -20,10 +20,21 @@ from tests.helpers import golden, golden_params, relative_error
 
 SMALL = Sizes(64, 32, 48, 3, 4, 2, 16, 1e6, 1e-6)
 CONFIG = {
-    "model_type": "qwen3", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rope_theta": 1000000, "rms_norm_eps": 1e-6,
-    "hidden_act": "silu", "attention_bias": False, "use_sliding_window": False, "rope_scaling": None,
-}  # fmt: skip
+    "model_type": "qwen3",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rope_theta": 1000000,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "use_sliding_window": False,
+    "rope_scaling": None,
+}
 
 
 def build(params: dict, dtype=jnp.float32) -> Qwen3:

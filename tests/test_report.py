@@ -81,10 +81,17 @@ def write_run(folder, name, *, steps=(2, 4, 6), grids=(), evil="", **settings):
     run = folder / name
     (run / "samples").mkdir(parents=True)
     lines = [
-        {"step": s, "loss": 10.0 / s, "pixel": None if s == steps[1] else 3.0 / s, "gradient_norm": s / 7,
-         "images_per_second": 100.0 + s, "unreadable_images": 3, evil or "frequency": 7.0 / s}
+        {
+            "step": s,
+            "loss": 10.0 / s,
+            "pixel": None if s == steps[1] else 3.0 / s,
+            "gradient_norm": s / 7,
+            "images_per_second": 100.0 + s,
+            "unreadable_images": 3,
+            evil or "frequency": 7.0 / s,
+        }
         for s in steps
-    ]  # fmt: skip
+    ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = quickstart.get_config("smoke")
     config.update_from_flattened_dict(settings)
@@ -115,19 +122,26 @@ def full(tmp_path_factory):
     a = write_run(folder, "a", grids=(2, 4, 6), evil=EVIL)
     b = write_run(folder, "b", steps=(4, 8, 12), grids=(8,), **{"model.width": 64, "data.batch_size": 32})
     evaluation = {
-        "fid": 12.25, "sfid": None, "inception_score": None, "precision": 0.5, "recall": 0.25,
-        "missing": {"inception_score": EVIL, "sfid": "no 'mu_s'"}, "warnings": ["too few: " + EVIL],
-        "samples": {"from": "drawn from " + EVIL, "images": 1234}, "reference": {"from": "digits", "images": None},
+        "fid": 12.25,
+        "sfid": None,
+        "inception_score": None,
+        "precision": 0.5,
+        "recall": 0.25,
+        "missing": {"inception_score": EVIL, "sfid": "no 'mu_s'"},
+        "warnings": ["too few: " + EVIL],
+        "samples": {"from": "drawn from " + EVIL, "images": 1234},
+        "reference": {"from": "digits", "images": None},
         "config": {"sample": {"sampler": "heun", "num_steps": 9, "guidance": 1.5}},
-    }  # fmt: skip
+    }
     (a / "evaluation.json").write_text(json.dumps(evaluation))
     curve = np.linspace(1, 0, 64).tolist()
     spectrum = {
         "checkpoints": [
             {"name": EVIL, "dit": {"block": 4, "spectrum": [1.0] * 16}, "velocity": {"block": 8, "spectrum": curve}}
         ],
-        "data": {"spectrum": [0.5] * 64}, "frequency_weights": {"quality": 85, "Y": curve, "Cb": [0.25] * 64},
-    }  # fmt: skip
+        "data": {"spectrum": [0.5] * 64},
+        "frequency_weights": {"quality": 85, "Y": curve, "Cb": [0.25] * 64},
+    }
     for run in (a, b):
         (run / "spectrum.json").write_text(json.dumps(spectrum))
     with (b / "metrics.jsonl").open("a") as file:
@@ -158,8 +172,10 @@ def test_differences_and_all_settings(full):
     _, page = full
     differences, everything = (table[1:] for table in page.tables[-2:])
     assert sorted(differences) == [
-        ["data.batch_size", "16", "32"], ["model.width", "32", "64"], ["note", json.dumps(EVIL), "no such setting"],
-    ]  # fmt: skip
+        ["data.batch_size", "16", "32"],
+        ["model.width", "32", "64"],
+        ["note", json.dumps(EVIL), "no such setting"],
+    ]
     settings = {row[0]: row[1] for row in everything}
     expected = flatten({**to_json(quickstart.get_config("smoke")), "note": EVIL})
     assert settings == {key: json.dumps(value) for key, value in expected.items()}
@@ -255,8 +271,13 @@ def test_a_bare_run_says_what_it_has_not(tmp_path):
     run = write_run(tmp_path, "run")
     (run / "config.json").unlink()
     page = write_report(run)
-    for says in ("No grids of samples", "No FID was measured while training", "No spectrum was measured",
-                 "No config.json", "No evaluation.json"):  # fmt: skip
+    for says in (
+        "No grids of samples",
+        "No FID was measured while training",
+        "No spectrum was measured",
+        "No config.json",
+        "No evaluation.json",
+    ):
         assert says in page.text
     assert page.row("model") == ["not known"]
     assert not page.find("img")

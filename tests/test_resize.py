@@ -41,7 +41,5 @@ def test_equals_pytorch_with_a_scale():
     table = np.random.default_rng(0).normal(size=(1, 5, 37, 37)).astype(np.float32)
     factors = (16.1 / 37, 24.1 / 37)
     expected = torch.nn.functional.interpolate(torch.from_numpy(table), scale_factor=factors, mode="bicubic").numpy()
-    actual = resize_bicubic(
-        jnp.asarray(table.transpose(0, 2, 3, 1)), 16, 24, scales=(1 / factors[0], 1 / factors[1])
-    )
+    actual = resize_bicubic(jnp.asarray(table.transpose(0, 2, 3, 1)), 16, 24, scales=(1 / factors[0], 1 / factors[1]))
     assert relative_error(actual, expected.transpose(0, 2, 3, 1)) < 2e-6

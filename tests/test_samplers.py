@@ -22,8 +22,6 @@ ODE_SAMPLERS = [name for name in samplers.SAMPLERS if name != "sde"]
 ORDERS = {"euler": 1, "heun": 2, "heun_reuse": 2, "adams1": 1, "adams2": 2, "adams3": 2, "adams4": 2}
 
 
-
-
 def unguided(times: np.ndarray) -> np.ndarray:
     return np.zeros(len(times) - 1, bool)
 
@@ -112,9 +110,8 @@ def test_classical_adams_bashforth_coefficients():
 def test_the_loop_on_the_device_does_what_the_table_says(name):
     times = samplers.timesteps(9, 2.0)
     images = samplers.sample(
-        lambda x, t, guided: growing(x, t), jnp.ones((1, 1, 1, 3)), sampler=name, times=times,
-        guided=unguided(times),
-    )  # fmt: skip
+        lambda x, t, guided: growing(x, t), jnp.ones((1, 1, 1, 3)), sampler=name, times=times, guided=unguided(times)
+    )
     expected = integrate_in_numpy(growing, 1.0, samplers.make_table(name, times))
     np.testing.assert_allclose(images, expected, rtol=1e-6)
 
@@ -125,9 +122,12 @@ def test_a_history_given_to_the_loop():
     previous = [growing(exact(t), t) for t in past[::-1]]
     table = samplers.adams(times, 4, past)
     end, states = samplers.integrate(
-        lambda x, t, guided: growing(x, t), jnp.full((1,), exact(times[0])), table, unguided(times),
+        lambda x, t, guided: growing(x, t),
+        jnp.full((1,), exact(times[0])),
+        table,
+        unguided(times),
         previous=[jnp.full((1,), v, jnp.float32) for v in previous],
-    )  # fmt: skip
+    )
     assert states is None
     np.testing.assert_allclose(end, integrate_in_numpy(growing, exact(times[0]), table, previous), rtol=1e-6)
 
@@ -233,10 +233,15 @@ def test_sde_keeps_the_marginals():
 
     _, trajectory = jax.jit(
         lambda x: samplers.sample(
-            velocity, x, sampler="sde", times=times, guided=unguided(times), step_noise=step_noise,
+            velocity,
+            x,
+            sampler="sde",
+            times=times,
+            guided=unguided(times),
+            step_noise=step_noise,
             return_trajectory=True,
         )
-    )(jax.random.normal(jax.random.key(0), (count,)))  # fmt: skip
+    )(jax.random.normal(jax.random.key(0), (count,)))
     for i in (50, 100, 150, 200):
         t = times[i]
         spread = np.hypot(deviation * t, 1 - t)
@@ -264,9 +269,13 @@ def test_sde_step_by_hand():
         x = x + v * dt + score * w * dt + np.sqrt(2 * w * dt) * steps[i]
     x = x + velocity(x, times[2]) * (1 - times[2])
     images = samplers.sample(
-        lambda x, t, guided: velocity(x, t, jnp), jnp.asarray(noise, jnp.float32), sampler="sde", times=times,
-        guided=unguided(times), step_noise=lambda i: jnp.asarray(steps, jnp.float32)[i],
-    )  # fmt: skip
+        lambda x, t, guided: velocity(x, t, jnp),
+        jnp.asarray(noise, jnp.float32),
+        sampler="sde",
+        times=times,
+        guided=unguided(times),
+        step_noise=lambda i: jnp.asarray(steps, jnp.float32)[i],
+    )
     assert relative_error(images, x) < 1e-6
 
 
@@ -339,16 +348,21 @@ def test_golden_trajectories(file, key, sampler, num_steps, shift, guidance, int
     def run(params, noise, labels, null_labels):
         velocity = guided_velocity(
             lambda x, t, label: to_velocity(net.apply(params, x, t, label)[0], x, t, prediction),
-            labels, null_labels, guidance,
-        )  # fmt: skip
+            labels,
+            null_labels,
+            guidance,
+        )
         return samplers.sample(
-            velocity, noise, sampler=sampler, times=times, guided=guided_steps(times, guidance, interval),
-            step_noise=None if step_noise is None else lambda i: step_noise[i], return_trajectory=True,
-        )[1]  # fmt: skip
+            velocity,
+            noise,
+            sampler=sampler,
+            times=times,
+            guided=guided_steps(times, guidance, interval),
+            step_noise=None if step_noise is None else lambda i: step_noise[i],
+            return_trajectory=True,
+        )[1]
 
-    trajectory = run(
-        params, nhwc(start["noise"]), start["cond"].astype(np.int32), start["uncond"].astype(np.int32)
-    )
+    trajectory = run(params, nhwc(start["noise"]), start["cond"].astype(np.int32), start["uncond"].astype(np.int32))
     expected = nhwc(values[f"{key}/x"])
     states = values[f"{key}/steps"] if f"{key}/steps" in values else np.arange(num_steps + 1)
     for state, reference in zip(states, expected, strict=True):

@@ -96,9 +96,13 @@ for data, fsdp in ((2, 4), (1, 1)):
 def on_eight(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eight")
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, folder, json.dumps(MESHES)], cwd=ROOT, timeout=500,
-        env={**os.environ, **fake_devices(8)}, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", PROGRAM, folder, json.dumps(MESHES)],
+        cwd=ROOT,
+        timeout=500,
+        env={**os.environ, **fake_devices(8)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads((folder / "result.json").read_text())
     return {name: {**result[name], "images": np.load(folder / f"{name}.npy")} for name in MESHES}

@@ -30,8 +30,9 @@ def reference(maps: np.ndarray, block: int) -> np.ndarray:
     maps = np.pad(maps, ((0, 0), (0, -height % block), (0, -width % block), (0, 0)), mode="reflect")
     energies = [
         scipy.fft.dctn(maps[:, y : y + block, x : x + block], axes=(1, 2), norm="ortho") ** 2
-        for y in range(0, maps.shape[1], block) for x in range(0, maps.shape[2], block)
-    ]  # fmt: skip
+        for y in range(0, maps.shape[1], block)
+        for x in range(0, maps.shape[2], block)
+    ]
     return np.mean(energies, axis=0).mean(-1)
 
 
@@ -70,10 +71,15 @@ def measured(tmp_path_factory):
     run = two_steps(folder)
     out = folder / "figure"
     result = succeed(
-        SMOKE, f"--workdir={out}", "--mode=spectrum", f"--config.spectrum.checkpoints={run},{run}/checkpoints/1",
-        "--config.spectrum.num_images=3", "--config.spectrum.batch_size=2", "--config.sample.num_steps=2",
+        SMOKE,
+        f"--workdir={out}",
+        "--mode=spectrum",
+        f"--config.spectrum.checkpoints={run},{run}/checkpoints/1",
+        "--config.spectrum.num_images=3",
+        "--config.spectrum.batch_size=2",
+        "--config.sample.num_steps=2",
         "--config.sample.sampler=euler",
-    )  # fmt: skip
+    )
     return out, json.loads((out / "spectrum.json").read_text()), result.stdout
 
 

@@ -152,8 +152,11 @@ def test_encoder_is_known_by_its_files(folder, tmp_path):
 
     same = pathlib.Path(shutil.copytree(folder, tmp_path / "same"))
     assert fingerprint(same) == fingerprint(folder)
-    others = {fingerprint(folder, **{"text.dtype": "bfloat16"}), fingerprint(folder, **{"model.text_length": 8}),
-              fingerprint(write_encoder(tmp_path / "other", seed=1))}  # fmt: skip
+    others = {
+        fingerprint(folder, **{"text.dtype": "bfloat16"}),
+        fingerprint(folder, **{"model.text_length": 8}),
+        fingerprint(write_encoder(tmp_path / "other", seed=1)),
+    }
     tokenizer = json.loads((same / "tokenizer.json").read_text())
     tokenizer["normalizer"] = None
     (same / "tokenizer.json").write_text(json.dumps(tokenizer))
@@ -202,9 +205,8 @@ def batches_and_contexts(config, steps: int, num_workers: int = 0):
     frozen = known.load()
     look = jax.jit(lambda frozen, batch: (known.context(frozen, batch), known.null(frozen)))
     batches = pipeline.train_batches(
-        source, image_size=(32, 32), batch_size=16, seed=3, encode_caption=known.encode_caption,
-        num_workers=num_workers,
-    )  # fmt: skip
+        source, image_size=(32, 32), batch_size=16, seed=3, encode_caption=known.encode_caption, num_workers=num_workers
+    )
     try:
         for _ in range(steps):
             batch = next(batches)
@@ -334,10 +336,13 @@ def test_dropped_captions_become_the_empty_prompt():
     context, null = draw.normal(size=(3, LENGTH, 257)), draw.normal(size=(LENGTH, 257))
     draws = train.Draws(jnp.zeros((3, 32, 32, 3)), jnp.full(3, 0.5), jnp.asarray([False, True, False]))
     train.objective(
-        {"denoiser": {}}, np.zeros((3, 32, 32, 3), np.uint8), draws,
+        {"denoiser": {}},
+        np.zeros((3, 32, 32, 3), np.uint8),
+        draws,
         train.Observed(jnp.asarray(context, jnp.bfloat16), jnp.asarray(null, jnp.bfloat16)),
-        networks={"denoiser": Network(lambda key: {}, apply, {})}, config=config,
-    )  # fmt: skip
+        networks={"denoiser": Network(lambda key: {}, apply, {})},
+        config=config,
+    )
     expected = np.stack([context[0], null, context[2]]).astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(seen["context"], expected)
 

@@ -33,9 +33,13 @@ def run(tmp_path_factory):
     """A run of four steps on features of a small Qwen3 that were encoded before; its command and its folder."""
     folder = tmp_path_factory.mktemp("text")
     command = [
-        SMOKE, NO_SAMPLES, "--config.text.encoder=qwen3", f"--config.text.path={write_encoder(folder / 'qwen3')}",
-        f"--config.text.features={folder / 'features'}", "--config.model.text_width=40",
-    ]  # fmt: skip
+        SMOKE,
+        NO_SAMPLES,
+        "--config.text.encoder=qwen3",
+        f"--config.text.path={write_encoder(folder / 'qwen3')}",
+        f"--config.text.features={folder / 'features'}",
+        "--config.model.text_width=40",
+    ]
     said = succeed(*command, "--mode=encode", f"--workdir={folder / 'run'}").stdout
     assert "1,797 of 1,797 captions" in said
     assert not (folder / "run").exists()
@@ -80,9 +84,10 @@ def test_benchmark_folders(run, tmp_path):
     drawn = workdir / "samples" / "images"
     found = sorted(str(path.relative_to(drawn)) for path in drawn.rglob("*") if path.is_file())
     assert found == sorted(
-        f"{name}/{file}" for name in ("00000", "00001")
+        f"{name}/{file}"
+        for name in ("00000", "00001")
         for file in ["metadata.jsonl", *(f"samples/{i:04d}.png" for i in range(4))]
-    )  # fmt: skip
+    )
     assert [(drawn / name / "metadata.jsonl").read_text().strip() for name in ("00000", "00001")] == PROMPTS
     images = [[read(drawn / name / "samples" / f"{i:04d}.png") for i in range(4)] for name in ("00000", "00001")]
     with np.load(workdir / "samples" / "samples.npz") as file:
@@ -108,10 +113,15 @@ def test_one_prompt_at_another_size(run, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(folder, workdir)
     succeed(
-        *command, f"--workdir={workdir}", "--mode=sample", "--config.sample.prompts=a red fox in the snow",
-        "--config.sample.images_per_prompt=2", "--config.data.image_size=(24,48)", "--config.sample.num_steps=1",
+        *command,
+        f"--workdir={workdir}",
+        "--mode=sample",
+        "--config.sample.prompts=a red fox in the snow",
+        "--config.sample.images_per_prompt=2",
+        "--config.data.image_size=(24,48)",
+        "--config.sample.num_steps=1",
         "--config.sample.negative_prompt=blurry",
-    )  # fmt: skip
+    )
     drawn = workdir / "samples" / "images"
     assert sorted(path.name for path in drawn.iterdir()) == ["00000_0.png", "00000_1.png"]
     assert read(drawn / "00000_1.png").shape == (24, 48, 3)
@@ -205,13 +215,20 @@ def test_evaluation_draws_the_datas_captions(run):
     _, folder = run
     config = t2i_256.get_config("smoke")
     config.update_from_flattened_dict(
-        {"text.encoder": "qwen3", "text.path": str(folder.parent / "qwen3"), "model.text_width": 40,
-         "sample.num_images": 8, "sample.batch_size": 8, "sample.num_steps": 2}
-    )  # fmt: skip
+        {
+            "text.encoder": "qwen3",
+            "text.path": str(folder.parent / "qwen3"),
+            "model.text_width": 40,
+            "sample.num_images": 8,
+            "sample.batch_size": 8,
+            "sample.num_steps": 2,
+        }
+    )
     images = evaluate.drawn_samples(config, str(folder), "", sharding.make_mesh(1, 1))
     drawn = np.concatenate(list(images.batches(8, 0)))
     assert (images.total, drawn.shape) == (8, (8, 32, 32, 3))
     where = folder / "checkpoints" / "4"
-    assert images.identity == generate.fingerprint(config, where, condition.CaptionsOf(
-        sources.CaptionedDigits(), np.arange(8) * 1797 // 8))  # fmt: skip
+    assert images.identity == generate.fingerprint(
+        config, where, condition.CaptionsOf(sources.CaptionedDigits(), np.arange(8) * 1797 // 8)
+    )
     assert images.identity != generate.fingerprint(config, where, ["another"] * 8)

@@ -34,10 +34,17 @@ def write_encoder(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
     folder.mkdir(parents=True, exist_ok=True)
     s = SIZES
     config = {
-        "model_type": "qwen3", "vocab_size": s.vocabulary, "hidden_size": s.width, "intermediate_size": s.mlp_hidden,
-        "num_hidden_layers": s.depth, "num_attention_heads": s.num_heads, "num_key_value_heads": s.num_kv_heads,
-        "head_dim": s.head_width, "rope_theta": s.rope_theta, "rms_norm_eps": s.norm_epsilon,
-    }  # fmt: skip
+        "model_type": "qwen3",
+        "vocab_size": s.vocabulary,
+        "hidden_size": s.width,
+        "intermediate_size": s.mlp_hidden,
+        "num_hidden_layers": s.depth,
+        "num_attention_heads": s.num_heads,
+        "num_key_value_heads": s.num_kv_heads,
+        "head_dim": s.head_width,
+        "rope_theta": s.rope_theta,
+        "rms_norm_eps": s.norm_epsilon,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     write_tokenizer(folder / "tokenizer.json")
     draw = np.random.default_rng(seed)
@@ -50,12 +57,34 @@ def write_encoder(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
 def hard_captions() -> list[str]:
     """A hundred: scripts, emoji, composed and decomposed letters, control characters, nothing, far too much."""
     some = [
-        "", " ", "a cat", "A  CAT\n\n on\ta mat. ", "naïve café", "nai\u0308ve cafe\u0301", "日本の庭園に咲く桜",
-        "красная лиса в снегу", "ثعلب أحمر في الثلج", "שועל אדום", "สุนัขจิ้งจอกสีแดง", "हिन्दी में एक वाक्य", "한국어 문장",
-        "👩\u200d👩\u200d👧\u200d👦 family", "🏳\ufe0f\u200d🌈🦊❄\ufe0f", "½ ﬁne ℌ 𝔘𝔫𝔦", "\u200b\u202e\ufeff", "a\x00b",
-        "<|endoftext|> inside", "<|im_start|>user\nhi<|im_end|>", "1234567890 3.14159", "it's we'll I'VE", "…—“”‘’",
-        "C:\\path\\file.txt https://a.b/c?d=e&f=%20", "😀" * 300, "word " * 1000, "x" * 5000,
-    ]  # fmt: skip
+        "",
+        " ",
+        "a cat",
+        "A  CAT\n\n on\ta mat. ",
+        "naïve café",
+        "nai\u0308ve cafe\u0301",
+        "日本の庭園に咲く桜",
+        "красная лиса в снегу",
+        "ثعلب أحمر في الثلج",
+        "שועל אדום",
+        "สุนัขจิ้งจอกสีแดง",
+        "हिन्दी में एक वाक्य",
+        "한국어 문장",
+        "👩\u200d👩\u200d👧\u200d👦 family",
+        "🏳\ufe0f\u200d🌈🦊❄\ufe0f",
+        "½ ﬁne ℌ 𝔘𝔫𝔦",
+        "\u200b\u202e\ufeff",
+        "a\x00b",
+        "<|endoftext|> inside",
+        "<|im_start|>user\nhi<|im_end|>",
+        "1234567890 3.14159",
+        "it's we'll I'VE",
+        "…—“”‘’",
+        "C:\\path\\file.txt https://a.b/c?d=e&f=%20",
+        "😀" * 300,
+        "word " * 1000,
+        "x" * 5000,
+    ]
     draw, letters = np.random.default_rng(0), "".join(some)
     while len(some) < 100:
         some.append("".join(draw.choice(list(letters), size=draw.integers(1, 200))))

@@ -129,9 +129,11 @@ def open_features(config: ml_collections.ConfigDict, source: Source) -> Features
 def features_key(config: ml_collections.ConfigDict, source: Source) -> dict[str, Any]:
     """What stored features depend on besides the captions; without the encoder where no path to one is set."""
     key: dict[str, Any] = {
-        "captions": len(source), "length": config.model.text_length, "width": config.model.text_width,
+        "captions": len(source),
+        "length": config.model.text_length,
+        "width": config.model.text_width,
         "prefix": config.text.prefix,
-    }  # fmt: skip
+    }
     if config.text.path or config.text.encoder == "bytes":
         key["encoder"] = text.open_encoder(config).fingerprint
     return key
@@ -188,9 +190,13 @@ class Texts:
     """
 
     def __init__(
-        self, config: ml_collections.ConfigDict, mesh: Mesh, source: Source | None, encoder: text.Encoder | None,
+        self,
+        config: ml_collections.ConfigDict,
+        mesh: Mesh,
+        source: Source | None,
+        encoder: text.Encoder | None,
         features: Features | bool | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         length, width = self._shape = (config.model.text_length, config.model.text_width)
         self._mesh, self._source, self._encoder, self._features = mesh, source, encoder, features
         self._prefix = config.text.prefix

@@ -72,17 +72,20 @@ def open_encoder(config: ml_collections.ConfigDict) -> Encoder:
     sizes = convert.check_encoder(path)
     if sizes.width != width:
         logging.log_first_n(
-            logging.WARNING, "%s has %d channels and config.model.text_width is %d: its features are %s", 1,
-            path, sizes.width, width, "cut" if sizes.width > width else "filled up with zeros",
-        )  # fmt: skip
+            logging.WARNING,
+            "%s has %d channels and config.model.text_width is %d: its features are %s",
+            1,
+            path,
+            sizes.width,
+            width,
+            "cut" if sizes.width > width else "filled up with zeros",
+        )
     tokenizer = FileTokenizer(os.path.join(path, "tokenizer.json"), length)
     tokenizer("")
     dtype = jnp.dtype(config.text.dtype)
     apply, shapes = qwen3_features(sizes, config.text.dtype, width)
     identity = json.dumps(["qwen3", length, width, config.text.dtype, _files(Path(path))])
-    return Encoder(
-        tokenizer, apply, shapes, lambda: convert.load_encoder(path, dtype=dtype)[1], _digest(identity)
-    )  # fmt: skip
+    return Encoder(tokenizer, apply, shapes, lambda: convert.load_encoder(path, dtype=dtype)[1], _digest(identity))
 
 
 def abstract_encoder(config: ml_collections.ConfigDict) -> Encoder:

@@ -56,11 +56,7 @@ def shapes(sizes: Sizes) -> dict[str, Any]:
 
 
 def from_torch(
-    sizes: Sizes,
-    tensors: Mapping[str, np.ndarray],
-    *,
-    dtype: Any = None,
-    what: str = "the text encoder",
+    sizes: Sizes, tensors: Mapping[str, np.ndarray], *, dtype: Any = None, what: str = "the text encoder"
 ) -> dict[str, Any]:
     """Hugging Face's tensors, with or without `model.` in front, as our parameters.
 

@@ -214,9 +214,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> Mapping[str, np.ndarray]:
     contents = {file: set(opened.keys()) for file, opened in files.items()}
     missing = [name for name, file in names.items() if name not in contents[file]]
     if missing:
-        raise UserError(
-            f"{path}: tensors that its files lack: {len(missing)} ({listed(missing)}); download them again"
-        )
+        raise UserError(f"{path}: tensors that its files lack: {len(missing)} ({listed(missing)}); download them again")
     extra = [name for file, held in contents.items() for name in sorted(held) if names.get(name) != file]
     if extra:
         raise UserError(

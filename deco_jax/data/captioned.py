@@ -60,10 +60,15 @@ DAMAGED = "damaged archives"
 FOLDER_PAIR = np.dtype([("width", "<u4"), ("height", "<u4"), ("name_size", "<u2")])
 TAR_PAIR = np.dtype(
     [
-        ("width", "<u4"), ("height", "<u4"), ("image_at", "<i8"), ("image_size", "<u4"), ("caption_at", "<i8"),
-        ("caption_size", "<u4"), ("json", "?"),
+        ("width", "<u4"),
+        ("height", "<u4"),
+        ("image_at", "<i8"),
+        ("image_size", "<u4"),
+        ("caption_at", "<i8"),
+        ("caption_size", "<u4"),
+        ("json", "?"),
     ]
-)  # fmt: skip
+)
 
 
 class Shard(NamedTuple):
@@ -274,11 +279,13 @@ def _index_folders(root: str, num_workers: int) -> dict[str, Shard]:
         images = [(stem, end) for stem, end in split if end.lower() in IMAGE_SUFFIXES]
         captions, stems = {stem for stem, end in split if end == ".txt"}, {stem for stem, _ in images}
         pairs[folder] = [stem + end for stem, end in images if stem in captions]
-        skips[folder] = collections.Counter({
-            NO_CAPTION: len(images) - len(pairs[folder]),
-            NO_IMAGE: len(captions - stems),
-            OTHER: len(split) - len(images) - len(captions),
-        })  # fmt: skip
+        skips[folder] = collections.Counter(
+            {
+                NO_CAPTION: len(images) - len(pairs[folder]),
+                NO_IMAGE: len(captions - stems),
+                OTHER: len(split) - len(images) - len(captions),
+            }
+        )
     images_of_pairs = [os.path.join(root, folder, name) for folder in stale for name in pairs[folder]]
     found = iter(_map(_look_at_pair, images_of_pairs, num_workers if len(images_of_pairs) > MANY_PAIRS_OF_FILES else 0))
     for folder in stale:

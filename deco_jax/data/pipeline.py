@@ -39,12 +39,7 @@ class Batches(Iterator[dict[str, Any]]):
     """
 
     def __init__(
-        self,
-        batches: grain.MapDataset,
-        source: Source,
-        num_workers: int,
-        max_unreadable: float,
-        batch_bytes: int,
+        self, batches: grain.MapDataset, source: Source, num_workers: int, max_unreadable: float, batch_bytes: int
     ) -> None:
         self._source = source
         self._max_unreadable = max_unreadable

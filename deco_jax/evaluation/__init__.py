@@ -2,5 +2,9 @@
 
 # The scores' names in evaluation.json and in tables.
 TITLES = {
-    "fid": "FID", "sfid": "sFID", "inception_score": "Inception Score", "precision": "precision", "recall": "recall",
-}  # fmt: skip
+    "fid": "FID",
+    "sfid": "sFID",
+    "inception_score": "Inception Score",
+    "precision": "precision",
+    "recall": "recall",
+}

@@ -1,7 +1,7 @@
 """Statistics of Inception features: gathered batch by batch, kept on disk between runs, read from ADM's files.
 
-    features -> Accumulator.add ... -> .statistics() -> frechet_distance
-                                    -> .inception_score(), .pool3() for precision and recall
+features -> Accumulator.add ... -> .statistics() -> frechet_distance
+                                -> .inception_score(), .pool3() for precision and recall
 """
 
 from __future__ import annotations

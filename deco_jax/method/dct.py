@@ -9,9 +9,7 @@ import numpy as np
 from jax import Array, lax
 
 # ITU-R BT.601 as JPEG (JFIF) uses it, without the offset of 128: rows Y, Cb, Cr; columns R, G, B.
-RGB_TO_YCBCR = np.array(
-    [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]],
-)
+RGB_TO_YCBCR = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
 
 
 @functools.cache

@@ -26,15 +26,30 @@ class DeCo(Trunk):
     """
 
     def __init__(
-        self, *, decoder_width: int, decoder_depth: int, decoder_patch_size: int = 1,
-        decoder_interaction: str = "adaln", decoder_chunk: int = 0, rngs: nnx.Rngs, **trunk: Any,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        decoder_width: int,
+        decoder_depth: int,
+        decoder_patch_size: int = 1,
+        decoder_interaction: str = "adaln",
+        decoder_chunk: int = 0,
+        rngs: nnx.Rngs,
+        **trunk: Any,
+    ) -> None:
         super().__init__(**trunk, rngs=rngs)
         self.decoder = PixelDecoder(
-            self.width, width=decoder_width, depth=decoder_depth, patch_size=self.patch_size,
-            query_size=decoder_patch_size, interaction=decoder_interaction, chunk=decoder_chunk,
-            rotary=self.with_text, dtype=self.dtype, remat=self.remat, rngs=rngs,
-        )  # fmt: skip
+            self.width,
+            width=decoder_width,
+            depth=decoder_depth,
+            patch_size=self.patch_size,
+            query_size=decoder_patch_size,
+            interaction=decoder_interaction,
+            chunk=decoder_chunk,
+            rotary=self.with_text,
+            dtype=self.dtype,
+            remat=self.remat,
+            rngs=rngs,
+        )
 
     def __call__(
         self, images: jax.Array, times: jax.Array, context: jax.Array, aligned_layer: int | None = None

@@ -142,9 +142,20 @@ class PixelDecoder(nnx.Module):
     """
 
     def __init__(
-        self, model_width: int, *, width: int, depth: int, patch_size: int, query_size: int, interaction: str,
-        chunk: int, rotary: bool, dtype: Dtype, remat: str, rngs: nnx.Rngs,
-    ) -> None:  # fmt: skip
+        self,
+        model_width: int,
+        *,
+        width: int,
+        depth: int,
+        patch_size: int,
+        query_size: int,
+        interaction: str,
+        chunk: int,
+        rotary: bool,
+        dtype: Dtype,
+        remat: str,
+        rngs: nnx.Rngs,
+    ) -> None:
         self.depth, self.patch_size, self.query_size, self.interaction = depth, patch_size, query_size, interaction
         self.chunk, self.rotary, self.dtype, self.remat = chunk, rotary, dtype, remat
         values, queries = 3 * query_size**2, (patch_size // query_size) ** 2
@@ -179,7 +190,6 @@ class PixelDecoder(nnx.Module):
         if self.interaction == "adaln":
             condition = jax.nn.silu(condition)
         h = run_stack(
-            self.blocks, h, lambda block, h: block(h, condition),
-            dtype=self.dtype, remat=self.remat, unroll=self.depth,
-        )  # fmt: skip
+            self.blocks, h, lambda block, h: block(h, condition), dtype=self.dtype, remat=self.remat, unroll=self.depth
+        )
         return self.output(normalize(h))

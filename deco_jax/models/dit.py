@@ -45,9 +45,15 @@ class Attention(nnx.Module):
     """
 
     def __init__(
-        self, width: int, num_heads: int, *, with_text: bool, implementation: Literal["xla", "cudnn"],
-        dtype: Dtype, rngs: nnx.Rngs,
-    ) -> None:  # fmt: skip
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        with_text: bool,
+        implementation: Literal["xla", "cudnn"],
+        dtype: Dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
         head_width = width // num_heads
         self.num_heads, self.implementation = num_heads, implementation
         self.qkv = Linear(width, 3 * width, use_bias=False, dtype=dtype, rngs=rngs)
@@ -79,9 +85,16 @@ class Block(nnx.Module):
     """
 
     def __init__(
-        self, width: int, num_heads: int, mlp_hidden: int, *,
-        with_text: bool = False, attention: Literal["xla", "cudnn"] = "xla", dtype: Dtype, rngs: nnx.Rngs,
-    ) -> None:  # fmt: skip
+        self,
+        width: int,
+        num_heads: int,
+        mlp_hidden: int,
+        *,
+        with_text: bool = False,
+        attention: Literal["xla", "cudnn"] = "xla",
+        dtype: Dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
         self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
         self.attention = Attention(
             width, num_heads, with_text=with_text, implementation=attention, dtype=dtype, rngs=rngs
@@ -178,9 +191,13 @@ class Trunk(nnx.Module):
             condition = jax.nn.silu(time)
             text = self.text_embed(context.astype(self.dtype)) + self.text_positions[...].astype(self.dtype)
             text = run_stack(
-                self.text_blocks, text, lambda block, y: block(y, condition, None),
-                dtype=self.dtype, remat=self.remat, unroll=self.unroll,
-            )  # fmt: skip
+                self.text_blocks,
+                text,
+                lambda block, y: block(y, condition, None),
+                dtype=self.dtype,
+                remat=self.remat,
+                unroll=self.unroll,
+            )
             # The reference scales each axis by the other one's length; equal for square images.
             xs, ys = np.linspace(0, rows, columns), np.linspace(0, columns, rows)
         else:
@@ -190,9 +207,15 @@ class Trunk(nnx.Module):
 
         def run(h: jax.Array, start: int, stop: int | None) -> jax.Array:
             return run_stack(
-                self.blocks, h, lambda block, h: block(h, condition, angles, text),
-                start=start, stop=stop, dtype=self.dtype, remat=self.remat, unroll=self.unroll,
-            )  # fmt: skip
+                self.blocks,
+                h,
+                lambda block, h: block(h, condition, angles, text),
+                start=start,
+                stop=stop,
+                dtype=self.dtype,
+                remat=self.remat,
+                unroll=self.unroll,
+            )
 
         if aligned_layer is None:
             return run(h, 0, None), time, condition, None

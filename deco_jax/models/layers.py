@@ -59,9 +59,14 @@ class Linear(nnx.Linear):
     ) -> None:
         default = uniform(1 / math.sqrt(fan_in))
         super().__init__(
-            fan_in, fan_out, use_bias=use_bias, dtype=dtype, rngs=rngs,
-            kernel_init=kernel_init or default, bias_init=bias_init or default,
-        )  # fmt: skip
+            fan_in,
+            fan_out,
+            use_bias=use_bias,
+            dtype=dtype,
+            rngs=rngs,
+            kernel_init=kernel_init or default,
+            bias_init=bias_init or default,
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # arrays are sharded by jit alone
         return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)

@@ -43,9 +43,17 @@ class GeneratedDecoder(nnx.Module):
     """PixNerd's head: pixel embedding, generated blocks, RMSNorm, Linear to RGB (zero at first)."""
 
     def __init__(
-        self, model_width: int, *, width: int, depth: int, ratio: int, patch_size: int,
-        dtype: Dtype, remat: str, rngs: nnx.Rngs,
-    ) -> None:  # fmt: skip
+        self,
+        model_width: int,
+        *,
+        width: int,
+        depth: int,
+        ratio: int,
+        patch_size: int,
+        dtype: Dtype,
+        remat: str,
+        rngs: nnx.Rngs,
+    ) -> None:
         self.depth, self.patch_size, self.dtype, self.remat = depth, patch_size, dtype, remat
         self.pixel_embed = Linear(3 + POSITION_FEATURES, width, dtype=dtype, rngs=rngs)
         self.blocks = stack(lambda rngs: GeneratedBlock(model_width, width, ratio, dtype=dtype, rngs=rngs), depth, rngs)
@@ -56,9 +64,8 @@ class GeneratedDecoder(nnx.Module):
         """images [batch, height, width, 3], features [batch, tokens, model_width] → float32, images' shape."""
         h = embed_pixels(patchify(images, self.patch_size), cosine_basis(self.patch_size), self.pixel_embed)
         h = run_stack(
-            self.blocks, h, lambda block, h: block(h, features),
-            dtype=self.dtype, remat=self.remat, unroll=self.depth,
-        )  # fmt: skip
+            self.blocks, h, lambda block, h: block(h, features), dtype=self.dtype, remat=self.remat, unroll=self.depth
+        )
         pixels = self.output(self.norm(h)).astype(jnp.float32)
         return unpatchify(pixels, self.patch_size, *images.shape[1:3])
 
@@ -71,9 +78,15 @@ class PixNerd(Trunk):
     ) -> None:
         super().__init__(**trunk, rngs=rngs)
         self.decoder = GeneratedDecoder(
-            self.width, width=decoder_width, depth=decoder_depth, ratio=decoder_ratio, patch_size=self.patch_size,
-            dtype=self.dtype, remat=self.remat, rngs=rngs,
-        )  # fmt: skip
+            self.width,
+            width=decoder_width,
+            depth=decoder_depth,
+            ratio=decoder_ratio,
+            patch_size=self.patch_size,
+            dtype=self.dtype,
+            remat=self.remat,
+            rngs=rngs,
+        )
 
     def __call__(
         self, images: jax.Array, times: jax.Array, context: jax.Array, aligned_layer: int | None = None

@@ -133,9 +133,7 @@ def time_training(
     return monitor.program_bytes(step)
 
 
-def time_forward(
-    config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition, add: Callable[..., None]
-) -> None:
+def time_forward(config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition, add: Callable[..., None]) -> None:
     """Rows: forward, sample one image, sample a batch; texts are encoded already."""
     networks, _, _ = abstract_networks(config, mesh, condition)
     network = networks["denoiser"]
@@ -149,9 +147,11 @@ def time_forward(
     inputs = draw(), times(), sharding.place_everywhere(mesh, {"context": contexts(size)})["context"]
     forward = jax.jit(lambda *arguments: network.apply(*arguments)[0], out_shardings=rows)
     add(
-        "forward", timed(lambda: forward(params, *inputs), config.benchmark),
-        size, flops.forward_total(config.model, config.data.image_size) * size,
-    )  # fmt: skip
+        "forward",
+        timed(lambda: forward(params, *inputs), config.benchmark),
+        size,
+        flops.forward_total(config.model, config.data.image_size) * size,
+    )
 
     generator = generate.make_generator(network, config, mesh)
     few = ml_collections.ConfigDict({"warmup": 1, "repeats": min(5, config.benchmark.repeats)})
@@ -176,9 +176,12 @@ def any_contexts(config: ml_collections.ConfigDict) -> tuple[Callable[[int], np.
 
 
 def time_input(
-    config: ml_collections.ConfigDict, mesh: Mesh, source: sources.Source, condition: Condition,
+    config: ml_collections.ConfigDict,
+    mesh: Mesh,
+    source: sources.Source,
+    condition: Condition,
     add: Callable[..., None],
-) -> None:  # fmt: skip
+) -> None:
     """Row: one batch of the configured source, read, decoded and put on the devices."""
     batches = open_batches(config, mesh, source, condition)
 

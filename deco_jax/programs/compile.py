@@ -73,8 +73,9 @@ def topology_devices(topology: str) -> list[jax.Device]:
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is touched, so it does not matter who holds one
         "TPU_ACCELERATOR_TYPE": f"{kind}-{cores * chips}",
-        "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
-    }.items():  # fmt: skip
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+    }.items():
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 

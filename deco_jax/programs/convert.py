@@ -58,8 +58,10 @@ def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: s
     checkpoints.wait()
     checkpoints.close()
     write_json(folder / "config.json", to_json(config))
-    print(f"imported {source}: step {file.step}, in {folder}; it has no optimizer state, so training goes on "
-          "with zero moments")  # fmt: skip
+    print(
+        f"imported {source}: step {file.step}, in {folder}; it has no optimizer state, so training goes on "
+        "with zero moments"
+    )
 
 
 def _float32(array: np.ndarray) -> np.ndarray:

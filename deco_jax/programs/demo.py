@@ -78,9 +78,16 @@ def demo(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str =
         os.environ["GRADIO_TEMP_DIR"] = folder
         page = make_page(gradio, studio)
         page.launch(
-            server_name=HOST, server_port=port, share=False, inbrowser=False, quiet=True, prevent_thread_lock=True,
-            ssr_mode=False, footer_links=[], theme=gradio.themes.Base(font=FONT, font_mono=FONT_MONO),
-        )  # fmt: skip
+            server_name=HOST,
+            server_port=port,
+            share=False,
+            inbrowser=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            ssr_mode=False,
+            footer_links=[],
+            theme=gradio.themes.Base(font=FONT, font_mono=FONT_MONO),
+        )
         print(f"the demo is at http://{HOST}:{port}; Ctrl-C ends it", flush=True)
         # Both: a shell that starts a program in the background has it ignore Ctrl-C.
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -143,9 +150,14 @@ class Studio:
         values = self.config.to_dict()
         values["data"]["image_size"] = (wish.height, wish.width)
         values["sample"] |= {
-            "num_steps": wish.num_steps, "sampler": wish.sampler, "guidance": wish.guidance, "shift": wish.shift,
-            "seed": wish.seed, "num_images": wish.count, "negative_prompt": wish.negative_prompt,
-        }  # fmt: skip
+            "num_steps": wish.num_steps,
+            "sampler": wish.sampler,
+            "guidance": wish.guidance,
+            "shift": wish.shift,
+            "seed": wish.seed,
+            "num_images": wish.count,
+            "negative_prompt": wish.negative_prompt,
+        }
         config = ml_collections.ConfigDict(values)
         config_lib.check(config)
         if wish.count > MAX_IMAGES:
@@ -192,9 +204,15 @@ def animation(states: Sequence[np.ndarray]) -> bytes:
     milliseconds = [round(1000 * FRAME_SECONDS)] * (len(frames) - 1) + [round(1000 * LAST_FRAME_SECONDS)]
     data = io.BytesIO()
     frames[0].save(
-        data, format="webp", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, quality=85,
+        data,
+        format="webp",
+        save_all=True,
+        append_images=frames[1:],
+        duration=milliseconds,
+        loop=0,
+        quality=85,
         method=2,
-    )  # fmt: skip
+    )
     return data.getvalue()
 
 
@@ -267,9 +285,16 @@ def make_page(gradio: Any, studio: Studio) -> Any:
                     stop = gradio.Button("Stop")
             with gradio.Column(scale=2, min_width=320):
                 gallery = gradio.Gallery(
-                    label="Images", show_label=False, format="png", columns=3, object_fit="contain",
-                    height="max-content", interactive=False, buttons=["download", "fullscreen"], elem_id="images",
-                )  # fmt: skip
+                    label="Images",
+                    show_label=False,
+                    format="png",
+                    columns=3,
+                    object_fit="contain",
+                    height="max-content",
+                    interactive=False,
+                    buttons=["download", "fullscreen"],
+                    elem_id="images",
+                )
                 view = gradio.HTML(elem_id="trajectory")
 
         def run(values: dict[Any, Any], progress: Any = gradio.Progress()) -> Iterator[Any]:  # noqa: B008
@@ -280,9 +305,14 @@ def make_page(gradio: Any, studio: Studio) -> Any:
 
         events = [start.click] + ([asked["prompt"].submit] if "prompt" in asked else [])
         drawing = gradio.on(
-            events, run, inputs=set(asked.values()), outputs=[gallery, view], show_progress_on=[gallery],
-            api_visibility="private", concurrency_limit=1,
-        )  # fmt: skip
+            events,
+            run,
+            inputs=set(asked.values()),
+            outputs=[gallery, view],
+            show_progress_on=[gallery],
+            api_visibility="private",
+            concurrency_limit=1,
+        )
         stop.click(None, cancels=[drawing], api_visibility="private")
     return page
 

@@ -85,15 +85,17 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: s
     if theirs.mu_s is None:
         missing["sfid"] = f"{reference.name} has no 'mu_s' and 'sigma_s'"
     result = {
-        **{name: scores.get(name) for name in TITLES}, "missing": missing,
+        **{name: scores.get(name) for name in TITLES},
+        "missing": missing,
         "warnings": warnings,
         "samples": {"from": samples.name, "images": samples.total, "kept": _length(ours.pool3())},
         "reference": {"from": reference.name, "images": theirs.num_images, "kept": _length(features)},
-        "neighbours": NEIGHBOURS, "parameters": samples.parameters,
+        "neighbours": NEIGHBOURS,
+        "parameters": samples.parameters,
         "inception": {"path": str(inception), "sha256": weights},
         "config": {name: to_json(config)[name] for name in ("evaluate", "sample")},
         "seconds": round(time.monotonic() - began, 1),
-    }  # fmt: skip
+    }
     if jax.process_index() == 0:
         path = pathlib.Path(workdir) / "evaluation.json"
         write_json(path, result)
@@ -155,8 +157,9 @@ def table(result: dict[str, Any]) -> str:
     ]
     for name, title in TITLES.items():
         value = result[name]
-        lines.append(f"  {title:16} {value:10.4f}" if value is not None else f"  {title:16} missing: "
-                     + result["missing"][name])  # fmt: skip
+        lines.append(
+            f"  {title:16} {value:10.4f}" if value is not None else f"  {title:16} missing: " + result["missing"][name]
+        )
     return "\n".join([*lines, *(f"  warning: {line}" for line in result["warnings"])])
 
 
@@ -174,9 +177,14 @@ def inception_path(config: ml_collections.ConfigDict) -> pathlib.Path:
 
 
 def measure(
-    images: ImageSet, extractor: FeatureExtractor, path: pathlib.Path | None, weights: str, num_kept: int,
-    save_every: int, say: Callable[[str], None] | None = None,
-) -> Accumulator:  # fmt: skip
+    images: ImageSet,
+    extractor: FeatureExtractor,
+    path: pathlib.Path | None,
+    weights: str,
+    num_kept: int,
+    save_every: int,
+    say: Callable[[str], None] | None = None,
+) -> Accumulator:
     """All statistics of a set, saved to `path` every `save_every` images and gone on with from there.
 
     Args:
@@ -387,19 +395,30 @@ def source_images(config: ml_collections.ConfigDict) -> ImageSet:
 
     def batches(batch_size: int, start: int) -> Iterator[np.ndarray]:
         read = pipeline.epoch(
-            source, size, batch_size=batch_size, num_workers=data.num_workers, max_unreadable=data.max_unreadable,
+            source,
+            size,
+            batch_size=batch_size,
+            num_workers=data.num_workers,
+            max_unreadable=data.max_unreadable,
             indices=indices[start:],
-        )  # fmt: skip
+        )
         try:
             for batch in read:
                 yield batch["image"]
         finally:
             read.close()
 
-    identity = json.dumps([
-        data.source, os.path.abspath(data.path) if os.path.exists(data.path) else data.path, data.split, size,
-        len(source), source.class_names, _contents(source, indices),
-    ])  # fmt: skip
+    identity = json.dumps(
+        [
+            data.source,
+            os.path.abspath(data.path) if os.path.exists(data.path) else data.path,
+            data.split,
+            size,
+            len(source),
+            source.class_names,
+            _contents(source, indices),
+        ]
+    )
     where = " ".join(part for part in (data.source, data.path, data.split) if part)
     return ImageSet(f"data {where}", _digest(identity.encode()), count, size, batches)
 

@@ -128,19 +128,31 @@ def read_run(folder: pathlib.Path, name: str, max_grids: int, grid_pixels: int) 
         except (KeyError, TypeError, ValueError, AttributeError):
             notes.append("spectrum.json is not as --mode=spectrum writes it, and left out")
     picture = _read_picture(folder / "spectrum.png", 2 * grid_pixels, notes) if curves is None else None
-    files = {int(match[1]): path for path in sorted((folder / "samples").glob("step_*.png"))
-             if (match := re.fullmatch(r"step_(\d+)\.png", path.name))}  # fmt: skip
+    files = {
+        int(match[1]): path
+        for path in sorted((folder / "samples").glob("step_*.png"))
+        if (match := re.fullmatch(r"step_(\d+)\.png", path.name))
+    }
     chosen = sorted(files)
     if len(chosen) > max_grids:
         places = np.linspace(len(chosen) - 1, 0, max_grids).round().astype(int)  # the last is always among them
         chosen = sorted({chosen[i] for i in places})
     grids = {step: _read_picture(files[step], grid_pixels, notes) for step in chosen}
     return Run(
-        name, folder, steps, metrics, not_finite, _read_json(folder / "config.json", notes),
-        _read_evaluations(folder, notes), curves, picture,
-        {step: grid for step, grid in grids.items() if grid is not None}, len(files),
-        _read_picture(folder / "samples" / "grid.png", grid_pixels, notes), notes,
-    )  # fmt: skip
+        name,
+        folder,
+        steps,
+        metrics,
+        not_finite,
+        _read_json(folder / "config.json", notes),
+        _read_evaluations(folder, notes),
+        curves,
+        picture,
+        {step: grid for step, grid in grids.items() if grid is not None},
+        len(files),
+        _read_picture(folder / "samples" / "grid.png", grid_pixels, notes),
+        notes,
+    )
 
 
 def _read_metrics(path: pathlib.Path, notes: list[str]) -> tuple[list[int], dict[str, list[float | None]], int]:
@@ -247,12 +259,13 @@ def _curves(spectrum: dict[str, Any], name: str) -> list[tuple[str, list[tuple[s
         (
             "velocity, data and loss weights",
             [
-                *of_models("velocity"), data,
+                *of_models("velocity"),
+                data,
                 (f"loss weights Y, quality {float(weights['quality']):g}", "Y", _values(weights["Y"])),
                 ("loss weights Cb, Cr", "Cb", _values(weights["Cb"])),
             ],
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _values(numbers: Iterable[Any]) -> list[float]:
@@ -278,11 +291,16 @@ def page(runs: list[Run]) -> str:
         "TITLE": _text(title),
         "SUBTITLE": _text(" · ".join(str(run.folder.absolute()) for run in runs)),
         "RUNS": "".join(_button(i, run) for i, run in enumerate(runs)),
-        "SUMMARY": _summary(runs), "LOSS_NOTES": _loss_notes(runs), "FID": _scores(runs), "SAMPLES": _samples(runs),
-        "SPECTRA": _spectra(runs), "SPEED": _speed(runs), "CONFIG": _config(runs),
+        "SUMMARY": _summary(runs),
+        "LOSS_NOTES": _loss_notes(runs),
+        "FID": _scores(runs),
+        "SAMPLES": _samples(runs),
+        "SPECTRA": _spectra(runs),
+        "SPEED": _speed(runs),
+        "CONFIG": _config(runs),
         "FOOTER": _text(f"Written by deco_jax, --mode=report, {now}. Nothing on this page is loaded from elsewhere."),
         "DATA": json.dumps(_data(runs), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
-    }  # fmt: skip
+    }
     # In one pass: what is put in is not looked at again.
     return re.sub(r"<!--([A-Z_]+)-->", lambda match: parts[match[1]], TEMPLATE.read_text())
 
@@ -298,7 +316,9 @@ def _data(runs: list[Run]) -> dict[str, Any]:
     return {
         "runs": [
             {
-                "name": run.name, "steps": run.steps, "metrics": run.metrics,
+                "name": run.name,
+                "steps": run.steps,
+                "metrics": run.metrics,
                 "batch_size": size if _finite(size := run.setting("data.batch_size")) else None,
             }
             for run in runs
@@ -307,7 +327,7 @@ def _data(runs: list[Run]) -> dict[str, Any]:
         "memory": any(run.known("peak_memory_gib") for run in runs),
         "sample_steps": sorted({step for run in runs for step in run.grids}),
         "spectra": _plots(runs),
-    }  # fmt: skip
+    }
 
 
 def _plots(runs: list[Run]) -> list[dict[str, Any]]:
@@ -399,8 +419,9 @@ def _loss_notes(runs: list[Run]) -> str:
     return _notes(
         f"{run.name}: {run.not_finite:,} logged value{'s are' if run.not_finite > 1 else ' is'} not finite; "
         "the curves have gaps there"
-        for run in runs if run.not_finite
-    )  # fmt: skip
+        for run in runs
+        if run.not_finite
+    )
 
 
 def _score(evaluation: dict[str, Any], name: str) -> str | None:
@@ -412,13 +433,15 @@ def _scores(runs: list[Run]) -> str:
     lines = ['<div class="charts" data-charts="fid"></div>'] if any(run.known("fid") for run in runs) else []
     lines += [
         _missing(run, "no FID was measured while training (config.evaluate.every is 0 unless asked for)", runs)
-        for run in runs if not run.known("fid")
-    ]  # fmt: skip
+        for run in runs
+        if not run.known("fid")
+    ]
     lines.append("<h3>Evaluation</h3>")
     lines += [
         _missing(run, "no evaluation.json that can be read; --mode=evaluate writes it", runs)
-        for run in runs if not run.evaluations
-    ]  # fmt: skip
+        for run in runs
+        if not run.evaluations
+    ]
     measured = {f"{run.name} {where}".strip(): values for run in runs for where, values in run.evaluations.items()}
     if not measured:
         return "".join(lines)
@@ -498,8 +521,9 @@ def _samples(runs: list[Run]) -> str:
         figures = [
             f'<figure data-pictures="{i}"><figcaption>{_swatch(i)}{_text(run.name)}</figcaption>'
             f"{_image(run.sampled, f'samples/grid.png of {run.name}')}</figure>"
-            for i, run in sampled if run.sampled
-        ]  # fmt: skip
+            for i, run in sampled
+            if run.sampled
+        ]
         lines.append(f'<div class="pictures">{"".join(figures)}</div>')
     return "".join(lines)
 
@@ -507,15 +531,17 @@ def _samples(runs: list[Run]) -> str:
 def _spectra(runs: list[Run]) -> str:
     lines = [
         _missing(run, "no spectrum was measured; --mode=spectrum does it", runs)
-        for run in runs if not run.spectrum and not run.spectrum_picture
-    ]  # fmt: skip
+        for run in runs
+        if not run.spectrum and not run.spectrum_picture
+    ]
     if any(run.spectrum for run in runs):
         lines.append('<div class="charts" data-charts="spectra"></div>')
     figures = [
         f'<figure data-pictures="{i}"><figcaption>{_swatch(i)}{_text(run.name)}</figcaption>'
         f"{_image(run.spectrum_picture, f'spectrum.png of {run.name}')}</figure>"
-        for i, run in enumerate(runs) if run.spectrum_picture
-    ]  # fmt: skip
+        for i, run in enumerate(runs)
+        if run.spectrum_picture
+    ]
     return "".join([*lines, f'<div class="pictures">{"".join(figures)}</div>' if figures else ""])
 
 
@@ -557,8 +583,9 @@ def _config(runs: list[Run]) -> str:
         lines.append("<h3>Differences</h3>")
         lines.append(
             _table(names, [(key, rows[key]) for key in rows if key in differ], "config")
-            if differ else '<p class="missing">The settings are the same.</p>'
-        )  # fmt: skip
+            if differ
+            else '<p class="missing">The settings are the same.</p>'
+        )
     whole = _table(names, list(rows.items()), "config", differ if len(with_config) > 1 else ())
     lines.append(f"<details><summary>All {len(rows)} settings, as they were resolved</summary>{whole}</details>")
     return "".join(lines)

@@ -59,9 +59,12 @@ def sample(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str
 
 
 def write_all(
-    config: ml_collections.ConfigDict, folder: pathlib.Path, parts: Parts, requests: Requests,
+    config: ml_collections.ConfigDict,
+    folder: pathlib.Path,
+    parts: Parts,
+    requests: Requests,
     prompts: generate.Prompts | None,
-) -> None:  # fmt: skip
+) -> None:
     """What is asked for of the finished images, into `folder`; then the parts go."""
     shown = np.unique(np.linspace(0, parts.count - 1, min(config.sample.grid_images, parts.count)).round().astype(int))
     captions = None if requests.names is None else [requests.names[int(i)] for i in shown]

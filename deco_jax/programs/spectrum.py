@@ -67,11 +67,13 @@ def spectrum(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: s
             say(f"{name}: a token grid this small has no {BLOCK}x{BLOCK} block; its map's is {block}x{block}")
         curves.append(
             {
-                "name": name, "checkpoint": str(where), "model": to_json(theirs)["model"],
+                "name": name,
+                "checkpoint": str(where),
+                "model": to_json(theirs)["model"],
                 "dit": {"block": block, **_curve(energies["dit"])},
                 "velocity": {"block": BLOCK, **_curve(energies["velocity"])},
             }
-        )  # fmt: skip
+        )
         say(
             f"{name}: at the highest frequency {curves[-1]['dit']['spectrum'][-1]:.3f} in the DiT's output, "
             f"{curves[-1]['velocity']['spectrum'][-1]:.3f} in the velocity"
@@ -79,15 +81,20 @@ def spectrum(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: s
     weights = dict(zip(("Y", "Cb", "Cr"), jpeg_weights(config.loss.frequency_quality), strict=True))
     result = {
         "checkpoints": curves,
-        "data": {"images": min(config.spectrum.num_images, len(source)), "block": BLOCK,
-                 **_curve(data_energy(config, source))},
+        "data": {
+            "images": min(config.spectrum.num_images, len(source)),
+            "block": BLOCK,
+            **_curve(data_energy(config, source)),
+        },
         "frequency_weights": {
-            "quality": config.loss.frequency_quality, "block": BLOCK,
+            "quality": config.loss.frequency_quality,
+            "block": BLOCK,
             **{name: (w.reshape(-1)[zigzag()] / w.max()).tolist() for name, w in weights.items()},
         },
-        "images": config.spectrum.num_images, "sample": to_json(config)["sample"],
+        "images": config.spectrum.num_images,
+        "sample": to_json(config)["sample"],
         "order": "zigzag, lowest first; spectrum = log(1 + energy) / max, energy = mean squared DCT coefficient",
-    }  # fmt: skip
+    }
     if jax.process_index() == 0:
         write_json(folder / "spectrum.json", result)
         draw(result, folder / "spectrum.png")
@@ -134,9 +141,10 @@ def model_energies(config: ml_collections.ConfigDict, where: pathlib.Path, mesh:
         index = np.arange(first, first + batch_size, dtype=np.int32)
         # The last batch is filled up with images that count nothing.
         batch: dict[str, Any] = {
-            "index": index, "label": requests.context(np.minimum(index, count - 1)),
+            "index": index,
+            "label": requests.context(np.minimum(index, count - 1)),
             "weight": (index < count).astype(np.float32),
-        }  # fmt: skip
+        }
         for name, energy in measure(params, sharding.place_everywhere(mesh, batch)).items():
             totals[name] = totals.get(name, 0.0) + np.asarray(energy, np.float64)
     return {name: total / count for name, total in totals.items()}
@@ -168,9 +176,14 @@ def make_measure(network: Network, config: ml_collections.ConfigDict, mesh: Mesh
             lambda x, t, labels: look(x, t, labels)[0], batch["label"], null, settings.guidance
         )
         _, states = samplers.sample(
-            velocity, normal(0), sampler=settings.sampler, times=times, guided=guided,
-            step_noise=lambda i: normal(1 + i), return_trajectory=True,
-        )  # fmt: skip
+            velocity,
+            normal(0),
+            sampler=settings.sampler,
+            times=times,
+            guided=guided,
+            step_noise=lambda i: normal(1 + i),
+            return_trajectory=True,
+        )
 
         def energies(state_and_time: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
             x, t = state_and_time
@@ -188,9 +201,12 @@ def data_energy(config: ml_collections.ConfigDict, source: sources.Source) -> np
     """Mean energy [8, 8] of config.spectrum.num_images images of the data in ±1, evenly spread, without flips."""
     count = min(config.spectrum.num_images, len(source))
     batches = pipeline.epoch(
-        source, image_sides(config.data.image_size), batch_size=min(config.spectrum.batch_size, count),
-        max_unreadable=config.data.max_unreadable, indices=np.arange(count, dtype=np.int64) * len(source) // count,
-    )  # fmt: skip
+        source,
+        image_sides(config.data.image_size),
+        batch_size=min(config.spectrum.batch_size, count),
+        max_unreadable=config.data.max_unreadable,
+        indices=np.arange(count, dtype=np.int64) * len(source) // count,
+    )
     energy = jax.jit(lambda images: jnp.sum(block_energy(to_float(images)), axis=0))
     total = np.zeros((BLOCK, BLOCK))
     try:

@@ -196,15 +196,22 @@ def make_train_step(
 
 
 def lower_train_step(
-    networks: dict[str, Network], optimizer: optax.GradientTransformation, config: ml_collections.ConfigDict,
-    observe: Observer, mesh: Mesh, state: State, batch: dict[str, Any], frozen: dict[str, Any],
-) -> jax.stages.Lowered:  # fmt: skip
+    networks: dict[str, Network],
+    optimizer: optax.GradientTransformation,
+    config: ml_collections.ConfigDict,
+    observe: Observer,
+    mesh: Mesh,
+    state: State,
+    batch: dict[str, Any],
+    frozen: dict[str, Any],
+) -> jax.stages.Lowered:
     """`make_train_step` for a state, batch and frozen arrays (or their shapes with shardings), to be compiled."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(
-        make_train_step(networks, optimizer, config, observe), donate_argnums=0,
+        make_train_step(networks, optimizer, config, observe),
+        donate_argnums=0,
         out_shardings=(shardings, sharding.replicated(mesh)),
-    )  # fmt: skip
+    )
     return step.lower(state, batch, frozen)
 
 
@@ -280,9 +287,22 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
         # From here on, compiling included, a signal asks to save and stop.
         with preemption.Watch() as watch:
             run(
-                config, folder, mesh, networks, optimizer, condition, observe, frozen, state, batches, checkpoints,
-                writer, watch, requests, quick_fid,
-            )  # fmt: skip
+                config,
+                folder,
+                mesh,
+                networks,
+                optimizer,
+                condition,
+                observe,
+                frozen,
+                state,
+                batches,
+                checkpoints,
+                writer,
+                watch,
+                requests,
+                quick_fid,
+            )
     finally:
         batches.close()
         writer.close()
@@ -305,11 +325,22 @@ def check_same_classes(folder: pathlib.Path, names: list[str]) -> None:
 
 
 def run(
-    config: ml_collections.ConfigDict, folder: pathlib.Path, mesh: Mesh, networks: dict[str, Network],
-    optimizer: optax.GradientTransformation, condition: Condition, observe: Observer, frozen: dict[str, Any],
-    state: State, batches: pipeline.Batches, checkpoints: checkpoint.Checkpoints, writer: Writer,
-    watch: preemption.Watch, requests: Requests | None, quick_fid: QuickFID | None = None,
-) -> None:  # fmt: skip
+    config: ml_collections.ConfigDict,
+    folder: pathlib.Path,
+    mesh: Mesh,
+    networks: dict[str, Network],
+    optimizer: optax.GradientTransformation,
+    condition: Condition,
+    observe: Observer,
+    frozen: dict[str, Any],
+    state: State,
+    batches: pipeline.Batches,
+    checkpoints: checkpoint.Checkpoints,
+    writer: Writer,
+    watch: preemption.Watch,
+    requests: Requests | None,
+    quick_fid: QuickFID | None = None,
+) -> None:
     """The loop of `train`, with everything made."""
     start, total = int(state["step"]), config.train.num_steps
     generator = generate.make_generator(networks["denoiser"], config, mesh)
@@ -475,11 +506,18 @@ def open_batches(
     """This host's rows of the batches from a step on."""
     data = config.data
     return pipeline.train_batches(
-        source, image_size=image_sides(data.image_size), batch_size=data.batch_size, seed=config.seed,
-        start_step=start_step, host_index=sharding.host_rank(mesh), host_count=jax.process_count(),
-        num_workers=data.num_workers, flip=data.flip, max_unreadable=data.max_unreadable,
+        source,
+        image_size=image_sides(data.image_size),
+        batch_size=data.batch_size,
+        seed=config.seed,
+        start_step=start_step,
+        host_index=sharding.host_rank(mesh),
+        host_count=jax.process_count(),
+        num_workers=data.num_workers,
+        flip=data.flip,
+        max_unreadable=data.max_unreadable,
         encode_caption=condition.encode_caption,
-    )  # fmt: skip
+    )
 
 
 def teacher_network(config: ml_collections.ConfigDict) -> Network:

@@ -299,8 +299,9 @@ def _load(path: pathlib.Path, item: str, shapes: Any, config: ml_collections.Con
         check_model(path, config)
         placed = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            shapes, state_shardings(mesh, shapes),
-        )  # fmt: skip
+            shapes,
+            state_shardings(mesh, shapes),
+        )
         return _read(path / item, placed)
 
 

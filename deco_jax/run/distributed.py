@@ -32,9 +32,13 @@ def several_tasks(environment: Mapping[str, str]) -> bool:
 
 
 def start(
-    coordinator: str = "", num_processes: int = 0, process_id: int = -1, timeout: int = 300, forced: bool = False,
+    coordinator: str = "",
+    num_processes: int = 0,
+    process_id: int = -1,
+    timeout: int = 300,
+    forced: bool = False,
     preemptible: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """Join the other processes, if there are any, before anything touches a device.
 
     Args:
@@ -109,8 +113,10 @@ def stage(name: str, limit: float | None = None, who: str = "") -> Iterator[None
             if limit is not None and spent >= limit:
                 print(
                     f"error: {prefix}still {name} after {spent:.0f} s (--distributed_timeout); "
-                    "is every other process running, and reachable from here?", file=sys.stderr, flush=True,
-                )  # fmt: skip
+                    "is every other process running, and reachable from here?",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 os._exit(1)
             print(f"{prefix}still {name}, {spent:.0f} s", file=sys.stderr, flush=True)
 

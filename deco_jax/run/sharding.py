@@ -97,8 +97,11 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
         if leaf.shape[rule] % size:
             logging.warning(
                 "%s %s does not divide over fsdp=%d along axis %d; every device keeps all of it",
-                name, leaf.shape, size, rule,
-            )  # fmt: skip
+                name,
+                leaf.shape,
+                size,
+                rule,
+            )
             return replicated(mesh)
         spec: list[str | None] = [None] * leaf.ndim
         spec[rule] = "fsdp"
@@ -111,8 +114,9 @@ def placed_shapes(mesh: Mesh, shapes: Any) -> Any:
     """ShapeDtypeStructs with the shardings of `state_shardings`."""
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        shapes, state_shardings(mesh, shapes),
-    )  # fmt: skip
+        shapes,
+        state_shardings(mesh, shapes),
+    )
 
 
 def check_batch(mesh: Mesh, batch_size: int, key: str, parts: int = 1) -> None:

@@ -1,10 +1,10 @@
 """Everything a run carries from step to step, as nested dictionaries of arrays, sharded from the start.
 
-    step       int32, steps done
-    skipped    int32, steps in a row whose loss or gradient was not finite and that changed nothing
-    params     {"denoiser": ..., "projector": ...}  (the projector only with REPA)
-    ema        the denoiser's moving average; what samples are drawn from
-    opt_state  optax's
+step       int32, steps done
+skipped    int32, steps in a row whose loss or gradient was not finite and that changed nothing
+params     {"denoiser": ..., "projector": ...}  (the projector only with REPA)
+ema        the denoiser's moving average; what samples are drawn from
+opt_state  optax's
 """
 
 from __future__ import annotations
@@ -40,13 +40,12 @@ def state_shapes(networks: dict[str, Network], optimizer: optax.GradientTransfor
     shapes = jax.eval_shape(lambda key: initial_state(key, networks, optimizer), jax.random.key(0))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes, state_shardings(mesh, shapes),
-    )  # fmt: skip
+        shapes,
+        state_shardings(mesh, shapes),
+    )
 
 
-def create_state(
-    seed: int, networks: dict[str, Network], optimizer: optax.GradientTransformation, mesh: Mesh
-) -> State:
+def create_state(seed: int, networks: dict[str, Network], optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
     """A new state, each leaf made where it will live: no device ever holds all of it."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(networks, optimizer, mesh))
     make = jax.jit(lambda key: initial_state(key, networks, optimizer), out_shardings=shardings)

@@ -50,8 +50,12 @@ def make_generator(network: Network, config: ml_collections.ConfigDict, mesh: Me
             guidance.guided_velocity(
                 velocity_of(network, prediction, params), batch["context"], null, settings.guidance
             ),
-            normal(0), sampler=settings.sampler, times=times, guided=guided, step_noise=lambda i: normal(1 + i),
-        )  # fmt: skip
+            normal(0),
+            sampler=settings.sampler,
+            times=times,
+            guided=guided,
+            step_noise=lambda i: normal(1 + i),
+        )
         return to_uint8(images)
 
     return jax.jit(generate, out_shardings=batch_sharding(mesh))
@@ -117,9 +121,11 @@ def open_prompts(config: ml_collections.ConfigDict) -> Prompts | None:
 
 
 def sampling_requests(
-    config: ml_collections.ConfigDict, condition: Condition, prompts: Prompts | None,
+    config: ml_collections.ConfigDict,
+    condition: Condition,
+    prompts: Prompts | None,
     frozen: dict[str, Any] | None = None,
-) -> Requests:  # fmt: skip
+) -> Requests:
     """The images of prompts; without them config.sample.num_images of classes or of the data's captions.
 
     Args:
@@ -136,9 +142,10 @@ def fingerprint(config: ml_collections.ConfigDict, where: pathlib.Path, names: S
     values = to_json(config)
     drawn_from = {
         "checkpoint": [str(where), checkpoint.written(where)],
-        "model": values["model"], "size": values["data"]["image_size"],
+        "model": values["model"],
+        "size": values["data"]["image_size"],
         "sample": {k: v for k, v in values["sample"].items() if k not in ("npz", "grid_images", "batch_size")},
-    }  # fmt: skip
+    }
     if names is not None:
         drawn_from |= {"captions": list(names), "text": values["text"]}
     return hashlib.sha256(json.dumps(drawn_from, sort_keys=True).encode()).hexdigest()
@@ -169,9 +176,16 @@ class Watcher:
             return noise_of(seed, index, sides)(0)
 
         def evaluate(
-            params: Params, carry: samplers.Carry, row: dict[str, jax.Array], batch: dict[str, jax.Array],
-            null: jax.Array, scale: jax.Array, seed: jax.Array, guided: bool, noisy: bool,
-        ) -> samplers.Carry:  # fmt: skip
+            params: Params,
+            carry: samplers.Carry,
+            row: dict[str, jax.Array],
+            batch: dict[str, jax.Array],
+            null: jax.Array,
+            scale: jax.Array,
+            seed: jax.Array,
+            guided: bool,
+            noisy: bool,
+        ) -> samplers.Carry:
             velocity = guidance.guided_velocity(velocity_of(network, prediction, params), batch["context"], null, scale)
             _, height, width, _ = carry.state.shape
             noise = noise_of(seed, batch["index"], (height, width))(1 + row["step"]) if noisy else None
@@ -213,9 +227,16 @@ class Watcher:
         yield Look(0, total, shown(noise))
         for i in range(total):
             carry = self._evaluate(
-                params, carry, {name: column[i] for name, column in rows.items()}, batch, requests.null, scale, seed,
-                bool(guided[table.step[i]]), bool(table.noise[i]),
-            )  # fmt: skip
+                params,
+                carry,
+                {name: column[i] for name, column in rows.items()},
+                batch,
+                requests.null,
+                scale,
+                seed,
+                bool(guided[table.step[i]]),
+                bool(table.noise[i]),
+            )
             last = i == total - 1
             yield Look(i + 1, total, shown(carry.point if last else carry.state) if i in ends else None)
 
