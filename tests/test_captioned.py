@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from deco_jax.data import captioned
-from deco_jax.data.captioned import CaptionedFolder, WebDataset, parse_caption
+from deco_jax.data import captioned_folder, captioned_pairs, webdataset
+from deco_jax.data.captioned_folder import CaptionedFolder
+from deco_jax.data.captioned_pairs import parse_caption
 from deco_jax.data.pipeline import epoch, read_one
 from deco_jax.data.sources import Digits, check_classes, open_source
+from deco_jax.data.webdataset import WebDataset
 from deco_jax.errors import UserError
 from deco_jax.run import files
 from tests.helpers import ROOT, first_batches
@@ -170,21 +172,21 @@ BAD_PAIRS = [
     ("gif.txt", b"x"),
     ("bomb.png", bomb()),
     ("bomb.txt", b"x"),
-    ("wide.png", bomb(captioned.MAX_PIXELS + 1)),
+    ("wide.png", bomb(captioned_pairs.MAX_PIXELS + 1)),
     ("wide.txt", b"x"),
     ("notes.csv", b"x"),
     ("mask.npy", b"x"),
     ("long.png", encoded()),
-    ("long.txt", b"x" * (captioned.MAX_CAPTION_BYTES + 1)),
+    ("long.txt", b"x" * (captioned_pairs.MAX_CAPTION_BYTES + 1)),
 ]
 BAD_COUNTS = {
     "images smaller than 8x10": 2,
-    captioned.NO_CAPTION: 1,
-    captioned.NO_IMAGE: 1,
-    captioned.BAD_CAPTION: 3,
-    captioned.BROKEN: 3,
-    captioned.OVERSIZED: 2,
-    captioned.OTHER: 2,
+    captioned_pairs.NO_CAPTION: 1,
+    captioned_pairs.NO_IMAGE: 1,
+    captioned_pairs.BAD_CAPTION: 3,
+    captioned_pairs.BROKEN: 3,
+    captioned_pairs.OVERSIZED: 2,
+    captioned_pairs.OTHER: 2,
 }
 
 
@@ -195,7 +197,7 @@ def test_bad_files_are_counted(tmp_path):
     unpack([("pipe.txt", b"x"), ("text_pipe.png", encoded())], tmp_path / "data")
     source = open_source(section("captioned_folder", tmp_path / "data"))
     assert captions(source) == ["fine", "good", "\U0001f98a"]
-    counts = {**BAD_COUNTS, captioned.BAD_CAPTION: 4, captioned.BROKEN: 4}
+    counts = {**BAD_COUNTS, captioned_pairs.BAD_CAPTION: 4, captioned_pairs.BROKEN: 4}
     assert skips(source) == counts
     # The same index serves another size.
     source = open_source(section("captioned_folder", tmp_path / "data", (7, 9)))
@@ -238,7 +240,7 @@ def test_bad_members_are_counted(tmp_path):
         link("f.png", tarfile.FIFOTYPE),
         link("folder", tarfile.DIRTYPE),
     ]
-    expected = {**BAD_COUNTS, captioned.BAD_CAPTION: 8, captioned.UNSAFE: 6, captioned.SPECIAL: 3}
+    expected = {**BAD_COUNTS, captioned_pairs.BAD_CAPTION: 8, captioned_pairs.UNSAFE: 6, captioned_pairs.SPECIAL: 3}
     good = ["good", "fine", "\U0001f98a", "both", "from text", "from prompt", "dots are no way out"]
     # "text" is there twice, as two samples one after the other may be.
     write_tar(tmp_path / "data.tar", members)
@@ -290,8 +292,8 @@ def test_damaged_archives(tmp_path, cut):
     source = WebDataset(str(tmp_path), SIZE)
     assert captions(source) == ["number 1", "number 2"]
     counts = skips(source)
-    assert counts.pop(captioned.DAMAGED) == (2 if cut == "no_end" else 3)
-    assert counts == ({captioned.BROKEN: 1} if cut == "member" else {})
+    assert counts.pop(captioned_pairs.DAMAGED) == (2 if cut == "no_end" else 3)
+    assert counts == ({captioned_pairs.BROKEN: 1} if cut == "member" else {})
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff", b'"x"', b"{}", b'{"caption": null}', b"{"])
@@ -326,7 +328,7 @@ def test_nothing_to_use(tmp_path):
 def looked_into(monkeypatch):
     """The names of archives and the images in folders whose headers are read, from here on."""
     seen: list[str] = []
-    look_into_tar, look_at_pair = captioned.look_into_tar, captioned._look_at_pair
+    look_into_tar, look_at_pair = webdataset.look_into_tar, captioned_folder._look_at_pair
 
     def tar(path):
         seen.append(os.path.basename(path))
@@ -336,8 +338,8 @@ def looked_into(monkeypatch):
         seen.append(os.path.basename(path))
         return look_at_pair(path)
 
-    monkeypatch.setattr(captioned, "look_into_tar", tar)
-    monkeypatch.setattr(captioned, "_look_at_pair", pair)
+    monkeypatch.setattr(webdataset, "look_into_tar", tar)
+    monkeypatch.setattr(captioned_folder, "_look_at_pair", pair)
     return seen
 
 
@@ -435,8 +437,8 @@ def test_an_old_index_beside_the_data_does_not_hide_a_new_one(tars, looked_into,
 
 
 def test_a_broken_off_index_is_gone_on_with(tars, looked_into, monkeypatch):
-    monkeypatch.setattr(captioned, "SECONDS_BETWEEN_SAVES", 0.0)
-    look = captioned.look_into_tar
+    monkeypatch.setattr(captioned_pairs, "SECONDS_BETWEEN_SAVES", 0.0)
+    look = webdataset.look_into_tar
 
     def fail(path):
         if "more" in path:
@@ -444,7 +446,7 @@ def test_a_broken_off_index_is_gone_on_with(tars, looked_into, monkeypatch):
         return look(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(captioned, "look_into_tar", fail)
+        patch.setattr(webdataset, "look_into_tar", fail)
         with pytest.raises(UserError, match=r"cannot read the archives in .*the disk went away"):
             open_source(section("webdataset", tars))
     names, found = reopened(looked_into, "webdataset", tars)
@@ -454,7 +456,7 @@ def test_a_broken_off_index_is_gone_on_with(tars, looked_into, monkeypatch):
 
 def test_several_processes_at_once(tars):
     program = (
-        "import sys\nfrom deco_jax.data.captioned import WebDataset\n"
+        "import sys\nfrom deco_jax.data.webdataset import WebDataset\n"
         "s = WebDataset(sys.argv[1], (8, 10))\nprint([s[i]['caption'] for i in range(len(s))])"
     )
     command = [sys.executable, "-c", program, str(tars)]
@@ -466,11 +468,11 @@ def test_several_processes_at_once(tars):
 
 
 def test_headers_read_in_processes(tars, folder, monkeypatch):
-    for limit in ("MANY_BYTES_OF_TARS", "MANY_PAIRS_OF_FILES"):
-        monkeypatch.setattr(captioned, limit, 0)
+    monkeypatch.setattr(webdataset, "MANY_BYTES_OF_TARS", 0)
+    monkeypatch.setattr(captioned_folder, "MANY_PAIRS_OF_FILES", 0)
     made: list[int] = []
-    pool = captioned.ProcessPoolExecutor
-    monkeypatch.setattr(captioned, "ProcessPoolExecutor", lambda n, *rest: made.append(n) or pool(n, *rest))
+    pool = captioned_pairs.ProcessPoolExecutor
+    monkeypatch.setattr(captioned_pairs, "ProcessPoolExecutor", lambda n, *rest: made.append(n) or pool(n, *rest))
     (folder / "a" / "0000.png").write_text("damaged")
     for kind, pairs in (("webdataset", 40), ("captioned_folder", 39)):
         assert len(open_source(ml_collections.ConfigDict({**section(kind, folder), "num_workers": 2}))) == pairs
@@ -479,7 +481,8 @@ def test_headers_read_in_processes(tars, folder, monkeypatch):
 
 def test_a_copy_for_a_worker_is_small(tmp_path, monkeypatch):
     """Bytes a pair: 25 of an archive; of a folder the name and 8."""
-    monkeypatch.setattr(captioned, "_image_size", lambda file, size: (10, 8))
+    for layout in (webdataset, captioned_folder):
+        monkeypatch.setattr(layout, "header_size", lambda file, size: (10, 8))
     members = [(f"{i:05}{end}", b"x") for i in range(2000) for end in (".png", ".txt")]
     write_tar(tmp_path / "1.tar", members)
     unpack(members, tmp_path / "folder")
@@ -573,7 +576,7 @@ def test_when_nothing_can_be_read(tmp_path):
 def test_many_archives_with_few_open(tmp_path, monkeypatch):
     for i in range(6):
         write_tar(tmp_path / f"{i}.tar", numbered(i, 1))
-    monkeypatch.setattr(captioned, "MAX_OPEN_TARS", 2)
+    monkeypatch.setattr(webdataset, "MAX_OPEN_TARS", 2)
     source = WebDataset(str(tmp_path), SIZE)
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     for i in (0, 5, 2, 2, 4, 1, 0, 3):

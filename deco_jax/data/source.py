@@ -1,4 +1,4 @@
-"""What every source of images is; `sources.py` and `captioned.py` hold those that there are."""
+"""What every source of images is; `sources.py`, `captioned_folder.py` and `webdataset.py` hold those that there are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where images come from: embedded digits, class folders, TensorFlow Datasets; with captions: `captioned.py`.
+"""Where images come from: embedded digits, class folders, TensorFlow Datasets, and images with captions.
 
 A source knows how many samples there are and hands out one by index, still encoded; it decodes nothing. Sources are
 pickled to worker processes, so they stay small and import neither JAX nor TFDS until they need it.
@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from deco_jax.data.captioned import CaptionedFolder, WebDataset
+from deco_jax.data.captioned_folder import CaptionedFolder
 from deco_jax.data.source import IMAGE_SUFFIXES, Source, printable
 from deco_jax.data.transforms import image_sides
+from deco_jax.data.webdataset import WebDataset
 from deco_jax.errors import UserError
 
 # The last three have captions instead of classes.

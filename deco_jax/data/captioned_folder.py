@@ -1,0 +1,170 @@
+"""Captioned images in folders: `NAME.jpg` with `NAME.txt` beside it."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import os
+import stat
+from typing import Any
+
+import numpy as np
+
+from deco_jax.data.captioned_pairs import (
+    BAD_CAPTION,
+    BROKEN,
+    MAX_CAPTION_BYTES,
+    NO_CAPTION,
+    NO_IMAGE,
+    OTHER,
+    PairIndex,
+    Shard,
+    header_size,
+    map_in_chunks,
+    parse_caption,
+    select_large,
+    walk,
+)
+from deco_jax.data.source import IMAGE_SUFFIXES, Source, printable
+from deco_jax.errors import UserError
+
+# From here on it pays to start processes for reading headers: their own work is then what takes the time.
+MANY_PAIRS_OF_FILES = 20_000
+
+FOLDER_PAIR = np.dtype([("width", "<u4"), ("height", "<u4"), ("name_size", "<u2")])
+
+
+class CaptionedFolder(Source):
+    """`root/.../NAME.jpg|jpeg|png|webp`, each with a caption `NAME.txt` (UTF-8) beside it, at any depth.
+
+    Hidden files and folders are passed over. Samples are ordered by folder, then by name. Images with a side below
+    that of `image_size`, (height, width), are left out, and so are those whose header or caption can't be read.
+
+    Many headers are read in `num_workers` processes.
+
+    Raises:
+        UserError: the folder can't be listed, or no pair can be used.
+    """
+
+    def __init__(self, root: str, image_size: tuple[int, int], num_workers: int = 0) -> None:
+        self._root = root
+        self.class_names = []
+        shards = _index_folders(root, num_workers)
+        keeps, self._notes = select_large(root, shards, image_size, "folder")
+        self._folders = list(shards)
+        self._folder_ends = np.cumsum([int(keep.sum()) for keep in keeps])
+        # One buffer of names instead of a million strings: workers get a copy of it.
+        names, lengths = [], []
+        for shard, keep in zip(shards.values(), keeps, strict=True):
+            sizes = shard.pairs["name_size"].astype(np.int64)
+            letters = np.frombuffer(shard.names, np.uint8)
+            names.append(letters[np.repeat(keep, sizes)].tobytes())
+            lengths.append(sizes[keep])
+        self._names = b"".join(names)
+        self._ends = np.cumsum(np.concatenate(lengths))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def _path(self, index: int) -> str:
+        start = self._ends[index - 1] if index else 0
+        folder = self._folders[int(np.searchsorted(self._folder_ends, index, side="right"))]
+        return os.path.join(self._root, folder, os.fsdecode(self._names[start : self._ends[index]]))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self._path(index), "label": 0, "caption": self.caption(index)}
+
+    def caption(self, index: int) -> str:
+        return _read_caption(self._path(index))
+
+    def name(self, index: int) -> str:
+        return printable(self._path(index))
+
+    def next_of_class(self, index: int) -> int:
+        return (index + 1) % len(self)
+
+    def notes(self) -> str:
+        return self._notes
+
+
+def _read_caption(image_path: str) -> str:
+    path = os.path.splitext(image_path)[0] + ".txt"
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_CAPTION_BYTES:
+        raise ValueError(f"{path} is no file of at most {MAX_CAPTION_BYTES} bytes")
+    with open(path, "rb") as file:
+        return parse_caption(file.read(), is_json=False)
+
+
+def _index_folders(root: str, num_workers: int) -> dict[str, Shard]:
+    """Relative path → what is in the folder, for all folders under root with anything in them."""
+    index = PairIndex(root, "captioned_folder", FOLDER_PAIR)
+    try:
+        folders = {folder: names for folder, names in walk(root) if names}
+    except OSError as error:
+        raise UserError(f"cannot list the images in {root}: {error}; check path and permissions") from error
+    files = [os.path.join(root, folder, name) for folder, names in folders.items() for name in names]
+    stamps = iter(map_in_chunks(_stamp, files, 0))
+    keys, stale = {}, []
+    for folder, names in folders.items():
+        digest = hashlib.blake2b(digest_size=16)
+        for name in names:
+            digest.update(os.fsencode(name) + b"\0" + next(stamps))
+        keys[folder] = digest.hexdigest()
+        if not index.knows(folder, keys[folder]):
+            stale.append(folder)
+
+    pairs, skips = {}, {}
+    for folder in stale:
+        split = [os.path.splitext(name) for name in folders[folder]]
+        images = [(stem, end) for stem, end in split if end.lower() in IMAGE_SUFFIXES]
+        captions, stems = {stem for stem, end in split if end == ".txt"}, {stem for stem, _ in images}
+        pairs[folder] = [stem + end for stem, end in images if stem in captions]
+        skips[folder] = collections.Counter(
+            {
+                NO_CAPTION: len(images) - len(pairs[folder]),
+                NO_IMAGE: len(captions - stems),
+                OTHER: len(split) - len(images) - len(captions),
+            }
+        )
+    images_of_pairs = [os.path.join(root, folder, name) for folder in stale for name in pairs[folder]]
+    found = iter(
+        map_in_chunks(_look_at_pair, images_of_pairs, num_workers if len(images_of_pairs) > MANY_PAIRS_OF_FILES else 0)
+    )
+    for folder in stale:
+        rows: list[tuple[int, int, int]] = []
+        kept: list[bytes] = []
+        for name in pairs[folder]:
+            size = next(found)
+            if isinstance(size, str):
+                skips[folder][size] += 1
+            else:
+                kept.append(os.fsencode(name))
+                rows.append((*size, len(kept[-1])))
+        index.add(folder, Shard(keys[folder], np.array(rows, FOLDER_PAIR), b"".join(kept), dict(skips[folder])))
+    return index.finish(folders)
+
+
+def _stamp(path: str) -> bytes:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return b"gone\n"
+    return f"{status.st_size} {status.st_mtime_ns}\n".encode()
+
+
+def _look_at_pair(path: str) -> tuple[int, int] | str:
+    """(width, height) of an image with a good caption, or why it can't be used."""
+    try:
+        if not os.path.isfile(path):  # opening a pipe would wait forever
+            return BROKEN
+        with open(path, "rb") as file:
+            size = header_size(file, os.fstat(file.fileno()).st_size)
+    except OSError:
+        return BROKEN
+    if isinstance(size, tuple):
+        try:
+            _read_caption(path)
+        except (OSError, ValueError):
+            return BAD_CAPTION
+    return size
