@@ -1,4 +1,8 @@
-"""FID and its companions as the ADM suite defines them, and frequency spectra."""
+"""Scores of models and samples: one file for each family of metrics, one interface (`evaluator.Evaluator`).
+
+adm                FID, sFID, Inception Score, precision and recall, as the ADM suite defines them
+spectrum           energy over frequency
+"""
 
 # The scores' names in evaluation.json and in tables.
 TITLES = {

@@ -33,6 +33,7 @@ from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
 from deco_jax.evaluation import TITLES
 from deco_jax.evaluation.fid import frechet_distance
+from deco_jax.evaluation.image_sets import ImageSet
 from deco_jax.evaluation.precision_recall import precision_recall
 from deco_jax.evaluation.statistics import Accumulator, NpzImages, Statistics, read_reference, small_sample_warning
 from deco_jax.models import network as network_lib
@@ -45,17 +46,6 @@ from deco_jax.sampling import generate
 FOLDER = "evaluation"
 NEIGHBOURS = 3
 SECONDS_BETWEEN_LINES = 10.0
-
-
-class ImageSet(NamedTuple):
-    """Images to measure: as many as `total`, in a fixed order."""
-
-    name: str  # for people
-    identity: str  # equal for equal images
-    total: int
-    size: tuple[int, int]  # (height, width)
-    batches: Callable[[int, int], Iterator[np.ndarray]]  # (batch size, first) → uint8 [n, height, width, 3]
-    parameters: int | None = None  # of the model that draws them
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str = "") -> None:
