@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import quickstart
+from configs import quickstart, t2i_256
 from deco_jax.errors import UserError
 from deco_jax.method.optimizer import make_optimizer
 from deco_jax.models import network as network_lib
@@ -87,6 +87,25 @@ def assert_same(a, b):
 @pytest.mark.parametrize("optimizer", [{}, {"clip_norm": 1.0}, {"warmup_steps": 0}, {"weight_decay": 0.1}])
 def test_restored_to_the_bit(saved, state, optimizer):
     assert_same(restore(saved, **optimizer), state)
+
+
+def test_a_text_model_without_refine_blocks(tmp_path):
+    """Has no array without an element, which no checkpoint could hold."""
+    config = t2i_256.get_config("smoke")
+    config.model.text_depth = 0
+    mesh, optimizer = sharding.make_mesh(1, 1), make_optimizer(config.optimizer)
+    networks = {"denoiser": network_lib.build(config.model.to_dict())}
+    state = create_state(0, networks, optimizer, mesh)
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    checkpoints.save(0, state, config)
+    checkpoints.wait()
+    assert_same(checkpoints.restore(state_shapes(networks, optimizer, mesh), config), state)
+    checkpoints.close()
+    model = config.model
+    features = np.ones((1, model.text_length, model.text_width), np.float32)
+    image = np.ones((1, 16, 16, 3), np.float32)
+    output, _ = networks["denoiser"].apply(state["params"]["denoiser"], image, np.ones(1, np.float32), features)
+    assert output.shape == image.shape
 
 
 def test_nothing_to_restore(tmp_path):

@@ -47,6 +47,7 @@ def test_there_and_back_is_exact(torch, tmp_path):
     files.write_lightning(tmp_path / "new" / "copy.ckpt", written)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["copy.ckpt"]
     before = torch.load(CHECKPOINT, weights_only=True)
+    del before["loops"]  # empty there; Lightning, which looks for every loop in it, would stop at an empty one
     after = torch.load(tmp_path / "new" / "copy.ckpt", weights_only=True)
     assert before.keys() == after.keys()
     assert before["state_dict"].keys() == after["state_dict"].keys()

@@ -84,7 +84,9 @@ def open_encoder(config: ml_collections.ConfigDict) -> Encoder:
     tokenizer("")
     dtype = jnp.dtype(config.text.dtype)
     apply, shapes = qwen3_features(sizes, config.text.dtype, width)
-    identity = json.dumps(["qwen3", length, width, config.text.dtype, _files(Path(path))])
+    # "frequencies": features that were kept before these were rounded are of another encoder.
+    arithmetic = [config.text.dtype, *(["frequencies"] if config.text.dtype == "bfloat16" else [])]
+    identity = json.dumps(["qwen3", length, width, *arithmetic, _files(Path(path))])
     return Encoder(tokenizer, apply, shapes, lambda: convert.load_encoder(path, dtype=dtype)[1], _digest(identity))
 
 

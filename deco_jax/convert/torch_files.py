@@ -169,7 +169,6 @@ def write_lightning(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
         # Lightning upgrades files by this version's rules.
         "pytorch-lightning_version": "2.4.0",
         "state_dict": state,
-        "loops": {},
         "callbacks": {},
         "optimizer_states": [],
         "lr_schedulers": [],

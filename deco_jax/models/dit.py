@@ -121,7 +121,7 @@ class Trunk(nnx.Module):
         width, depth, num_heads: of the transformer; width / num_heads is a multiple of 4.
         patch_size: side of a patch in pixels; divides both image sides.
         num_classes: labels are 0..num_classes − 1, and num_classes means "no class".
-        text_width, text_length, text_depth: channels and tokens of the text features; number of refine blocks.
+        text_width, text_length, text_depth: channels and tokens of the text features; refine blocks, from 0 on.
         dtype: compute dtype.
         remat: name of a rematerialisation policy (`layers.REMAT_POLICIES`).
         unroll: blocks a scan iteration.
@@ -159,7 +159,9 @@ class Trunk(nnx.Module):
         if self.with_text:
             self.text_embed = TextEmbedding(text_width, width, dtype=dtype, rngs=rngs)
             self.text_positions = nnx.Param(jax.random.normal(rngs.params(), (text_length, width)))
-            self.text_blocks = stack(lambda rngs: block(rngs, False), text_depth, rngs)
+            self.text_depth = text_depth
+            if text_depth:  # no array of a stack may be empty: checkpoints can't hold one
+                self.text_blocks = stack(lambda rngs: block(rngs, False), text_depth, rngs)
         else:
             self.label_embed = nnx.Embed(
                 num_classes + 1, width, embedding_init=initializers.normal(0.02), dtype=dtype, rngs=rngs
@@ -190,14 +192,15 @@ class Trunk(nnx.Module):
         if self.with_text:
             condition = jax.nn.silu(time)
             text = self.text_embed(context.astype(self.dtype)) + self.text_positions[...].astype(self.dtype)
-            text = run_stack(
-                self.text_blocks,
-                text,
-                lambda block, y: block(y, condition, None),
-                dtype=self.dtype,
-                remat=self.remat,
-                unroll=self.unroll,
-            )
+            if self.text_depth:
+                text = run_stack(
+                    self.text_blocks,
+                    text,
+                    lambda block, y: block(y, condition, None),
+                    dtype=self.dtype,
+                    remat=self.remat,
+                    unroll=self.unroll,
+                )
             # The reference scales each axis by the other one's length; equal for square images.
             xs, ys = np.linspace(0, rows, columns), np.linspace(0, columns, rows)
         else:

@@ -77,10 +77,14 @@ class Qwen3(nnx.Module):
     Args:
         sizes: of the network.
         dtype: compute dtype; norms, rotations and softmax are float32.
+        frequency_dtype: what the rotary frequencies are rounded to; by default the compute dtype, because DeCo's
+            models were trained on the features of an encoder that was cast to bfloat16 as a whole.
     """
 
-    def __init__(self, sizes: Sizes, *, dtype: Dtype = jnp.float32, rngs: nnx.Rngs) -> None:
-        self.sizes, self.dtype = sizes, dtype
+    def __init__(
+        self, sizes: Sizes, *, dtype: Dtype = jnp.float32, frequency_dtype: Dtype | None = None, rngs: nnx.Rngs
+    ) -> None:
+        self.sizes, self.dtype, self.frequency_dtype = sizes, dtype, frequency_dtype or dtype
         self.embed = nnx.Embed(sizes.vocabulary, sizes.width, embedding_init=initializers.normal(0.02), rngs=rngs)
         self.blocks = stack(lambda rngs: Block(sizes, dtype=dtype, rngs=rngs), sizes.depth, rngs)
         self.norm = RMSNorm(sizes.width, epsilon=sizes.norm_epsilon)
@@ -98,17 +102,18 @@ class Qwen3(nnx.Module):
         length = tokens.shape[1]
         # [batch, query, key]: keys up to the query that are no padding
         seen = jnp.tril(jnp.ones((length, length), bool)) & mask.astype(bool)[:, None, :]
-        angles = jnp.asarray(rotary_angles(length, self.sizes.head_width, self.sizes.rope_theta))
+        angles = jnp.asarray(rotary_angles(length, self.sizes.head_width, self.sizes.rope_theta, self.frequency_dtype))
         # Looked up before the cast: the table is the largest array here.
         h = jnp.asarray(self.embed.embedding[...])[tokens].astype(self.dtype)
         h = run_stack(self.blocks, h, lambda block, h: block(h, angles, seen), dtype=self.dtype)
         return self.norm(h)
 
 
-def rotary_angles(length: int, head_width: int, theta: float) -> np.ndarray:
-    """float32 [length, head_width / 2]: position · theta^(−2k / head_width)."""
+def rotary_angles(length: int, head_width: int, theta: float, dtype: Dtype = jnp.float32) -> np.ndarray:
+    """Return position · theta^(−2k / head_width), frequencies rounded to `dtype`: float32 [length, head_width / 2]."""
     frequencies = np.array([math.pow(theta, -2 * k / head_width) for k in range(head_width // 2)], np.float32)
-    return np.arange(length, dtype=np.float32)[:, None] * frequencies
+    rounded = frequencies.astype(jnp.dtype(dtype)).astype(np.float32)
+    return np.arange(length, dtype=np.float32)[:, None] * rounded
 
 
 def rotate_halves(x: jax.Array, angles: jax.Array) -> jax.Array:
