@@ -73,18 +73,6 @@ def test_rematerialisation_and_unrolling_change_nothing(name, changes):
     assert relative_error(output, nhwc(golden(name)["out"])) < BOUND[name]
 
 
-def test_chunks_are_for_one_device():
-    """On several, each would be handed the whole batch: there the program is that without chunks."""
-    model = MODELS["deco_c2i"]
-    inputs = jnp.zeros((2, 16, 16, 3)), jnp.zeros(2), jnp.zeros(2, jnp.int32)
-
-    def program(chunk: int, devices: int) -> str:
-        built = network.build(model | {"decoder_chunk": chunk}, devices)
-        return str(jax.make_jaxpr(lambda *arguments: built.apply(*arguments)[0])(built.shapes, *inputs))
-
-    assert program(128, 2) == program(0, 1) == program(0, 2) != program(128, 1)
-
-
 def test_bfloat16_is_close_and_returns_float32():
     output, _ = run("deco_c2i", dtype="bfloat16")()
     assert output.dtype == jnp.float32

@@ -252,10 +252,13 @@ class Texts:
     @functools.cached_property
     def _encode(self) -> Callable[..., jax.Array]:
         assert self._encoder is not None
-        apply = self._encoder.apply
-        return jax.jit(
-            lambda weights, tokens, mask: apply(weights, tokens, mask), out_shardings=sharding.replicated(self._mesh)
-        )
+        apply, mesh = self._encoder.apply, self._mesh
+
+        def encode(weights: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+            arguments = (sharding.specs(mesh, {"encoder": weights})["encoder"], sharding.BATCH, sharding.BATCH)
+            return sharding.each_device(apply, mesh, arguments, sharding.BATCH)(weights, tokens, mask)
+
+        return jax.jit(encode, out_shardings=sharding.replicated(mesh))
 
     def requests(self, count: int, frozen: dict[str, Any] | None = None) -> Requests:
         """`count` images of the data's captions, spread evenly over the data.

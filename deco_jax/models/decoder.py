@@ -136,8 +136,8 @@ class PixelDecoder(nnx.Module):
         query_size: pixels a side that the decoder treats as one token; 1 in the paper's model.
         interaction: "adaln" or "add".
         chunk: queries worked on at a time, 0 for all at once. On a CPU some thousands keep the working set in
-            the cache, and the backward pass computes a chunk again instead of reading it from memory. For one
-            device; it must divide the number of queries to have an effect.
+            the cache, and the backward pass computes a chunk again instead of reading it from memory. It must
+            divide the number of a device's queries to have an effect.
         rotary: text-to-image's position features instead of class-to-image's.
     """
 

@@ -15,7 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
+
+from deco_jax.run.sharding import gather
 
 Dtype = Any
 
@@ -24,6 +27,8 @@ REMAT_POLICIES: dict[str, Callable | None] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the matrix products' outputs
     "full": jax.checkpoint_policies.nothing_saveable,  # keep each block's input only
 }
+
+GATHERED = "gathered"  # the name of a parameter that was made whole, for such policies
 
 
 def uniform(bound: float) -> Callable:
@@ -67,6 +72,7 @@ class Linear(nnx.Linear):
             kernel_init=kernel_init or default,
             bias_init=bias_init or default,
         )
+        self.kernel.set_metadata(used_as=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # arrays are sharded by jit alone
         return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
@@ -174,6 +180,10 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return x * (1 + scale) + shift
 
 
+def is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
 def stack(make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
     """`depth` independently initialised blocks as one module whose parameters have a leading depth axis."""
 
@@ -182,7 +192,27 @@ def stack(make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rn
     def make(rngs: nnx.Rngs) -> nnx.Module:
         return make_block(rngs)
 
-    return make(rngs)
+    blocks = make(rngs)
+    for variable in jax.tree.leaves(blocks, is_leaf=is_variable):
+        variable.set_metadata(stacked=True)
+    return blocks
+
+
+def gather_parameters(parameters: Any, *, stacks: bool) -> Any:
+    """Parameters made whole on this device (`sharding.gather`).
+
+    Args:
+        parameters: a tree of nnx.Variable with their whole shape as metadata, `whole_shape`.
+        stacks: also those of stacks, whose blocks `run_stack` would otherwise gather one by one.
+    """
+
+    def whole(variable: nnx.Variable) -> nnx.Variable:
+        about = variable.get_metadata()
+        if about.get("stacked") and not stacks:
+            return variable
+        return variable.replace(gather(variable.get_value(), about["whole_shape"], about.get("used_as")))
+
+    return jax.tree.map(whole, parameters, is_leaf=is_variable)
 
 
 def run_stack(
@@ -198,9 +228,10 @@ def run_stack(
 ) -> jax.Array:
     """x through blocks start..stop of a stack, one `lax.scan`.
 
-    Matrices are cast to the compute dtype before the scan: once a step instead of once a block and pass,
-    and for sharded parameters in front of the gather, which then moves half the bytes. Vectors (norm scales,
-    biases) stay float32.
+    Matrices are cast to the compute dtype before the scan: once a step instead of once a block and pass. Vectors (norm
+    scales, biases) stay float32. Where a device holds only its part of the parameters, each block's are gathered when
+    its turn comes, in the compute dtype, and again in the backward pass whatever `remat` says: kept for it, they would
+    be all of the network on every device.
 
     Args:
         blocks: from `stack`.
@@ -214,11 +245,25 @@ def run_stack(
             parameter = parameter.astype(dtype)
         return parameter[start:stop]
 
-    def body(x: jax.Array, block: nnx.Module) -> tuple[jax.Array, None]:
-        return apply(block, x), None
+    def block_shape(variable: nnx.Variable) -> tuple[int, ...]:
+        return variable.get_metadata().get("whole_shape", variable.get_value().shape)[1:]
 
-    if remat != "none":
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    split = any(
+        variable.get_value().shape[1:] != block_shape(variable)
+        for variable in jax.tree.leaves(blocks, is_leaf=is_variable)
+    )
+
+    def whole(variable: nnx.Variable) -> nnx.Variable:
+        return variable.replace(checkpoint_name(gather(variable.get_value(), block_shape(variable)), GATHERED))
+
+    def body(x: jax.Array, block: nnx.Module) -> tuple[jax.Array, None]:
+        return apply(jax.tree.map(whole, block, is_leaf=is_variable) if split else block, x), None
+
+    policy = REMAT_POLICIES[remat]
+    if policy is None and split:
+        policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+    if policy is not None:
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     x, _ = jax.lax.scan(body, x, jax.tree.map(select, blocks), unroll=unroll)
     return x
 

@@ -14,6 +14,7 @@ from flax import nnx
 
 from deco_jax.models.deco import DeCo
 from deco_jax.models.dit import DiT
+from deco_jax.models.layers import gather_parameters, is_variable
 from deco_jax.models.pixnerd import PixNerd
 
 MODELS: dict[str, Callable[..., nnx.Module]] = {"deco": DeCo, "dit": DiT, "pixnerd": PixNerd}
@@ -22,11 +23,20 @@ Params = dict[str, Any]
 
 
 class Network(NamedTuple):
-    """init(key) → params; apply(params, *inputs) → whatever the module returns; shapes: params as ShapeDtypeStructs."""
+    """A module as pure functions over its parameters.
+
+    init: (key) → params
+    apply: (params, *inputs) → whatever the module returns. Under `sharding.each_device` params are the parts that a
+        device holds, and each is made whole where it is used.
+    shapes: params as ShapeDtypeStructs
+    whole: (params) → the same, all of them whole on this device in the dtype that they are used in: before a loop that
+        applies the network often, where memory has room for it
+    """
 
     init: Callable[[jax.Array], Params]
     apply: Callable[..., Any]
     shapes: Params
+    whole: Callable[[Params], Params] = lambda params: params
 
     @property
     def num_params(self) -> int:
@@ -40,28 +50,33 @@ def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> Network:
         return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(params=key)), nnx.Param))
 
     abstract = nnx.eval_shape(lambda: make(nnx.Rngs(params=0)))
+    for variable in jax.tree.leaves(abstract, is_leaf=is_variable):
+        variable.set_metadata(whole_shape=tuple(variable.shape))
     graphdef, state = nnx.split(abstract, nnx.Param)
     shapes = nnx.to_pure_dict(state)
 
-    def apply(params: Params, *inputs: Any, **options: Any) -> Any:
+    def fill(params: Params) -> nnx.State:
         filled = jax.tree.map(lambda leaf: leaf, state)  # a fresh container: replacing writes into it
         nnx.replace_by_pure_dict(filled, params)
-        return nnx.merge(graphdef, filled)(*inputs, **options)
+        return filled
 
-    return Network(init, apply, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes))
+    def apply(params: Params, *inputs: Any, **options: Any) -> Any:
+        return nnx.merge(graphdef, gather_parameters(fill(params), stacks=False))(*inputs, **options)
+
+    def whole(params: Params) -> Params:
+        return nnx.to_pure_dict(gather_parameters(fill(params), stacks=True))
+
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
+    return Network(init, apply, shapes, whole)
 
 
-def build(model: Mapping[str, Any], devices: int = 1) -> Network:
+def build(model: Mapping[str, Any]) -> Network:
     """The network of `config.model`.
 
     Args:
         model: `name` picks the class; `prediction` belongs to the loss and samplers; every other entry is an
             argument of the class, so an unknown one is a TypeError.
-        devices: that it runs on. With several, decoder_chunk is 0: a chunk is cut out of the whole batch, which each
-            device would then hold and work through.
     """
     arguments = {key: value for key, value in dict(model).items() if key not in ("name", "prediction")}
-    if devices > 1 and "decoder_chunk" in arguments:
-        arguments["decoder_chunk"] = 0
     arguments["dtype"] = jnp.dtype(arguments["dtype"])
     return functional(lambda rngs: MODELS[model["name"]](**arguments, rngs=rngs))

@@ -24,7 +24,7 @@ from deco_jax.conditioning.condition import Classes, Condition, open_condition
 from deco_jax.data import sources
 from deco_jax.data.transforms import image_sides
 from deco_jax.method.optimizer import make_optimizer
-from deco_jax.programs.train import abstract_networks, lower_train_step, open_batches
+from deco_jax.programs.train import abstract_networks, lower_observe, lower_train_step, open_batches
 from deco_jax.run import distributed, hardware, monitor, sharding
 from deco_jax.run.state import create_state
 from deco_jax.run.workdir import make_workdir
@@ -128,7 +128,7 @@ def time_training(
     size = config.data.batch_size
     add("train step", timed(run, config.benchmark), size, flops.training(config) * size)
     if frozen.keys() & {"teacher", "encoder"}:
-        look = jax.jit(observe).lower(frozen, batch).compile()
+        look = lower_observe(observe, mesh, frozen, batch).compile()
         add("its frozen part", timed(lambda: look(frozen, batch), config.benchmark), size, flops.frozen(config) * size)
     return monitor.program_bytes(step)
 
@@ -145,7 +145,11 @@ def time_forward(config: ml_collections.ConfigDict, mesh: Mesh, condition: Condi
     times = jax.jit(lambda: jax.random.uniform(jax.random.key(2), (size,)), out_shardings=rows)
     contexts, null = any_contexts(config)
     inputs = draw(), times(), sharding.place_everywhere(mesh, {"context": contexts(size)})["context"]
-    forward = jax.jit(lambda *arguments: network.apply(*arguments)[0], out_shardings=rows)
+    arguments = (jax.tree.map(lambda where: where.spec, shardings), *[sharding.BATCH] * 3)
+    forward = jax.jit(
+        sharding.each_device(lambda *inputs: network.apply(*inputs)[0], mesh, arguments, sharding.BATCH),
+        out_shardings=rows,
+    )
     add(
         "forward",
         timed(lambda: forward(params, *inputs), config.benchmark),

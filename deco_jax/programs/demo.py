@@ -135,7 +135,7 @@ class Studio:
         self.where = checkpoint.find(workdir, checkpoint_path, config)
         self._mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
         self._condition = open_condition(config, self._mesh, None)
-        network = network_lib.build(config.model.to_dict(), self._mesh.size)
+        network = network_lib.build(config.model.to_dict())
         self._params = checkpoint.load_average(self.where, network.shapes, config, self._mesh)
         self._encoder = self._condition.load_encoder() if isinstance(self._condition, Texts) else None
         self._watcher = generate.Watcher(network, config.model.prediction, self._mesh)

@@ -302,7 +302,7 @@ def drawn_samples(config: ml_collections.ConfigDict, workdir: str, checkpoint_pa
     Not of config.sample.prompts: what they show needn't be what the reference shows.
     """
     where = checkpoint.find(workdir, checkpoint_path, config)
-    network = network_lib.build(config.model.to_dict(), mesh.size)
+    network = network_lib.build(config.model.to_dict())
     source = sources.open_source(config.data) if config.model.text_width else None
     condition = open_condition(config, mesh, source)
     generator = generate.make_generator(network, config, mesh)

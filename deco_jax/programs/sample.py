@@ -35,7 +35,7 @@ def sample(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str
     prompts = generate.open_prompts(config)
     from_data = bool(config.model.text_width) and prompts is None
     condition = open_condition(config, mesh, sources.open_source(config.data) if from_data else None)
-    network = network_lib.build(config.model.to_dict(), mesh.size)
+    network = network_lib.build(config.model.to_dict())
     params = checkpoint.load_average(where, network.shapes, config, mesh)
     requests = generate.sampling_requests(config, condition, prompts)
     count = requests.count

@@ -130,7 +130,7 @@ def model_energies(config: ml_collections.ConfigDict, where: pathlib.Path, mesh:
     Returns:
         {"dit": [block, block], "velocity": [8, 8]}, float64.
     """
-    network = network_lib.build(config.model.to_dict(), mesh.size)
+    network = network_lib.build(config.model.to_dict())
     params = checkpoint.load_average(where, network.shapes, config, mesh)
     measure = make_measure(network, config, mesh)
     count = config.spectrum.num_images
@@ -162,7 +162,8 @@ def make_measure(network: Network, config: ml_collections.ConfigDict, mesh: Mesh
     times = samplers.timesteps(settings.num_steps, settings.shift)
     guided = guidance.guided_steps(times, settings.guidance, settings.guidance_interval)
 
-    def measure(params: Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def of_rows(params: Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        params = network.whole(params)
         normal = generate.noise_of(settings.seed, batch["index"], (height, width))
 
         def look(x: jax.Array, t: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -192,7 +193,11 @@ def make_measure(network: Network, config: ml_collections.ConfigDict, mesh: Mesh
             return {name: jnp.einsum("b,bkl->kl", batch["weight"], e) for name, e in measured.items()}
 
         steps = jax.lax.map(energies, (states[:-1], jnp.asarray(times[:-1], jnp.float32)))
-        return jax.tree.map(lambda e: jnp.mean(e, axis=0), steps)
+        return sharding.sum_over_devices(jax.tree.map(lambda e: jnp.mean(e, axis=0), steps), mesh)
+
+    def measure(params: Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        arguments = (sharding.specs(mesh, params), sharding.BATCH)
+        return sharding.each_device(of_rows, mesh, arguments, sharding.WHOLE)(params, batch)
 
     return jax.jit(measure, out_shardings=sharding.replicated(mesh))
 

@@ -143,41 +143,58 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     config: ml_collections.ConfigDict,
     observe: Observer,
+    mesh: Mesh | None = None,
 ) -> Callable[[State, Batch, dict[str, Any]], tuple[State, Metrics]]:
     """(state, batch, frozen) → (state, metrics), to be jitted with the state donated.
 
     `frozen` are the arrays that `observe` needs: weights of the teacher and of the text encoder, null features.
 
     A step whose loss or gradient is not finite changes no weight; it is counted in state["skipped"].
+
+    Args:
+        mesh: None: one device.
     """
     gradient = jax.value_and_grad(functools.partial(objective, networks=networks, config=config), has_aux=True)
     accumulate = config.optimizer.accumulate_steps
 
-    def loss_and_gradient(params: Any, batch: Batch, draws: Draws, frozen: dict[str, Any]) -> tuple[Any, Any]:
+    def of_rows(params: Any, batch: Batch, draws: Draws, frozen: dict[str, Any]) -> tuple[Any, Any]:
         (loss, parts), grads = gradient(params, batch["image"], draws, observe(frozen, batch))
         return {"loss": loss, **parts}, grads
+
+    def loss_and_gradient(params: Any, batch: Batch, draws: Draws, frozen: dict[str, Any]) -> tuple[Any, Any]:
+        """Of all the rows that are given: a device's share of the batch."""
+        if accumulate == 1:
+            return of_rows(params, batch, draws, frozen)
+        # Part i takes every accumulate-th row, so that each device works on its own rows in every part.
+        parts = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(-1, accumulate, *a.shape[1:]), 0, 1), (batch, draws))
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            part_batch, part_draws = part
+            return jax.tree.map(jnp.add, total, of_rows(params, part_batch, part_draws, frozen)), None
+
+        batch, draws = jax.tree.map(lambda a: a[0], parts)
+        zeros = jax.tree.map(
+            lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(of_rows, params, batch, draws, frozen)
+        )
+        summed, _ = jax.lax.scan(add, zeros, parts)
+        return jax.tree.map(lambda a: a / accumulate, summed)
+
+    def over_mesh(params: Any, batch: Batch, draws: Draws, frozen: dict[str, Any]) -> tuple[Any, Any]:
+        if mesh is None:
+            return loss_and_gradient(params, batch, draws, frozen)
+        placed = sharding.specs(mesh, params)
+
+        def local(*arguments: Any) -> tuple[Any, Any]:
+            metrics, grads = loss_and_gradient(*arguments)
+            return sharding.mean_over_devices(metrics, mesh), sharding.reduce_gradients(grads, placed, mesh)
+
+        arguments = (placed, sharding.BATCH, sharding.BATCH, sharding.specs(mesh, frozen))
+        return sharding.each_device(local, mesh, arguments, (sharding.WHOLE, placed))(params, batch, draws, frozen)
 
     def train_step(state: State, batch: Batch, frozen: dict[str, Any]) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), TRAINING), state["step"])
         draws = draw(key, batch["image"].shape, config.loss)
-        if accumulate == 1:
-            metrics, grads = loss_and_gradient(state["params"], batch, draws, frozen)
-        else:
-            # Part i takes every accumulate-th row, so that each device works on its own rows in every part.
-            parts = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(-1, accumulate, *a.shape[1:]), 0, 1), (batch, draws))
-
-            def add(total: Any, part: Any) -> tuple[Any, None]:
-                part_batch, part_draws = part
-                result = loss_and_gradient(state["params"], part_batch, part_draws, frozen)
-                return jax.tree.map(jnp.add, total, result), None
-
-            batch, draws = jax.tree.map(lambda a: a[0], parts)
-            zeros = jax.tree.map(
-                lambda a: jnp.zeros(a.shape, a.dtype),
-                jax.eval_shape(loss_and_gradient, state["params"], batch, draws, frozen),
-            )
-            summed, _ = jax.lax.scan(add, zeros, parts)
-            metrics, grads = jax.tree.map(lambda a: a / accumulate, summed)
+        metrics, grads = over_mesh(state["params"], batch, draws, frozen)
 
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
@@ -208,11 +225,20 @@ def lower_train_step(
     """`make_train_step` for a state, batch and frozen arrays (or their shapes with shardings), to be compiled."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(
-        make_train_step(networks, optimizer, config, observe),
+        make_train_step(networks, optimizer, config, observe, mesh),
         donate_argnums=0,
         out_shardings=(shardings, sharding.replicated(mesh)),
     )
     return step.lower(state, batch, frozen)
+
+
+def lower_observe(observe: Observer, mesh: Mesh, frozen: dict[str, Any], batch: Batch) -> jax.stages.Lowered:
+    """A step's frozen networks by themselves, to be compiled."""
+    placed = sharding.specs(mesh, frozen)
+    # What stands for no condition is the same everywhere; the rest has a row for each example.
+    results: Any = (sharding.BATCH, sharding.WHOLE, sharding.BATCH)
+    local = sharding.each_device(lambda *arguments: tuple(observe(*arguments)), mesh, (placed, sharding.BATCH), results)
+    return jax.jit(local).lower(frozen, batch)
 
 
 # ---------------------------------------------------------------------------------------- the program
@@ -476,7 +502,7 @@ def abstract_networks(
         condition: by default one that is known by its shapes alone.
     """
     condition = condition or abstract_condition(config, mesh)
-    networks = {"denoiser": network_lib.build(config.model.to_dict(), mesh.size)}
+    networks = {"denoiser": network_lib.build(config.model.to_dict())}
     teacher, shapes = None, dict(condition.shapes)
     if config.loss.repa_weight:
         teacher = teacher_network(config)

@@ -1,13 +1,19 @@
-"""The mesh, and which parameter is split along which axis of it.
+"""The mesh, which parameter is split along which axis of it, and programs that each device runs on its own rows.
 
-Two axes: "data" holds copies of the state, "fsdp" splits it; the batch is split over both. XLA inserts the
-gathers and reductions that follow from that (GSPMD, arXiv 2105.04663).
+Two axes: "data" holds copies of the state, "fsdp" splits it; the batch is split over both. Whatever contains a network
+runs inside `each_device` (`jax.shard_map`): there an array of a batch is this device's rows and a parameter is the part
+that this device keeps, so nothing can be spread over devices in another way. `gather` makes a parameter whole where
+it is used; its derivative adds up the devices' gradients and leaves each device its part. Networks gather for
+themselves (`models.network.functional` and `models.layers.run_stack`): they know their parameters' whole shapes.
+Outside of it (optimizer, averages, noise) everything is elementwise, and XLA follows the arguments' shardings.
+docs/scaling.md says what else was tried.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +23,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deco_jax.errors import UserError
 
-BATCH = PartitionSpec(("data", "fsdp"))
+AXES = ("data", "fsdp")
+BATCH = PartitionSpec(AXES)
+WHOLE = PartitionSpec()
 
 # The first rule whose pattern is found in a parameter's path says which dimension is split; None: kept whole.
 # Always the model's width (or a multiple of it), which divides by any sensible number of devices, unlike the
@@ -61,9 +69,68 @@ def make_mesh(data: int, fsdp: int, devices: list[jax.Device] | None = None) -> 
         )
     if data * fsdp < count and jax.process_count() > 1:
         raise UserError(f"config.mesh uses {data * fsdp} of {count} devices; with several hosts it must use all")
-    return jax.make_mesh(
-        (data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices[: data * fsdp]
-    )
+    return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[: data * fsdp])
+
+
+# ---------------------------------------------------------------------------------------- inside a device's program
+
+
+def each_device(function: Callable[..., Any], mesh: Mesh, arguments: Any, results: Any) -> Callable[..., Any]:
+    """`function` as every device runs it on its part of the arguments; to be called under `jax.jit`.
+
+    Args:
+        arguments: for each argument a PartitionSpec, or a tree of them: BATCH for what has a row for each example,
+            `specs` for parameters, WHOLE for the rest.
+        results: the same for what is returned.
+    """
+    if mesh.size == 1:
+        return function
+    # Without the tracking of what varies between devices: every result is reduced by hand (`mean_over_devices`,
+    # `reduce_gradients`), and a model may carry zeros through a scan without declaring on which devices they differ.
+    return jax.shard_map(function, mesh=mesh, in_specs=arguments, out_specs=results, check_vma=False)
+
+
+def gather(parameter: jax.Array, shape: Sequence[int], dtype: Any = None) -> jax.Array:
+    """The whole parameter of which this device holds a part; what is whole already is returned as it is.
+
+    Its derivative is the sum of the devices' gradients over "fsdp", of which each device gets its part.
+
+    Args:
+        parameter: equal to `shape` but for one axis.
+        dtype: that it is used in; it is cast before it travels.
+    """
+    split = [axis for axis, (held, whole) in enumerate(zip(parameter.shape, shape, strict=True)) if held != whole]
+    if not split:
+        return parameter
+    (axis,) = split
+    return jax.lax.all_gather(parameter if dtype is None else parameter.astype(dtype), "fsdp", axis=axis, tiled=True)
+
+
+def sum_over_devices(values: Any, mesh: Mesh) -> Any:
+    """The sum of each leaf over all devices of `each_device`."""
+    return values if mesh.size == 1 else jax.lax.psum(values, AXES)
+
+
+def mean_over_devices(values: Any, mesh: Mesh) -> Any:
+    """The mean of each leaf over all devices of `each_device`."""
+    return jax.tree.map(lambda value: value / mesh.size, sum_over_devices(values, mesh))
+
+
+def reduce_gradients(gradients: Any, placed: Any, mesh: Mesh) -> Any:
+    """The mean over all devices of the gradients that each took of its own rows' loss.
+
+    Args:
+        placed: the parameters' `specs`. A split parameter's gradient comes out of `gather` added up over "fsdp".
+    """
+
+    def reduce(gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
+        axes = tuple(axis for axis in AXES if axis not in spec and mesh.shape[axis] > 1)
+        return (jax.lax.psum(gradient, axes) if axes else gradient) / mesh.size
+
+    return gradients if mesh.size == 1 else jax.tree.map(reduce, gradients, placed)
+
+
+# ---------------------------------------------------------------------------------------- where arrays lie
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -108,6 +175,11 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def specs(mesh: Mesh, tree: Any) -> Any:
+    """The PartitionSpec of each leaf by `state_shardings`, for `each_device`."""
+    return jax.tree.map(lambda where: where.spec, state_shardings(mesh, tree))
 
 
 def placed_shapes(mesh: Mesh, shapes: Any) -> Any:

@@ -26,7 +26,7 @@ from deco_jax.images import to_uint8
 from deco_jax.method import path
 from deco_jax.models.network import Network, Params
 from deco_jax.run import checkpoint, distributed
-from deco_jax.run.sharding import batch_sharding, place_everywhere, replicated
+from deco_jax.run.sharding import BATCH, WHOLE, batch_sharding, each_device, place_everywhere, replicated, specs
 from deco_jax.sampling import guidance, samplers
 
 # (params, {"index": int32 [batch], "context": labels or text features}, null) → uint8 [batch, height, width, 3]
@@ -44,7 +44,8 @@ def make_generator(network: Network, config: ml_collections.ConfigDict, mesh: Me
     times = samplers.timesteps(settings.num_steps, settings.shift)
     guided = guidance.guided_steps(times, settings.guidance, settings.guidance_interval)
 
-    def generate(params: Params, batch: dict[str, jax.Array], null: jax.Array) -> jax.Array:
+    def of_rows(params: Params, batch: dict[str, jax.Array], null: jax.Array) -> jax.Array:
+        params = network.whole(params)
         normal = noise_of(settings.seed, batch["index"], (height, width))
         images = samplers.sample(
             guidance.guided_velocity(
@@ -57,6 +58,9 @@ def make_generator(network: Network, config: ml_collections.ConfigDict, mesh: Me
             step_noise=lambda i: normal(1 + i),
         )
         return to_uint8(images)
+
+    def generate(params: Params, batch: dict[str, jax.Array], null: jax.Array) -> jax.Array:
+        return each_device(of_rows, mesh, (specs(mesh, params), BATCH, WHOLE), BATCH)(params, batch, null)
 
     return jax.jit(generate, out_shardings=batch_sharding(mesh))
 
@@ -186,10 +190,19 @@ class Watcher:
             guided: bool,
             noisy: bool,
         ) -> samplers.Carry:
-            velocity = guidance.guided_velocity(velocity_of(network, prediction, params), batch["context"], null, scale)
-            _, height, width, _ = carry.state.shape
-            noise = noise_of(seed, batch["index"], (height, width))(1 + row["step"]) if noisy else None
-            return samplers.update(carry, velocity(carry.point, row["time"], guided), row, noise)
+            def of_rows(
+                params: Params, carry: samplers.Carry, batch: dict[str, jax.Array], *whole: Any
+            ) -> samplers.Carry:
+                row, null, scale, seed = whole
+                velocity = guidance.guided_velocity(
+                    velocity_of(network, prediction, params), batch["context"], null, scale
+                )
+                _, height, width, _ = carry.state.shape
+                noise = noise_of(seed, batch["index"], (height, width))(1 + row["step"]) if noisy else None
+                return samplers.update(carry, velocity(carry.point, row["time"], guided), row, noise)
+
+            arguments = (specs(mesh, params), BATCH, BATCH, *[WHOLE] * 4)
+            return each_device(of_rows, mesh, arguments, BATCH)(params, carry, batch, row, null, scale, seed)
 
         self._begin = jax.jit(begin, static_argnums=2, out_shardings=by_batch)
         self._evaluate = jax.jit(evaluate, static_argnums=(7, 8), out_shardings=by_batch)
