@@ -18,6 +18,8 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
+from deco_jax import config_files
+
 _STARTED = time.monotonic()
 
 MODES = (
@@ -65,6 +67,7 @@ READ_BY = {
 
 def parse(argv: list[str]) -> list[str]:
     """Flags by absl and the config's overrides; a mistake is one line and exit status 1."""
+    config_files.make_importable()
     path = _config_argument(argv)
     if path is not None and not os.path.isfile(path.split(":")[0]):
         _fail(f"no config {path!r}; see the files in configs/")
@@ -249,5 +252,10 @@ def _run() -> None:
         _fail(f"writing to {workdir} failed: {error.strerror}; free space there and start again")
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Run the command `deco-jax`, which is `python -m deco_jax.main`."""
     app.run(main, flags_parser=parse)
+
+
+if __name__ == "__main__":
+    cli()
