@@ -103,8 +103,12 @@ def get_config(variant: str = "XL") -> ml_collections.ConfigDict:
     config.sample.guidance_interval = (0.1, 1.0)
     config.sample.shift = 1.0
     config.sample.seed = 0
+    config.sample.classes = ""  # numbers or names of those to draw; all
+    config.sample.same_noise = False  # the k-th image of every class from the same noise
     config.sample.npz = False
+    config.sample.png = False
     config.sample.grid_images = 64
+    config.sample.grid_columns = 0
 
     config.train = ml_collections.ConfigDict()
     config.train.num_steps = 1_600_000

@@ -139,6 +139,8 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "prompts": Key(str),
         "negative_prompt": Key(str),
         "images_per_prompt": Key(int, *at_least(0)),  # 0: what the prompts' benchmark asks for, else 1
+        "classes": Key(str),  # numbers or names, comma separated; "": all
+        "same_noise": Key(bool),  # the k-th image of every class starts from the same noise
         "batch_size": Key(int, *at_least(1)),
         "num_steps": Key(int, *at_least(1)),
         "sampler": Key(str, *one_of(*SAMPLERS)),
@@ -149,7 +151,9 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "shift": Key(FLOAT, *above(0)),
         "seed": SEED,
         "npz": Key(bool),  # also write samples/samples.npz
+        "png": Key(bool),  # also write each image as a file in samples/images
         "grid_images": Key(int, *at_least(1)),  # at most this many in a grid
+        "grid_columns": Key(int, *at_least(0)),  # 0: a row for each class if they come out even, else near square
     },
     "train": {
         "num_steps": Key(int, *at_least(1)),
@@ -294,6 +298,11 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             "config.sample.prompts, negative_prompt and images_per_prompt are for text-to-image models, and "
             "config.model.text_width is 0; leave them empty and 0"
+        )
+    if model.text_width and (config.sample.classes or config.sample.same_noise):
+        raise UserError(
+            "config.sample.classes and same_noise are for class-to-image models, and config.model.num_classes is 0; "
+            "leave them empty and false"
         )
     if config.sample.images_per_prompt and not config.sample.prompts:
         raise UserError(

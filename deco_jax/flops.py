@@ -15,7 +15,7 @@ from typing import Any
 
 import ml_collections
 
-from deco_jax.conditioning.text import encoder_sizes
+from deco_jax.conditioning.encoders import encoder_sizes
 from deco_jax.data.transforms import image_sides
 from deco_jax.models import dinov2
 from deco_jax.models.decoder import POSITION_FEATURES

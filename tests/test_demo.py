@@ -19,7 +19,8 @@ import pytest
 from PIL import Image
 
 from configs import quickstart, t2i_256
-from deco_jax.conditioning.condition import Requests, open_condition
+from deco_jax.conditioning.condition import open_condition
+from deco_jax.conditioning.requests import Requests, prompt_requests
 from deco_jax.errors import UserError
 from deco_jax.models import network as network_lib
 from deco_jax.programs import demo
@@ -87,7 +88,7 @@ def expected(config, workdir, wanted: demo.Wish) -> np.ndarray:
     )
     condition = open_condition(config, mesh, None)
     if wanted.prompt:
-        requests = condition.prompted([wanted.prompt] * wanted.count)
+        requests = prompt_requests(condition, [wanted.prompt] * wanted.count, wanted.negative_prompt)
     else:
         labels = np.full(wanted.count, wanted.label, np.int32)
         requests = Requests(wanted.count, labels.__getitem__, np.int32(config.model.num_classes))

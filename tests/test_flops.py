@@ -6,7 +6,7 @@ import pytest
 
 from configs import imagenet256, t2i_256
 from deco_jax import flops
-from deco_jax.conditioning import text
+from deco_jax.conditioning import encoders
 from deco_jax.models import network as network_lib
 from deco_jax.models.qwen3 import Sizes
 
@@ -150,7 +150,7 @@ def test_sampling_counts_guided_evaluations_twice():
 def test_the_text_encoders_products_and_where_they_count():
     """Qwen3's program on one caption; it runs in the step unless the features are kept."""
     sizes = Sizes(vocabulary=50, width=24, mlp_hidden=40, depth=3, num_heads=4, num_kv_heads=2, head_width=8)
-    apply, shapes = text.qwen3_features(sizes, "float32", 24)
+    apply, shapes = encoders.qwen3_features(sizes, "float32", 24)
     tokens, mask = (jax.ShapeDtypeStruct((1, 12), kind) for kind in (jnp.int32, jnp.bool_))
     assert products(jax.make_jaxpr(apply)(shapes, tokens, mask).jaxpr) == flops.text_encoder(sizes, 12)
     config = t2i_256.get_config()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from deco_jax.conditioning.condition import Classes, Requests
+from deco_jax.conditioning.requests import Requests, class_requests, even_labels
 from deco_jax.models import network as network_lib
 from deco_jax.run import sharding
 from deco_jax.sampling import generate
@@ -33,7 +33,7 @@ def setup():
 
 
 def class_labels(count, num_classes):
-    return Classes(num_classes).requests(count).context(np.arange(count))
+    return even_labels(count, range(num_classes))
 
 
 def draw(setup, labels, batch_size, start=0, **settings):
@@ -58,7 +58,7 @@ def test_labels_in_class_order(count, classes, expected):
 
 
 def test_a_grid_of_many_images_shows_all_classes():
-    few = Classes(10).requests(10_000).spread(100)
+    few = class_requests(even_labels(10_000, range(10)), 10).spread(100)
     assert few.context(np.arange(few.count)).tolist() == class_labels(100, 10).tolist()
     named = Requests(7, np.arange(7).__getitem__, np.int32(0), list("abcdefg")).spread(3)
     assert (named.names, named.context(np.arange(3)).tolist()) == (["a", "c", "e"], [0, 2, 4])

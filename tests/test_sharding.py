@@ -35,7 +35,7 @@ PROGRAM = """
 import json, pathlib, sys
 import jax, numpy as np
 from deco_jax.run import checkpoint, sharding
-from deco_jax.conditioning import condition
+from deco_jax.conditioning.requests import class_requests, even_labels
 from deco_jax.sampling import generate
 from deco_jax.programs import train
 from deco_jax.data import pipeline, sources
@@ -52,7 +52,7 @@ config.optimizer.warmup_steps = 0
 config.sample.num_images = 12
 config.sample.num_steps = 5
 jax.config.update("jax_default_matmul_precision", "highest")
-requests = condition.Classes(10).requests(12)
+requests = class_requests(even_labels(12, range(10)), 10)
 result, finals = {}, {}
 config.model.decoder_chunk = 128
 for name, (data, fsdp, parts) in meshes.items():

@@ -11,7 +11,7 @@ import pytest
 import scipy.fft
 from PIL import Image
 
-from deco_jax.conditioning.condition import Classes
+from deco_jax.conditioning.requests import even_labels
 from deco_jax.evaluation.spectrum import block_energy, normalised_spectrum
 from deco_jax.method.dct import zigzag
 from deco_jax.models import network as network_lib
@@ -115,7 +115,7 @@ def test_energies_of_a_checkpoint_by_hand(measured):
         x = np.asarray(generate.noise_of(0, np.arange(3), (16, 16))(0))[image : image + 1]
         for now, after in itertools.pairwise(times):
             t = jnp.full((1,), now, jnp.float32)
-            label = Classes(10).requests(3).context(np.array([image]))
+            label = even_labels(3, range(10))[[image]]
             v, inside = network.apply(params, jnp.asarray(x, jnp.float32), t, label)
             v_null, _ = network.apply(params, jnp.asarray(x, jnp.float32), t, np.array([10]))
             v, v_null = np.asarray(v, np.float64), np.asarray(v_null, np.float64)

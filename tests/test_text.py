@@ -17,7 +17,8 @@ import tokenizers
 from flax import nnx
 
 from configs import t2i_256
-from deco_jax.conditioning import condition, text
+from deco_jax.conditioning import condition, encoders, texts
+from deco_jax.conditioning.requests import caption_requests, prompt_requests
 from deco_jax.convert import qwen3 as convert
 from deco_jax.data import features as features_lib
 from deco_jax.data import pipeline, sources
@@ -59,7 +60,7 @@ def test_tokens_are_those_of_hugging_face(tmp_path):
     padding = reference.token_to_id("<|endoftext|>")
     reference.enable_padding(direction="right", pad_id=padding, pad_token="<|endoftext|>", length=LENGTH)
     reference.enable_truncation(LENGTH)
-    ours = pickle.loads(pickle.dumps(text.FileTokenizer(str(tmp_path / "tokenizer.json"), LENGTH)))
+    ours = pickle.loads(pickle.dumps(encoders.FileTokenizer(str(tmp_path / "tokenizer.json"), LENGTH)))
     cut = 0
     for caption in hard_captions():
         expected, tokens = reference.encode(caption), ours(caption)
@@ -78,7 +79,7 @@ def test_tokens_are_those_of_hugging_face(tmp_path):
 @pytest.mark.skipif(not REAL, reason="DECO_JAX_QWEN_TOKENIZER names no tokenizer.json of Qwen3")
 def test_tokens_of_the_real_tokenizer():
     """Against transformers where it is installed, else against tokenizers' own padding and truncation."""
-    ours = text.FileTokenizer(REAL, 128)
+    ours = encoders.FileTokenizer(REAL, 128)
     try:
         import transformers
     except ImportError:
@@ -99,26 +100,26 @@ def test_tokens_of_the_real_tokenizer():
 
 
 def test_bytes():
-    tokens = text.ByteTokenizer(8)("é🦊 abc")
+    tokens = encoders.ByteTokenizer(8)("é🦊 abc")
     assert tokens["tokens"].tolist() == [0xC3, 0xA9, 0xF0, 0x9F, 0xA6, 0x8A, 0x20, 0x61]
     assert tokens["mask"].all()
-    tokens = text.ByteTokenizer(4)("a")
+    tokens = encoders.ByteTokenizer(4)("a")
     assert tokens["tokens"].tolist() == [0x61, 256, 256, 256]
     assert tokens["mask"].tolist() == [True, False, False, False]
-    features = np.asarray(text.byte_features({}, jnp.asarray(tokens["tokens"][None]), None, width=260), np.float32)
+    features = np.asarray(encoders.byte_features({}, jnp.asarray(tokens["tokens"][None]), None, width=260), np.float32)
     assert features.shape == (1, 4, 260)
     assert np.argwhere(features[0]).tolist() == [[0, 0x61], [1, 256], [2, 256], [3, 256]]
 
 
 def test_what_is_wrong_with_a_tokenizer(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer\.json: no such file.*huggingface"):
-        text.FileTokenizer(str(tmp_path / "tokenizer.json"), 8)("a")
+        encoders.FileTokenizer(str(tmp_path / "tokenizer.json"), 8)("a")
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
     with pytest.raises(UserError, match=r"no readable tokenizer"):
-        text.FileTokenizer(str(tmp_path / "tokenizer.json"), 8)("a")
+        encoders.FileTokenizer(str(tmp_path / "tokenizer.json"), 8)("a")
     tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match=r"has no <\|endoftext\|>"):
-        text.FileTokenizer(str(tmp_path / "tokenizer.json"), 8)("a")
+        encoders.FileTokenizer(str(tmp_path / "tokenizer.json"), 8)("a")
 
 
 # ---------------------------------------------------------------------------------------- features
@@ -129,7 +130,7 @@ def test_features_are_the_encoders_last_states(folder, width):
     """Cut or filled up with zeros to the model's width, in bfloat16."""
     config = small_config(folder)
     config.model.text_width = width
-    encoder = text.open_encoder(config)
+    encoder = encoders.open_encoder(config)
     captions = ["a cat", "", "x" * 50]
     tokens = [encoder.tokenizer(caption) for caption in captions]
     ids, mask = (jnp.asarray(np.stack([t[name] for t in tokens])) for name in ("tokens", "mask"))
@@ -148,7 +149,7 @@ def test_features_are_the_encoders_last_states(folder, width):
 
 def test_encoder_is_known_by_its_files(folder, tmp_path):
     def fingerprint(path, **settings):
-        return text.open_encoder(small_config(path, **settings)).fingerprint
+        return encoders.open_encoder(small_config(path, **settings)).fingerprint
 
     same = pathlib.Path(shutil.copytree(folder, tmp_path / "same"))
     assert fingerprint(same) == fingerprint(folder)
@@ -165,13 +166,13 @@ def test_encoder_is_known_by_its_files(folder, tmp_path):
 
 def test_weights_are_split_and_kept_in_their_type(folder):
     config = small_config(folder, **{"text.dtype": "bfloat16"})
-    shapes = text.abstract_encoder(config).shapes
+    shapes = encoders.abstract_encoder(config).shapes
     mesh = jax.sharding.AbstractMesh((2, 4), ("data", "fsdp"))
     placed = sharding.state_shardings(mesh, {"encoder": shapes, "null": jax.ShapeDtypeStruct((24, 40), jnp.bfloat16)})
     for path, leaf in jax.tree.leaves_with_path(placed):
         whole = "fsdp" not in leaf.spec
         assert whole == sharding.path_name(path).endswith(("scale", "null")), path
-    params = text.open_encoder(config).load()
+    params = encoders.open_encoder(config).load()
     jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), params, shapes)
     assert params["blocks"]["attention"]["query"]["kernel"].dtype == ml_dtypes.bfloat16
     assert params["norm"]["scale"].dtype == np.float32
@@ -231,23 +232,23 @@ def test_encoded_once_is_encoded_on_the_way(folder, stored):
 
 def test_half_of_the_short_captions_get_the_prefix():
     captions = [f"caption number {i}" for i in range(1000)]
-    with_prefix = [text.prefixed(caption, "A photo of ") for caption in captions]
+    with_prefix = [encoders.prefixed(caption, "A photo of ") for caption in captions]
     assert 450 < sum(new == f"A photo of {old}" for new, old in zip(with_prefix, captions, strict=True)) < 550
     assert all(new.endswith(old) for new, old in zip(with_prefix, captions, strict=True))
     long = [f"{i} " + "word " * 29 for i in range(100)]
-    assert [text.prefixed(caption, "A photo of ") for caption in long] == long
-    assert any(text.prefixed(caption[2:], "A photo of ") != caption[2:] for caption in long)  # 29 words
-    assert [text.prefixed(caption, "") for caption in captions] == captions
+    assert [encoders.prefixed(caption, "A photo of ") for caption in long] == long
+    assert any(encoders.prefixed(caption[2:], "A photo of ") != caption[2:] for caption in long)  # 29 words
+    assert [encoders.prefixed(caption, "") for caption in captions] == captions
 
 
 def test_what_is_kept_is_what_the_captions_say(stored):
     source, store = sources.CaptionedDigits(), features_lib.Features(stored.text.features, {"width": 40})
     assert len(store) == 1797
     mesh = sharding.make_mesh(1, 1)
-    texts = condition.Texts(stored, mesh, source, text.open_encoder(stored), None)
-    weights = texts.load_encoder()
+    known = texts.Texts(stored, mesh, source, encoders.open_encoder(stored), None)
+    weights = known.load_encoder()
     indices = [0, 499, 500, 1796]
-    expected = texts.encode(weights, [text.prefixed(source[i]["caption"], stored.text.prefix) for i in indices])
+    expected = known.encode(weights, [encoders.prefixed(source[i]["caption"], stored.text.prefix) for i in indices])
     kept = np.stack([store[i] for i in indices]).view(ml_dtypes.bfloat16)
     np.testing.assert_allclose(kept.astype(np.float32), expected.astype(np.float32), rtol=2**-7, atol=2**-7)
     reopened = pickle.loads(pickle.dumps(store))
@@ -307,11 +308,11 @@ def test_without_an_encoder_only_prompts_are_refused(stored):
     mesh, source = sharding.make_mesh(1, 1), sources.open_source(config.data)
     known = condition.open_condition(config, mesh, source)
     assert known.load().keys() == {"null"}
-    requests = known.requests(10)
+    requests = caption_requests(known, 10)
     assert requests.context(np.arange(4)).shape == (4, LENGTH, 40)
     assert list(requests.names[:2]) == [source[0]["caption"], source[179]["caption"]]
     with pytest.raises(UserError, match=r"a prompt needs the text encoder.*config\.text\.path is empty"):
-        known.prompted(["a cat"])
+        prompt_requests(known, ["a cat"])
     # Before anything is drawn, not at the first grid or FID.
     config.sample.negative_prompt = "blurry"
     with pytest.raises(UserError, match=r"a prompt needs the text encoder.*config\.text\.path is empty"):

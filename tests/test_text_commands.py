@@ -13,6 +13,7 @@ from PIL import Image
 
 from configs import t2i_256
 from deco_jax.conditioning import condition
+from deco_jax.conditioning import requests as requests_lib
 from deco_jax.data import sources
 from deco_jax.method.optimizer import make_optimizer
 from deco_jax.models import network as network_lib
@@ -173,7 +174,7 @@ def draw(setup, prompts, batch_size, **settings):
     changed = config.copy_and_resolve_references()
     changed.sample.update(settings)
     texts = condition.open_condition(changed, mesh, None)
-    requests = texts.prompted(prompts)
+    requests = requests_lib.prompt_requests(texts, prompts, changed.sample.negative_prompt)
     return np.concatenate(list(generate.generate_images(generator, params, requests, batch_size, mesh)))
 
 
@@ -205,10 +206,14 @@ def test_the_empty_negative_prompt_is_the_trained_null(setup):
     config, _, mesh, _ = setup
     texts = condition.open_condition(config, mesh, sources.open_source(config.data))
     frozen = texts.load()
-    for requests in (texts.requests(4, frozen), texts.requests(4), texts.prompted([""])):
+    for requests in (
+        requests_lib.caption_requests(texts, 4, frozen=frozen),
+        requests_lib.caption_requests(texts, 4),
+        requests_lib.prompt_requests(texts, [""]),
+    ):
         assert relative_error(requests.null.astype(np.float32), np.asarray(frozen["null"], np.float32)) == 0
-    kept = texts.requests(5).kept(2)
-    np.testing.assert_array_equal(kept.context(np.arange(5)), texts.requests(5).context(np.arange(5)))
+    requests = requests_lib.caption_requests(texts, 5)
+    np.testing.assert_array_equal(requests.kept(2).context(np.arange(5)), requests.context(np.arange(5)))
 
 
 def test_evaluation_draws_the_datas_captions(run):
@@ -229,6 +234,6 @@ def test_evaluation_draws_the_datas_captions(run):
     assert (images.total, drawn.shape) == (8, (8, 32, 32, 3))
     where = folder / "checkpoints" / "4"
     assert images.identity == generate.fingerprint(
-        config, where, condition.CaptionsOf(sources.CaptionedDigits(), np.arange(8) * 1797 // 8)
+        config, where, requests_lib.CaptionsOf(sources.CaptionedDigits(), np.arange(8) * 1797 // 8)
     )
     assert images.identity != generate.fingerprint(config, where, ["another"] * 8)

@@ -20,7 +20,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from deco_jax import flops
-from deco_jax.conditioning.condition import Classes, Condition, open_condition
+from deco_jax.conditioning.condition import Condition, open_condition
+from deco_jax.conditioning.requests import even_labels
 from deco_jax.data import sources
 from deco_jax.data.transforms import image_sides
 from deco_jax.method.optimizer import make_optimizer
@@ -173,8 +174,7 @@ def any_contexts(config: ml_collections.ConfigDict) -> tuple[Callable[[int], np.
     """So many labels or text features, and what stands for none."""
     model = config.model
     if not model.text_width:
-        requests = Classes(model.num_classes).requests
-        return lambda count: requests(count).context(np.arange(count)), np.asarray(model.num_classes, np.int32)
+        return lambda count: even_labels(count, range(model.num_classes)), np.asarray(model.num_classes, np.int32)
     shape = (model.text_length, model.text_width)
     return lambda count: np.ones((count, *shape), ml_dtypes.bfloat16), np.zeros(shape, ml_dtypes.bfloat16)
 

@@ -28,7 +28,9 @@ from PIL import Image
 
 from deco_jax import config as config_lib
 from deco_jax import images
-from deco_jax.conditioning.condition import Requests, Texts, open_condition
+from deco_jax.conditioning.condition import open_condition
+from deco_jax.conditioning.requests import Requests
+from deco_jax.conditioning.texts import Texts
 from deco_jax.data import sources
 from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError

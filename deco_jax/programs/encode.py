@@ -12,8 +12,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from deco_jax.conditioning import condition as condition_lib
-from deco_jax.conditioning import text
+from deco_jax.conditioning import encoders
+from deco_jax.conditioning import texts as texts_lib
 from deco_jax.data import features as features_lib
 from deco_jax.data import sources
 from deco_jax.errors import UserError
@@ -41,12 +41,12 @@ def encode(config: ml_collections.ConfigDict, workdir: str) -> None:
     source = sources.open_source(config.data)
     distributed.check_same_data(source)
     sources.check_classes(source, config.model.num_classes)
-    encoder = text.open_encoder(config)
-    key = condition_lib.features_key(config, source)
+    encoder = encoders.open_encoder(config)
+    key = texts_lib.features_key(config, source)
     folder = pathlib.Path(settings.features).expanduser()
     if (folder / "store.json").exists():
         features_lib.Features(folder, key).check_some(source)
-    texts = condition_lib.Texts(config, mesh, source, encoder, None)
+    texts = texts_lib.Texts(config, mesh, source, encoder, None)
     weights = texts.load_encoder()
     make_workdir(folder)
     distributed.on_main_host(lambda: features_lib.create(folder, key))
@@ -68,7 +68,9 @@ def encode(config: ml_collections.ConfigDict, workdir: str) -> None:
         for start in range(0, len(indices), size):
             captions = [features_lib.read_caption(source, i) for i in indices[start : start + size]]
             # Filled up, so that one compilation serves all.
-            filled = [text.prefixed(caption, settings.prefix) for caption in captions] + [""] * (size - len(captions))
+            filled = [encoders.prefixed(caption, settings.prefix) for caption in captions] + [""] * (
+                size - len(captions)
+            )
             parts.append(texts.encode(weights, filled)[: len(captions)])
             hashes += [features_lib.caption_hash(caption) for caption in captions]
             done += len(captions)

@@ -25,7 +25,9 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from deco_jax.conditioning.condition import Condition, Requests, open_condition
+from deco_jax.conditioning.condition import Condition, open_condition
+from deco_jax.conditioning.requests import Requests, captions, data_requests
+from deco_jax.conditioning.texts import Texts
 from deco_jax.config import to_json
 from deco_jax.convert.inception import WHERE, load_inception
 from deco_jax.data import pipeline, sources, transforms
@@ -309,12 +311,13 @@ def drawn_samples(config: ml_collections.ConfigDict, workdir: str, checkpoint_pa
 
     def batches(_: int, start: int) -> Iterator[np.ndarray]:
         params = checkpoint.load_average(where, network.shapes, config, mesh)
-        requests = condition.requests(config.sample.num_images)
+        requests = data_requests(config.sample, condition, config.sample.num_images)
         return generate.generate_images(generator, params, requests, config.sample.batch_size, mesh, start)
 
     size = image_sides(config.data.image_size)
-    identity = generate.fingerprint(config, where, condition.names(config.sample.num_images))
     name, count = f"drawn from {where}", config.sample.num_images
+    names = captions(condition, count) if isinstance(condition, Texts) else None
+    identity = generate.fingerprint(config, where, names)
     return ImageSet(name, identity, count, size, batches, network.num_params)
 
 
@@ -459,7 +462,7 @@ class QuickFID:
         if self._statistics is None:
             self._statistics, _ = self._reference.measure(self._extractor, self._folder, self._weights, self._config)
         size = image_sides(self._config.data.image_size)
-        requests = self._requests = self._requests or condition.requests(self._count, frozen)
+        requests = self._requests = self._requests or data_requests(self._config.sample, condition, self._count, frozen)
 
         def batches(_: int, start: int) -> Iterator[np.ndarray]:
             return generate.generate_images(

@@ -17,7 +17,9 @@ import ml_collections
 import numpy as np
 
 from deco_jax import images
-from deco_jax.conditioning.condition import Requests, open_condition
+from deco_jax.conditioning import requests as requests_lib
+from deco_jax.conditioning.condition import open_condition
+from deco_jax.conditioning.requests import Prompts, Requests
 from deco_jax.data import prompts as prompts_lib
 from deco_jax.data import sources
 from deco_jax.models import network as network_lib
@@ -32,12 +34,12 @@ def sample(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str
     settings = config.sample
     where = checkpoint.find(workdir, checkpoint_path, config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    prompts = generate.open_prompts(config)
+    prompts = requests_lib.open_prompts(config)
     from_data = bool(config.model.text_width) and prompts is None
     condition = open_condition(config, mesh, sources.open_source(config.data) if from_data else None)
     network = network_lib.build(config.model.to_dict())
     params = checkpoint.load_average(where, network.shapes, config, mesh)
-    requests = generate.sampling_requests(config, condition, prompts)
+    requests = requests_lib.sampling_requests(config.sample, condition, prompts)
     count = requests.count
     folder = pathlib.Path(workdir) / "samples"
     make_workdir(folder)
@@ -59,11 +61,7 @@ def sample(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str
 
 
 def write_all(
-    config: ml_collections.ConfigDict,
-    folder: pathlib.Path,
-    parts: Parts,
-    requests: Requests,
-    prompts: generate.Prompts | None,
+    config: ml_collections.ConfigDict, folder: pathlib.Path, parts: Parts, requests: Requests, prompts: Prompts | None
 ) -> None:
     """What is asked for of the finished images, into `folder`; then the parts go."""
     shown = np.unique(np.linspace(0, parts.count - 1, min(config.sample.grid_images, parts.count)).round().astype(int))
@@ -79,7 +77,7 @@ def write_all(
     parts.remove()
 
 
-def write_prompted(folder: pathlib.Path, prompts: generate.Prompts, parts: Parts) -> None:
+def write_prompted(folder: pathlib.Path, prompts: Prompts, parts: Parts) -> None:
     """All images in their benchmark's layout; the folder appears when it is complete, and replaces an older one."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)

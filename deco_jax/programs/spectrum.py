@@ -18,7 +18,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from deco_jax.conditioning.condition import Classes
+from deco_jax.conditioning.requests import class_requests, even_labels
 from deco_jax.config import COMPUTED, to_json
 from deco_jax.data import pipeline, sources
 from deco_jax.data.transforms import image_sides
@@ -134,7 +134,8 @@ def model_energies(config: ml_collections.ConfigDict, where: pathlib.Path, mesh:
     params = checkpoint.load_average(where, network.shapes, config, mesh)
     measure = make_measure(network, config, mesh)
     count = config.spectrum.num_images
-    requests = Classes(config.model.num_classes).requests(count)
+    classes = config.model.num_classes
+    requests = class_requests(even_labels(count, range(classes)), classes)
     batch_size = -(-min(config.spectrum.batch_size, count) // mesh.size) * mesh.size
     totals: dict[str, np.ndarray] = {}
     for first in range(0, count, batch_size):

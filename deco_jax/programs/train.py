@@ -27,7 +27,8 @@ from absl import logging
 from jax.sharding import Mesh
 
 from deco_jax import images
-from deco_jax.conditioning.condition import Condition, Requests, abstract_condition, open_condition
+from deco_jax.conditioning.condition import Condition, abstract_condition, open_condition
+from deco_jax.conditioning.requests import Prompts, Requests, open_prompts, sampling_requests
 from deco_jax.config import to_json
 from deco_jax.convert.dinov2 import load_teacher
 from deco_jax.data import pipeline, sources
@@ -260,7 +261,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     with distributed.stage("listing the images"):
         source = sources.open_source(config.data)
         distributed.check_same_data(source)
-    prompts = generate.open_prompts(config) if config.train.sample_every else None
+    prompts = open_prompts(config) if config.train.sample_every else None
     condition = open_condition(config, mesh, source)
     if config.init_from and checkpoint_path:
         raise UserError(
@@ -553,10 +554,10 @@ def teacher_network(config: ml_collections.ConfigDict) -> Network:
 
 
 def grid_requests(
-    config: ml_collections.ConfigDict, condition: Condition, frozen: dict[str, Any], prompts: generate.Prompts | None
+    config: ml_collections.ConfigDict, condition: Condition, frozen: dict[str, Any], prompts: Prompts | None
 ) -> Requests:
     """The pictures of the grids on the way: config.sample's, as many as a grid holds, evenly spread."""
-    requests = generate.sampling_requests(config, condition, prompts, frozen).spread(config.sample.grid_images)
+    requests = sampling_requests(config.sample, condition, prompts, frozen).spread(config.sample.grid_images)
     # Computed once: an encoder that only these prompts need doesn't stay in memory.
     return requests.kept(config.sample.batch_size)
 

@@ -17,15 +17,13 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from deco_jax.conditioning.condition import Condition, Requests, Texts
+from deco_jax.conditioning.requests import Requests
 from deco_jax.config import to_json
-from deco_jax.data import prompts as prompts_lib
 from deco_jax.data.transforms import image_sides
-from deco_jax.errors import UserError
 from deco_jax.images import to_uint8
 from deco_jax.method import path
 from deco_jax.models.network import Network, Params
-from deco_jax.run import checkpoint, distributed
+from deco_jax.run import checkpoint
 from deco_jax.run.sharding import BATCH, WHOLE, batch_sharding, each_device, place_everywhere, replicated, specs
 from deco_jax.sampling import guidance, samplers
 
@@ -96,49 +94,11 @@ def generate_images(
     devices, count = mesh.size, requests.count
     batch_size = -(-min(batch_size, count) // devices) * devices
     for first in range(start, count, batch_size):
-        index = np.arange(first, first + batch_size, dtype=np.int32)
-        batch: dict[str, Any] = {"index": index, "context": requests.context(np.minimum(index, count - 1))}
-        images = gather(generator(params, place_everywhere(mesh, batch), requests.null))
+        images = gather(generator(params, place_everywhere(mesh, requests.batch(first, batch_size)), requests.null))
         yield np.asarray(images)[: count - first]
 
 
 # ---------------------------------------------------------------------------------------- what to draw
-
-
-class Prompts(NamedTuple):
-    """config.sample.prompts, read; image j of prompt i has the index i · images_each + j."""
-
-    set: prompts_lib.PromptSet
-    images_each: int
-
-
-def open_prompts(config: ml_collections.ConfigDict) -> Prompts | None:
-    """None if there are none. UserError if they can't be read, or their benchmark's layout has no place for them."""
-    if not config.sample.prompts:
-        return None
-    found = prompts_lib.read_prompts(config.sample.prompts)
-    if not distributed.same_on_all_hosts("\n".join([found.kind, *found.names, *found.prompts])):
-        raise UserError(f"the hosts read different prompts from {config.sample.prompts}; put them where all can")
-    count = config.sample.images_per_prompt or prompts_lib.images_a_prompt(found)
-    prompts_lib.check_count(found, count)
-    return Prompts(found, count)
-
-
-def sampling_requests(
-    config: ml_collections.ConfigDict,
-    condition: Condition,
-    prompts: Prompts | None,
-    frozen: dict[str, Any] | None = None,
-) -> Requests:
-    """The images of prompts; without them config.sample.num_images of classes or of the data's captions.
-
-    Args:
-        frozen: of `condition.load`, where it is there already.
-    """
-    if prompts is None:
-        return condition.requests(config.sample.num_images, frozen)
-    assert isinstance(condition, Texts)
-    return condition.prompted([text for text in prompts.set.prompts for _ in range(prompts.images_each)], frozen)
 
 
 def fingerprint(config: ml_collections.ConfigDict, where: pathlib.Path, names: Sequence[str] | None = None) -> str:
@@ -227,9 +187,7 @@ class Watcher:
         total, ends = len(table.step), {*table.ends.tolist(), len(table.step) - 1}
 
         filled = -(-requests.count // self._mesh.size) * self._mesh.size
-        index = np.arange(filled, dtype=np.int32)
-        batch: dict[str, Any] = {"index": index, "context": requests.context(np.minimum(index, requests.count - 1))}
-        batch = place_everywhere(self._mesh, batch)
+        batch = place_everywhere(self._mesh, requests.batch(0, filled))
         seed, scale = np.asarray(settings.seed, np.uint32), np.asarray(settings.guidance, np.float32)
 
         def shown(x: jax.Array) -> np.ndarray:

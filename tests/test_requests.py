@@ -1,0 +1,72 @@
+"""What is to be drawn: classes by number and by name, their noise, their order."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from deco_jax.conditioning.requests import class_requests, even_labels, find_classes, images_per_class
+from deco_jax.errors import UserError
+
+NAMES = ["cat", "Dog", "2", "grey wolf, timber wolf"]
+
+
+@pytest.mark.parametrize(
+    "chosen, labels",
+    [
+        (0, [0]),
+        ([0, 3, 0], [0, 3, 0]),
+        (np.array([1, 0]), [1, 0]),
+        ("cat", [0]),
+        ("dog, 3,1", [1, 3, 1]),
+        ("2", [2]),  # a name goes before a number
+        (["grey wolf, timber wolf", 1], [3, 1]),
+        ([], []),
+    ],
+)
+def test_classes_by_number_and_name(chosen, labels):
+    assert find_classes(chosen, 4, NAMES) == labels
+
+
+@pytest.mark.parametrize(
+    "chosen, says",
+    [
+        ("4", "there is no class 4; choose one from 0 to 3"),
+        ([-1], "there is no class -1; choose one from 0 to 3"),
+        ("cta", "there is no class 'cta'; did you mean 'cat'?"),
+        ([1.5], "there is no class 1.5"),
+        ("cat,,x", "there is no class 'x'"),
+        ([True], "there is no class True"),
+    ],
+)
+def test_classes_that_are_not_there(chosen, says):
+    with pytest.raises(UserError) as error:
+        find_classes(chosen, 4, NAMES)
+    assert says in str(error.value)
+
+
+def test_names_that_are_not_known():
+    assert find_classes("3, 1", 4) == [3, 1]
+    with pytest.raises(UserError, match=r"there is no class 'cat' \(this run's class names are not known\)"):
+        find_classes("cat", 4)
+
+
+def test_same_noise_for_every_class():
+    requests = class_requests([5, 5, 7, 7, 9, 9], 10, same_noise=True)
+    assert requests.batch(0, 6)["index"].tolist() == [0, 1, 0, 1, 0, 1]
+    assert requests.batch(4, 4)["index"].tolist() == [0, 1, 1, 1]  # filled up with the last
+    own = class_requests([5, 5, 7, 7, 9, 9], 10).batch(2, 3)
+    assert (own["index"].tolist(), own["context"].tolist()) == ([2, 3, 4], [7, 7, 9])
+    assert own["index"].dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    "labels, each",
+    [([0, 0, 4, 4], 2), ([4, 0], 1), ([1, 2, 1, 2], None), ([1, 1, 2], None), ([], None), ([3, 3, 3], 3)],
+)
+def test_images_per_class(labels, each):
+    assert images_per_class(np.asarray(labels, np.int32)) == each
+
+
+def test_even_labels_of_chosen_classes():
+    assert even_labels(5, [207, 360]).tolist() == [207, 207, 207, 360, 360]
