@@ -167,6 +167,7 @@ class PixelDecoder(nnx.Module):
         self.blocks = stack(lambda rngs: DecoderBlock(width, interaction, dtype=dtype, rngs=rngs), depth, rngs)
         self.output = Linear(width, values, kernel_init=zeros, bias_init=zeros, dtype=dtype, rngs=rngs)
 
+    @jax.named_scope("decoder")
     def __call__(self, images: jax.Array, features: jax.Array) -> jax.Array:
         """images [batch, height, width, 3], features [batch, tokens, model_width] → float32, images' shape."""
         side = self.patch_size // self.query_size

@@ -78,6 +78,7 @@ class DINOv2(nnx.Module):
         """ViT-S/14, ViT-B/14 or ViT-L/14 by the letter."""
         return cls(*sizes(size), dtype=dtype, rngs=rngs)
 
+    @jax.named_scope("teacher")
     def __call__(self, images: jax.Array, patch_size: int = 16) -> jax.Array:
         """Features of the patches that a student with patches of `patch_size` pixels has.
 

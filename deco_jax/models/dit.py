@@ -62,6 +62,7 @@ class Attention(nnx.Module):
         self.q_norm, self.k_norm = RMSNorm(head_width), RMSNorm(head_width)
         self.out = Linear(width, width, dtype=dtype, rngs=rngs)
 
+    @jax.named_scope("attention")
     def __call__(self, x: jax.Array, angles: jax.Array | None, text: jax.Array | None = None) -> jax.Array:
         """x [batch, tokens, width], angles [tokens, head_width / 2], text [batch, length, width] → x's shape."""
         batch, tokens, width = x.shape
@@ -102,6 +103,7 @@ class Block(nnx.Module):
         self.mlp = SwiGLU(width, mlp_hidden, dtype=dtype, rngs=rngs)
         self.modulation = Linear(width, 6 * width, dtype=dtype, rngs=rngs)
 
+    @jax.named_scope("blocks")
     def __call__(
         self, h: jax.Array, condition: jax.Array, angles: jax.Array | None, text: jax.Array | None = None
     ) -> jax.Array:

@@ -262,6 +262,7 @@ class Inception(nnx.Module):
         self.mixed_10 = BlockE(2048, _max_pool_same, s)
         self.classifier = nnx.Param(jnp.zeros((POOL3_WIDTH, NUM_CLASSES), jnp.float32)) if classifier else None
 
+    @jax.named_scope("inception")
     def __call__(self, images: jax.Array) -> Features:
         """images: what `preprocess` returns, [batch, 299, 299, 3] (other sizes run too; `spatial` is then wider)."""
         x = self.conv_2(self.conv_1(self.conv(images)))

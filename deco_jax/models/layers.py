@@ -85,12 +85,14 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(width))
         self.epsilon = epsilon
 
+    @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
         return (y * self.scale[...]).astype(x.dtype)
 
 
+@jax.named_scope("norm")
 def normalize(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
     """Layer normalisation over the last axis without learned parameters, in float32; returns the input's dtype."""
     y = x.astype(jnp.float32)
@@ -120,6 +122,7 @@ class SwiGLU(nnx.Module):
         self.up = Linear(width, hidden, use_bias=False, dtype=dtype, rngs=rngs)
         self.down = Linear(hidden, width, use_bias=False, dtype=dtype, rngs=rngs)
 
+    @jax.named_scope("mlp")
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 

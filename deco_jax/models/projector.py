@@ -20,6 +20,7 @@ class Projector(nnx.Module):
         self.second = Linear(width, width, dtype=dtype, rngs=rngs)
         self.third = Linear(width, teacher_width, dtype=dtype, rngs=rngs)
 
+    @jax.named_scope("projector")
     def __call__(self, hidden: jax.Array) -> jax.Array:
         return self.third(jax.nn.silu(self.second(jax.nn.silu(self.first(hidden)))))
 

@@ -89,6 +89,7 @@ class Qwen3(nnx.Module):
         self.blocks = stack(lambda rngs: Block(sizes, dtype=dtype, rngs=rngs), sizes.depth, rngs)
         self.norm = RMSNorm(sizes.width, epsilon=sizes.norm_epsilon)
 
+    @jax.named_scope("text_encoder")
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """The states after the last norm, padding's too.
 

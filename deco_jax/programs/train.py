@@ -123,6 +123,7 @@ def objective(
     return jnp.mean(total), {name: jnp.mean(values) for name, values in parts.items()}
 
 
+@jax.named_scope("noise")
 def draw(key: jax.Array, shape: tuple[int, ...], loss: ml_collections.ConfigDict) -> Draws:
     """The random part of a step for image batches of `shape`; depends on the key alone, not on devices."""
     noise_key, time_key, drop_key = jax.random.split(key, 3)
@@ -197,15 +198,16 @@ def make_train_step(
         draws = draw(key, batch["image"].shape, config.loss)
         metrics, grads = over_mesh(state["params"], batch, draws, frozen)
 
-        norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        ema = update_average(state["ema"], params["denoiser"], config.optimizer.ema_decay)
+        with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(grads)
+            updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+            params = optax.apply_updates(state["params"], updates)
+            ema = update_average(state["ema"], params["denoiser"], config.optimizer.ema_decay)
 
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        changed = {"params": params, "ema": ema, "opt_state": opt_state}
-        kept = {name: state[name] for name in changed}
-        new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+            changed = {"params": params, "ema": ema, "opt_state": opt_state}
+            kept = {name: state[name] for name in changed}
+            new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
         new_state["step"] = state["step"] + 1
         new_state["skipped"] = jnp.where(finite, 0, state["skipped"] + 1)
         return new_state, {**metrics, "gradient_norm": norm, "skipped": new_state["skipped"]}

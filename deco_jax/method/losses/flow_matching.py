@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 
+@jax.named_scope("loss")
 def flow_matching_loss(error: Array) -> Array:
     """Mean square of v̂ − v over everything but the batch (Lipman et al. 2023, eq. 9).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -57,6 +58,7 @@ def jpeg_weights(quality: float) -> np.ndarray:
     return (weights / weights.mean(axis=(1, 2), keepdims=True)).astype(np.float32)
 
 
+@jax.named_scope("loss")
 def frequency_loss(error: Array, weights: np.ndarray | Array) -> Array:
     """Weighted mean square of the YCbCr block DCT of v̂ − v: one transform, of the difference, because it is linear.
 

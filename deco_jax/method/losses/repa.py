@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 EPSILON = 1e-8
 
 
+@jax.named_scope("loss")
 def alignment_loss(projected: Array, teacher: Array) -> Array:
     """One minus the cosine similarity of matching tokens, averaged over the tokens.
 

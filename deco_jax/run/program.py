@@ -1,0 +1,492 @@
+"""Reads a compiled program: what a device holds, what travels between devices, and what XLA expects each op to cost.
+
+Everything here is a pure function of `compiled.as_text()`, XLA's optimized HLO. Only what runs by itself counts: the
+entry computation, the bodies of its loops as often as they go round, and what these call. The inside of a fusion is
+one op; its intermediate values are in no memory.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+
+class Array(NamedTuple):
+    """The type of an array as a device holds it: its own part of what is split over devices."""
+
+    dtype: str  # XLA's name: bf16, f32, u8, pred
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        bits = re.search(r"\d+", self.dtype)
+        width = 8 if self.dtype == "pred" else int(bits[0]) if bits else 0  # a token has none
+        return math.prod(self.shape) * width // 8
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+class Instruction(NamedTuple):
+    """One line of a computation."""
+
+    name: str
+    opcode: str
+    results: tuple[Array, ...]  # of a tuple, all of its arrays
+    operands: tuple[str, ...]  # names of instructions
+    arguments: str  # what stands in the parentheses
+    attributes: str  # what follows them
+
+    @property
+    def op_name(self) -> str:
+        """JAX's name of what this computes, with its scopes: "jit(train_step)/jvp(decoder)/dot_general"; "" without."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+
+class Frame(NamedTuple):
+    """A place in the Python code."""
+
+    file: str
+    line: int
+    function: str
+
+
+class Program(NamedTuple):
+    """A compiled program."""
+
+    computations: dict[str, dict[str, Instruction]]
+    entry: str
+    devices: int
+    stacks: dict[int, tuple[Frame, ...]]  # by stack_frame_id, innermost first
+
+
+class Execution(NamedTuple):
+    """An instruction as it runs."""
+
+    instruction: Instruction
+    computation: str
+    times: int  # a run of the program
+    loops: tuple[str, ...]  # the loops around it, outermost first, by the names of their `while` instructions
+
+
+class Collective(NamedTuple):
+    """A transfer between devices."""
+
+    kind: str  # one of COLLECTIVES
+    arrays: tuple[Array, ...]  # what a device puts in
+    devices: int  # that exchange among each other
+    times: int  # a run of the program
+    loops: tuple[str, ...]
+    op_name: str
+    source: str
+    sliced: bool  # an all-reduce of which each device keeps its slice only: a reduce-scatter on other backends
+
+    @property
+    def bytes(self) -> int:
+        """Size of the whole array: what a gather makes, what a reduction takes."""
+        size = sum(array.bytes for array in self.arrays)
+        return size * self.devices if self.kind == "all-gather" else size
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends each time, by the ring algorithms, which are optimal in bytes."""
+        if self.kind in ("collective-permute", "collective-broadcast"):
+            return float(self.bytes)
+        rounds = 2 if self.kind == "all-reduce" else 1
+        return rounds * self.bytes * (self.devices - 1) / self.devices
+
+
+class Cost(NamedTuple):
+    """What XLA expects an op to take."""
+
+    name: str
+    results: tuple[Array, ...]
+    cycles: int  # once
+    times: int
+    op_name: str
+    source: str
+
+    @property
+    def total(self) -> int:
+        return self.cycles * self.times
+
+
+COLLECTIVES = (
+    "all-gather",
+    "reduce-scatter",
+    "all-reduce",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+# These name what another instruction made; they hold nothing of their own.
+_ALIASES = ("tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "optimization-barrier")
+# These hand on what they are given.
+_MOVES = ("bitcast", "copy", "convert", "transpose", "reshape", "get-tuple-element", "all-reduce-done")
+
+# --------------------------------------------------------------------------------------------------- parsing
+
+_ARRAY = re.compile(r"\b(pred|bf16|token|opaque|[suf]\d+\w*|c\d+)\[([^\]]*)\]")
+_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_LEFT = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = ")
+_OPCODE = re.compile(r"\s*([a-z][a-z0-9\-]*)\(")
+
+
+def parse(text: str) -> Program:
+    """Read `compiled.as_text()`."""
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry = ""
+    current: dict[str, Instruction] = {}
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            current = computations.setdefault(header[2], {})
+            entry = header[2] if header[1] else entry
+        elif instruction := _instruction(line):
+            current[instruction.name] = instruction
+    partitions, replicas = (re.search(rf"\b{name}=(\d+)", text) for name in ("num_partitions", "replica_count"))
+    devices = int(partitions[1] if partitions else 1) * int(replicas[1] if replicas else 1)
+    return Program(computations, entry, devices, _stacks(text))
+
+
+def _instruction(line: str) -> Instruction | None:
+    left = _LEFT.match(line)
+    if not left:
+        return None
+    start = left.end()
+    end = _closing(line, start) if line[start] == "(" else line.index(" ", start)
+    opcode = _OPCODE.match(line, end)
+    if not opcode:
+        return None
+    close = _closing(line, opcode.end() - 1)
+    arguments = line[opcode.end() : close - 1]
+    results = tuple(
+        Array(dtype, tuple(int(side.lstrip("<=")) for side in shape.split(",") if side))
+        for dtype, shape in _ARRAY.findall(line[start:end])
+    )
+    operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
+    return Instruction(left[1], opcode[1], results, operands, arguments, line[close:])
+
+
+def _closing(line: str, start: int) -> int:
+    """The place behind the parenthesis that closes the one at `start`."""
+    depth = 0
+    for place in re.finditer(r"[()]", line[start:]):
+        depth += 1 if place[0] == "(" else -1
+        if not depth:
+            return start + place.end()
+    return len(line)
+
+
+def _stacks(text: str) -> dict[int, tuple[Frame, ...]]:
+    def table(name: str, pattern: str) -> dict[int, tuple[str, ...]]:
+        block = re.search(rf"^{name}\n((?:\d+ .*\n)+)", text, re.MULTILINE)
+        return {int(row[0]): row[1:] for row in re.findall(rf"^(\d+) {pattern}", block[1] if block else "", re.M)}
+
+    files, functions = table("FileNames", '"(.*)"()'), table("FunctionNames", '"(.*)"()')
+    locations = table("FileLocations", r"\{file_name_id=(\d+) function_name_id=(\d+) line=(\d+)")
+    frames = {i: (int(a), int(b)) for i, (a, b) in table("StackFrames", r"\{\w+=(\d+) parent_frame_id=(\d+)").items()}
+    if not frames:
+        return {}
+    # 0 is no frame; some versions print a parent's number and some that number plus one.
+    offset = min(parent for _, parent in frames.values())
+    stacks: dict[int, tuple[Frame, ...]] = {0: ()}
+    for i in sorted(frames):  # parents come first
+        location, parent = frames[i]
+        file, function, line = (int(number) for number in locations[location])
+        stacks[i] = (Frame(files[file][0], int(line), functions[function][0]), *stacks.get(parent - offset, ()))
+    return stacks
+
+
+def source(program: Program, instruction: Instruction, depth: int = 3) -> str:
+    """Where an instruction comes from: "layers.py:91 Linear.__call__ < dit.py:70 Attention.__call__"; "" if unknown.
+
+    Frames of installed libraries are left out, as far as there are others.
+    """
+    found = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
+    frames = program.stacks.get(int(found[1]), ()) if found else ()
+    own = [frame for frame in frames if "-packages/" not in frame.file] or list(frames)
+    if own:
+        return " < ".join(f"{frame.file.rpartition('/')[2]}:{frame.line} {frame.function}" for frame in own[:depth])
+    file, line = (re.search(rf'{key}="?([^"\s}}]+)', instruction.attributes) for key in ("source_file", "source_line"))
+    return f"{file[1].rpartition('/')[2]}:{line[1]}" if file and line else ""
+
+
+# --------------------------------------------------------------------------------------------------- what runs
+
+
+def executions(program: Program) -> Iterator[Execution]:
+    """Every instruction that runs by itself; of a conditional, all branches, as if each were taken."""
+
+    def walk(name: str, times: int, loops: tuple[str, ...]) -> Iterator[Execution]:
+        for instruction in program.computations[name].values():
+            yield Execution(instruction, name, times, loops)
+            if instruction.opcode == "while":
+                count = trip_count(program, name, instruction)
+                (body,) = _called(instruction, "body")
+                yield from walk(body, times * (1 if count is None else count), (*loops, instruction.name))
+            elif instruction.opcode in ("call", "async-start", "conditional"):
+                for called in _called(
+                    instruction, "to_apply|calls|branch_computations|true_computation|false_computation"
+                ):
+                    yield from walk(called, times, loops)
+
+    return walk(program.entry, 1, ())
+
+
+def _called(instruction: Instruction, keys: str) -> list[str]:
+    return [
+        name
+        for group in re.findall(rf"\b(?:{keys})=(\{{[^}}]*\}}|%?[\w.\-]+)", instruction.attributes)
+        for name in re.findall(r"[\w.\-]+", group)
+    ]
+
+
+def trip_count(program: Program, computation: str, loop: Instruction) -> int | None:
+    """How often a `while` of a computation goes round; None if its text doesn't say.
+
+    XLA may write it down. If not, it is the bound in the loop's condition: JAX's scans and fori_loops count from 0,
+    or to the bound from a constant, by ones.
+    """
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+    if known:
+        return int(known[1])
+    (condition,) = _called(loop, "condition")
+    inside = program.computations[condition]
+    compares = [
+        (body, instruction)
+        for body in (inside, *(program.computations[name] for i in inside.values() for name in _called(i, "calls")))
+        for instruction in body.values()
+        if instruction.opcode == "compare" and re.search(r"direction=(LT|GT)", instruction.attributes)
+    ]
+    if len(compares) != 1:
+        return None
+    body, compare = compares[0]
+    names = compare.operands
+    if body is not inside:  # a fusion of the comparison: its parameters are what the condition passes
+        (fusion,) = (i for i in inside.values() if i.opcode == "fusion" and compare.name in _fused(program, i))
+        names = tuple(
+            fusion.operands[int(body[name].arguments)] if body[name].opcode == "parameter" else name for name in names
+        )
+    scope = {**body, **inside}
+    bounds = [_constant(program, computation, loop, scope, name) for name in names]
+    found = [bound for bound in bounds if bound is not None]
+    return found[0] if len(found) == 1 else None
+
+
+def _fused(program: Program, fusion: Instruction) -> dict[str, Instruction]:
+    return {k: v for name in _called(fusion, "calls") for k, v in program.computations[name].items()}
+
+
+def _constant(
+    program: Program, computation: str, loop: Instruction, scope: Mapping[str, Instruction], name: str
+) -> int | None:
+    """The integer that a name in a loop's condition stands for, also if the loop carries it; None if it varies."""
+    instruction = scope.get(name)
+    while instruction is not None and instruction.opcode in ("copy", "bitcast", "convert", "reshape"):
+        instruction = scope.get(instruction.operands[0])
+    if instruction is None:
+        return None
+    if instruction.opcode == "constant":
+        return int(instruction.arguments) if re.fullmatch(r"-?\d+", instruction.arguments) else None
+    index = re.search(r"index=(\d+)", instruction.attributes)
+    if instruction.opcode != "get-tuple-element" or not index:
+        return None
+    # The loop's counter is a constant where the loop begins as well, but its body doesn't hand it on unchanged.
+    body = program.computations[_called(loop, "body")[0]]
+    root = list(body.values())[-1]
+    if root.opcode != "tuple":
+        return None
+    carried = body[root.operands[int(index[1])]]
+    same = re.search(r"index=(\d+)", carried.attributes)
+    if carried.opcode != "get-tuple-element" or not same or same[1] != index[1]:
+        return None
+    outside = program.computations[computation]
+    start = outside[loop.operands[0]]
+    if start.opcode != "tuple":
+        return None
+    return _constant(program, computation, loop, outside, start.operands[int(index[1])])
+
+
+# --------------------------------------------------------------------------------------------------- the questions
+
+
+def arrays(program: Program) -> list[tuple[Array, Execution]]:
+    """Every array that a device holds at some time, with what makes it: the program's arguments and all results."""
+    return [
+        (array, execution)
+        for execution in executions(program)
+        if execution.instruction.opcode not in _ALIASES
+        and (execution.instruction.opcode != "parameter" or execution.computation == program.entry)
+        for array in execution.instruction.results
+    ]
+
+
+def largest(program: Program, count: int = 10) -> list[tuple[Array, Execution]]:
+    """The largest arrays that a device holds, each shape once."""
+    found: dict[Array, Execution] = {}
+    for array, execution in arrays(program):
+        found.setdefault(array, execution)
+    return sorted(found.items(), key=lambda item: -item[0].bytes)[:count]
+
+
+def leading(program: Program, size: int, axis: int = 0) -> list[tuple[Array, Execution]]:
+    """Arrays of at least two axes that a device holds whose axis `axis` is `size` long."""
+    return [
+        (array, execution)
+        for array, execution in arrays(program)
+        if len(array.shape) > max(axis, 1) and array.shape[axis] == size
+    ]
+
+
+def collectives(program: Program) -> list[Collective]:
+    """Every transfer between devices, each once with how often it runs.
+
+    A collective that is split into a start and a done is counted at its start, and one that a TPU spreads over several
+    fusions once. One among a single device is none.
+    """
+    found, channels = [], set()
+    for execution in executions(program):
+        instruction = execution.instruction
+        inside = [(execution.computation, instruction)]
+        if instruction.opcode == "fusion":
+            inside = [(name, i) for name in _called(instruction, "calls") for i in program.computations[name].values()]
+        for computation, part in inside:
+            kind = part.opcode.removesuffix("-start")
+            if kind not in COLLECTIVES:
+                continue
+            channel = re.search(r"channel_id=(\d+)", part.attributes)
+            if channel and '"async_collective_fusion_config"' in part.attributes:
+                if channel[1] in channels:
+                    continue
+                channels.add(channel[1])
+            scope = program.computations[computation]
+            if computation.startswith("all-reduce-scatter"):  # how a TPU's program says it
+                kind = "reduce-scatter"
+            put_in = tuple(a for name in part.operands if name in scope for a in scope[name].results)
+            devices = 2 if kind == "collective-permute" else _group(program, part.attributes)
+            named = part if part.op_name else instruction
+            if devices > 1:
+                found.append(
+                    Collective(
+                        kind,
+                        put_in or part.results,
+                        devices,
+                        execution.times,
+                        execution.loops,
+                        named.op_name,
+                        source(program, named),
+                        kind == "all-reduce" and _sliced(program, scope, part.name),
+                    )
+                )
+    return found
+
+
+def _group(program: Program, attributes: str) -> int:
+    """How many devices exchange among each other, by replica_groups in any of XLA's notations."""
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
+        return math.prod(int(part or sizes[name]) for name, part in axes)
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
+        return int(iota[2])
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+        return len(listed[1].split(","))
+    if re.search(r"replica_groups=(?!\{\})", attributes):
+        raise ValueError(f"a notation of replica groups that is not known here: {attributes[:200]}")
+    return program.devices
+
+
+def _sliced(program: Program, scope: Mapping[str, Instruction], name: str) -> bool:
+    """Whether of an array only a slice that depends on the device is used, by everything that uses it."""
+    users = [i for i in scope.values() if name in i.operands]
+
+    def slices(user: Instruction) -> bool:
+        if user.opcode == "dynamic-slice":
+            return user.operands[0] == name
+        if user.opcode in (
+            "bitcast",
+            "copy",
+            "convert",
+            "transpose",
+            "reshape",
+            "get-tuple-element",
+            "all-reduce-done",
+        ):
+            return _sliced(program, scope, user.name)
+        if user.opcode != "fusion":
+            return False
+        body = _fused(program, user)
+        places = {str(i) for i, operand in enumerate(user.operands) if operand == name}
+        parameters = [i.name for i in body.values() if i.opcode == "parameter" and i.arguments in places]
+        return all(_sliced(program, body, parameter) for parameter in parameters)
+
+    return bool(users) and all(map(slices, users))
+
+
+def costs(program: Program) -> list[Cost]:
+    """What XLA's cost model expects of each op, the dearest first; empty where it writes no estimates, as on a CPU.
+
+    Transfers between devices and kernels written by hand carry no estimate and are not in it.
+    """
+    found = []
+    for execution in executions(program):
+        instruction = execution.instruction
+        cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
+        if cycles and int(cycles[1]):
+            named = _named(program, instruction)
+            found.append(
+                Cost(
+                    instruction.name,
+                    instruction.results,
+                    int(cycles[1]),
+                    execution.times,
+                    named.op_name,
+                    source(program, named),
+                )
+            )
+    return sorted(found, key=lambda cost: -cost.total)
+
+
+def _named(program: Program, instruction: Instruction) -> Instruction:
+    """Whose name says what an op computes: XLA calls some fusions after what it put in, such as "convert.10"."""
+    if "/" in instruction.op_name or instruction.opcode != "fusion":
+        return instruction
+    inside = reversed(_fused(program, instruction).values())
+    return next((part for part in inside if "/" in part.op_name), instruction)
+
+
+# Scopes (`jax.named_scope`) in the order in which they decide: the attention of the teacher is the teacher's.
+PARTS = (
+    "teacher",
+    "text_encoder",
+    "optimizer",
+    "loss",
+    "noise",
+    "projector",
+    "decoder",
+    "attention",
+    "mlp",
+    "norm",
+    "blocks",
+    "inception",
+)
+
+
+def part(cost: Cost) -> str:
+    """The part of the program that an op belongs to: one of PARTS, "copies", or "other"."""
+    scopes = set(re.split(r"[/();]", cost.op_name))
+    named = next((name for name in PARTS if name in scopes), None)
+    return named or ("copies" if cost.name.startswith(("copy", "bitcast", "transpose")) else "other")
+
+
+def shares(found: Iterable[Cost], key: Callable[[Cost], str] = part) -> dict[str, float]:
+    """Each part's share of all cycles, the largest first."""
+    sums: dict[str, int] = {}
+    for cost in found:
+        sums[key(cost)] = sums.get(key(cost), 0) + cost.total
+    whole = sum(sums.values())
+    return {name: value / whole for name, value in sorted(sums.items(), key=lambda item: -item[1])}
