@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class UserError(Exception):
     """A mistake in what was asked for, not in the program.
@@ -9,3 +11,10 @@ class UserError(Exception):
     Its message is one line: what is wrong and what to do about it. `main.py` prints that line without a
     traceback and exits with status 1.
     """
+
+
+def reason(error: BaseException, most: int = 120) -> str:
+    """Return an error's first line without what a terminal would obey, such as colours that are switched on."""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", str(error)).strip()
+    line = (text.splitlines() or [type(error).__name__])[0]
+    return "".join(c for c in line if c.isprintable())[:most]

@@ -398,14 +398,40 @@ def test_missing_and_damaged_files(weights, tmp_path):
             load_inception(damaged)
         assert "\n" not in str(error.value)
     torch.save([torch.zeros(3)], damaged)
-    with pytest.raises(UserError, match="it holds no state dict"):
+    with pytest.raises(UserError, match="holds a list, not a dictionary of weights"):
         load_inception(damaged)
 
 
-def test_without_torch(weights, monkeypatch):
+def test_without_torch(weights, params, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match="pip install torch"):
-        load_inception(weights)
+    jax.tree.map(np.testing.assert_array_equal, load_inception(weights), params)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_code_of_a_script_is_not_run(state, tmp_path):
+    """A module whose loading runs for ever, which PyTorch would do before it gives its tensors."""
+
+    class Hangs(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for key, array in script_names(state, "").items():
+                self.register_buffer(key.replace(".", "_"), torch.from_numpy(array))
+
+        @torch.jit.export
+        def __getstate__(self):
+            return (torch.zeros(1), self.training)
+
+        @torch.jit.export
+        def __setstate__(self, state: tuple[torch.Tensor, bool]):
+            while True:
+                pass
+
+        def forward(self, x):
+            return x
+
+    torch.jit.script(Hangs()).save(str(tmp_path / "a.pt"))
+    with pytest.raises(UserError, match="damaged or no PyTorch file"):
+        load_inception(tmp_path / "a.pt")
 
 
 # --- the real weights ------------------------------------------------------------------------------------------------

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
 import json
+import pathlib
 import shutil
 import sys
 import types
+import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -102,15 +106,123 @@ def test_code_in_a_file_is_not_run(torch, tmp_path):
             return (open, (str(tmp_path / "ran"), "w"))
 
     torch.save({"state_dict": Evil()}, tmp_path / "evil.ckpt")
-    with pytest.raises(UserError, match="no readable PyTorch file"):
+    with pytest.raises(UserError, match="no `state_dict` of tensors"):
         files.read_lightning(tmp_path / "evil.ckpt")
+    torch.save({"state_dict": Evil()}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match="no readable PyTorch file") as error:
+        files.read_lightning(tmp_path / "old.ckpt")
+    assert str(error.value).isprintable()  # PyTorch's reason switches a terminal to bold
     assert not (tmp_path / "ran").exists()
 
 
-def test_missing_pytorch_is_named(monkeypatch, tmp_path):
+@pytest.mark.parametrize("changed", ["data.pkl", "data/7"])
+def test_a_flipped_byte_is_found(torch, tmp_path, changed):
+    """Also where the file is still a pickle of tensors: by the archive's checksums."""
+    path = tmp_path / "x.ckpt"
+    content = bytearray(CHECKPOINT.read_bytes())
+    with zipfile.ZipFile(CHECKPOINT) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(f"/{changed}"))
+        whole = archive.read(name)
+    at = content.index(whole) + (whole.index(b"blocks") if changed == "data.pkl" else 3)
+    content[at] ^= 0x41
+    path.write_bytes(content)
+
+    def read_all():
+        checkpoint = files.read_lightning(path)
+        for tensors in (checkpoint.denoiser, checkpoint.ema, checkpoint.projector):
+            dict(tensors)
+
+    with pytest.raises(UserError, match=rf"{changed} fails its checksum.*download"):
+        read_all()
+
+
+def test_files_without_checksums_are_read(torch, tmp_path):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.arange(5.0)}, tmp_path / "x.pth")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    np.testing.assert_array_equal(files.read_tensors(tmp_path / "x.pth")["a"], np.arange(5))
+
+
+def lightning(torch, path, tensors=None, **content):
+    state = {"denoiser.a": torch.ones(2)} if tensors is None else tensors
+    torch.save({"state_dict": state, "global_step": 7, "epoch": 1, **content}, path)
+    return path
+
+
+def test_what_lightning_keeps_beside_the_weights(torch, tmp_path):
+    """Hyper-parameters of classes that need not be installed here, and counts of NumPy's, are no damage."""
+    odd = {
+        "hyper_parameters": argparse.Namespace(path=pathlib.PosixPath("/data"), rate=np.float64(1e-4)),
+        "callbacks": {"a": np.arange(3), "b": {1, 2}, "c": collections.defaultdict(list, x=[1])},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(2)}}}],
+    }
+    read = files.read_lightning(lightning(torch, tmp_path / "x.ckpt", **odd, global_step=np.int64(5), epoch=None))
+    assert (read.step, read.epoch, read.has_optimizer) == (5, 0, True)
+    np.testing.assert_array_equal(read.denoiser["a"], np.ones(2))
+    assert not files.read_lightning(CHECKPOINT).has_optimizer
+    assert files.read_lightning(lightning(torch, tmp_path / "x.ckpt", global_step=torch.tensor(9))).step == 9
+    assert files.read_lightning(lightning(torch, tmp_path / "x.ckpt", global_step=None)).step == 0
+
+
+@pytest.mark.parametrize("step", [-1, 2**31, "many", 1.5, float("nan"), [1]])
+def test_steps_that_are_none(torch, tmp_path, step):
+    with pytest.raises(UserError, match=r"global_step=.* is no count from 0 to"):
+        files.read_lightning(lightning(torch, tmp_path / "x.ckpt", global_step=step))
+
+
+def odd_tensors(torch):
+    nan = torch.ones(3)
+    nan[1] = float("nan")
+    return {
+        "complex numbers": torch.ones(2, dtype=torch.complex64),
+        "conjugated": torch.ones(2, dtype=torch.complex64).conj(),
+        "sparse": torch.eye(2).to_sparse(),
+        "meta tensor": torch.ones(2, device="meta"),
+        "not finite": nan,
+        "are not finite": torch.full((2,), float("inf"), dtype=torch.bfloat16),
+    }
+
+
+@pytest.mark.parametrize("said", odd_tensors(__import__("torch")))
+def test_tensors_that_are_no_weights_are_named(torch, tmp_path, said):
+    path = lightning(torch, tmp_path / "x.ckpt", {"denoiser.a": odd_tensors(torch)[said]})
+    with pytest.raises(UserError, match=rf"x\.ckpt: a .*{said}"):
+        files.read_lightning(path).denoiser["a"]
+    with pytest.raises(UserError, match=r"names are no text: 1 \(3\)"):
+        files.read_lightning(lightning(torch, path, {3: torch.ones(1)}))
+
+
+def test_every_kind_of_dense_tensor(torch, tmp_path):
+    """float8, views of a shared storage, transposed and empty ones, parameters: PyTorch's own values."""
+    base = torch.arange(24.0).reshape(4, 6)
+    tensors = {
+        "float8": torch.arange(6).to(torch.float8_e4m3fn),
+        "view": base[1:3, ::2],
+        "transposed": base.T,
+        "scalar": torch.tensor(3.0),
+        "empty": torch.zeros(0, 3),
+        "parameter": torch.nn.Parameter(base.double()),
+        "half": base.half(),
+        "integers": torch.arange(3),
+    }
+    torch.save(tensors, tmp_path / "x.pth")
+    read = files.read_tensors(tmp_path / "x.pth")
+    for name, tensor in tensors.items():
+        expected = tensor.detach().float().numpy() if name == "float8" else tensor.detach().numpy()
+        assert read[name].shape == tensor.shape
+        np.testing.assert_array_equal(read[name].astype(expected.dtype), expected, err_msg=name)
+
+
+def test_pytorch_is_named_where_it_is_needed(torch, monkeypatch, tmp_path):
+    """For writing, and for files from before its archives; the others are read without it."""
+    torch.save({"a": torch.ones(1)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     monkeypatch.setitem(sys.modules, "torch", None)
+    assert files.read_lightning(CHECKPOINT).step == 1234
     with pytest.raises(UserError, match="pip install torch"):
-        files.read_lightning(CHECKPOINT)
+        files.read_tensors(tmp_path / "old.pth")
     with pytest.raises(UserError, match="pip install torch"):
         files.write_lightning(tmp_path / "x.ckpt", files.Checkpoint())
 

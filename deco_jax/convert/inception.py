@@ -7,13 +7,12 @@
 from __future__ import annotations
 
 import pathlib
-import warnings
-import zipfile
 
 import numpy as np
 from flax import nnx
 
 from deco_jax.convert.mapping import flatten, unflatten
+from deco_jax.convert.torch_files import read_tensors
 from deco_jax.errors import UserError
 from deco_jax.models.inception import NUM_CLASSES, POOL3_WIDTH, Inception
 
@@ -133,28 +132,12 @@ def load_inception(path: str | pathlib.Path) -> dict:
 
 
 def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The tensors of a state dictionary or of a TorchScript module, whose code is not run."""
     try:
-        import torch
-    except ImportError:
-        raise UserError(f"reading {path.name} needs PyTorch; run: pip install torch") from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            if zipfile.is_zipfile(path) and _is_script(path):
-                state = torch.jit.load(str(path), map_location="cpu").state_dict()
-            else:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or not all(isinstance(a, torch.Tensor) for a in state.values()):
-            raise TypeError("it holds no state dict")
-        return {str(key): tensor.detach().numpy() for key, tensor in state.items()}
-    except Exception as error:  # torch raises many kinds for a damaged file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"{path} is damaged or no PyTorch file ({reason}); {WHERE}") from error
-
-
-def _is_script(path: pathlib.Path) -> bool:
-    with zipfile.ZipFile(path) as file:
-        return any(name.split("/", 1)[-1].startswith("code/") for name in file.namelist())
+        return dict(read_tensors(path))
+    except UserError as error:
+        why = str(error).removeprefix(f"{path}: ").rpartition(";")[0]
+        raise UserError(f"{path} is damaged or no PyTorch file of weights ({why}); {WHERE}") from error
 
 
 def _check_names(path: pathlib.Path, expected: set[str], found: set[str]) -> None:

@@ -275,7 +275,8 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def listed(names: Iterable[str]) -> str:
     """The first few of many names, and how many more there are."""
-    names = list(names)
+    # A file's names may hold anything, also what a terminal obeys.
+    names = [name if name.isprintable() else repr(name) for name in names]
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 

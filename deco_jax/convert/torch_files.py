@@ -17,8 +17,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from deco_jax.convert import torch_archive
 from deco_jax.convert.mapping import listed
-from deco_jax.errors import UserError
+from deco_jax.errors import UserError, reason
 from deco_jax.run import files
 
 PREFIXES = {"denoiser": "denoiser.", "ema": "ema_denoiser.", "projector": "diffusion_trainer.proj."}
@@ -32,6 +33,7 @@ class Checkpoint:
     Attributes:
         denoiser, ema, projector: empty where the file has none.
         step, epoch: how far it was trained.
+        has_optimizer: whether the file also has an optimizer's state, which is PyTorch's and not read.
     """
 
     denoiser: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -39,21 +41,21 @@ class Checkpoint:
     projector: Mapping[str, np.ndarray] = field(default_factory=dict)
     step: int = 0
     epoch: int = 0
+    has_optimizer: bool = False
 
 
 class _TorchTensors(Mapping[str, np.ndarray]):
-    """PyTorch tensors seen as NumPy arrays, without a copy."""
+    """PyTorch tensors of a file as NumPy arrays, each read, and looked at, when its name is looked up."""
 
-    def __init__(self, tensors: Mapping[str, Any]) -> None:
-        self.tensors = tensors
+    def __init__(self, path: Path, tensors: Mapping[str, Any]) -> None:
+        self.path, self.tensors = path, tensors
 
     def __getitem__(self, name: str) -> np.ndarray:
-        import torch
-
-        tensor = self.tensors[name].detach()
-        if tensor.dtype == torch.bfloat16:  # which NumPy doesn't know
-            return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-        return tensor.numpy()
+        try:
+            array = _array(self.tensors[name])
+        except (ValueError, OSError) as error:
+            raise UserError(f"{self.path}: {name} can't be read: {reason(error)}; download the file again") from error
+        return _weights(array, name, self.path)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
@@ -62,14 +64,42 @@ class _TorchTensors(Mapping[str, np.ndarray]):
         return len(self.tensors)
 
 
+def _array(tensor: Any) -> np.ndarray:
+    if isinstance(tensor, torch_archive.Tensor):
+        return tensor.numpy()
+    import torch  # of a file from before PyTorch 1.6
+
+    tensor = tensor.detach()
+    if tensor.layout != torch.strided:
+        raise ValueError("it is sparse")
+    if tensor.dtype == torch.bfloat16:  # which NumPy doesn't know
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.resolve_conj().resolve_neg().numpy()
+
+
+def _weights(array: np.ndarray, name: str, path: Path) -> np.ndarray:
+    """The array, if it can be one of weights: real and finite."""
+    if array.dtype.kind == "c":
+        raise UserError(f"{path}: {name} holds complex numbers, which no weight here is; is this another model's file?")
+    if not _finite(array):
+        raise UserError(f"{path}: {name} holds values that are not finite; the file is damaged or its training failed")
+    return array
+
+
+def _finite(array: np.ndarray) -> bool:
+    if array.dtype == ml_dtypes.bfloat16:  # by its bits, which is many times faster
+        return not bool(np.any((array.view(np.uint16) & 0x7F80) == 0x7F80))
+    return array.dtype.kind in "iub" or bool(np.isfinite(array).all())
+
+
 class _SafeTensors(Mapping[str, np.ndarray]):
     """Tensors of one or several memory-mapped safetensors files."""
 
-    def __init__(self, files: Mapping[str, Any]) -> None:
-        self.files = files  # tensor name → open file
+    def __init__(self, path: Path, files: Mapping[str, Any]) -> None:
+        self.path, self.files = path, files  # tensor name → open file
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self.files[name].get_tensor(name)
+        return _weights(self.files[name].get_tensor(name), name, self.path)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -96,24 +126,44 @@ def _existing(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def read_pickled(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The dictionary that `torch.save` wrote, memory-mapped; code hidden in the file isn't run.
+def read_pickled(path: str | os.PathLike[str]) -> dict[Any, Any]:
+    """The dictionary that `torch.save` wrote, its tensors not read yet; code hidden in the file isn't run.
+
+    Of TorchScript it is the state dictionary.
 
     Raises:
-        UserError: PyTorch isn't installed; the file is missing, damaged, or no dictionary of weights.
+        UserError: the file is missing, damaged, or no dictionary of weights; it is from before PyTorch 1.6, whose files
+            are no zip archives, and PyTorch isn't installed.
     """
     path = _existing(path)
-    torch = _torch()
     try:
-        # Files from before PyTorch 1.6 are no zip archives and can't be mapped.
-        content = torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
+        if zipfile.is_zipfile(path):
+            archive = torch_archive.Archive(path)
+            content = torch_archive.script_tensors(archive.content) if archive.is_script else archive.content
+        else:
+            content = _torch().load(path, weights_only=True, map_location="cpu")
+    except UserError:
+        raise
     # Damage shows as almost any exception: of pickle, zip, storage sizes, text decoding.
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: no readable PyTorch file of weights ({reason[:120]}); download it again") from error
+        raise UserError(f"{path}: no readable PyTorch file of weights ({reason(error)}); download it again") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a dictionary of weights; check the path")
+        kind = content.path if isinstance(content, torch_archive.Other) else type(content).__name__
+        raise UserError(f"{path}: holds a {reason(ValueError(kind))}, not a dictionary of weights; check the path")
     return content
+
+
+def _state_dict(path: Path, content: Any, what: str) -> dict[str, Any]:
+    """`content`, if it is tensors by name."""
+    if not isinstance(content, dict) or not content or not all(map(_is_tensor, content.values())):
+        raise UserError(f"{path}: {what}; check the path")
+    if unnamed := [key for key in content if not isinstance(key, str)]:
+        raise UserError(f"{path}: tensors whose names are no text: {len(unnamed)} ({unnamed[0]!r}); check the path")
+    return content
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch_archive.Tensor) or hasattr(value, "detach")
 
 
 def read_lightning(path: str | os.PathLike[str]) -> Checkpoint:
@@ -122,10 +172,10 @@ def read_lightning(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         UserError: as `read_pickled`; the file isn't such a checkpoint, or holds tensors of no known network.
     """
+    path = Path(path)
     content = read_pickled(path)
-    state = content.get("state_dict")
-    if not isinstance(state, dict) or not all(hasattr(tensor, "detach") for tensor in state.values()):
-        raise UserError(f"{path}: has no `state_dict` of tensors, so it is no Lightning checkpoint; check the path")
+    what = "has no `state_dict` of tensors, so it is no Lightning checkpoint"
+    state = _state_dict(path, content.get("state_dict"), what)
     networks: dict[str, dict[str, Any]] = {name: {} for name in PREFIXES}
     unknown = []
     for key, tensor in state.items():
@@ -143,10 +193,27 @@ def read_lightning(path: str | os.PathLike[str]) -> Checkpoint:
     if not networks["denoiser"] and not networks["ema"]:
         raise UserError(f"{path}: holds neither denoiser.* nor ema_denoiser.* tensors; check the path")
     return Checkpoint(
-        **{name: _TorchTensors(tensors) for name, tensors in networks.items()},
-        step=int(content.get("global_step", 0)),
-        epoch=int(content.get("epoch", 0)),
+        **{name: _TorchTensors(path, tensors) for name, tensors in networks.items()},
+        step=_counter(path, content, "global_step"),
+        epoch=_counter(path, content, "epoch"),
+        has_optimizer=bool(content.get("optimizer_states")),
     )
+
+
+def _counter(path: Path, content: Mapping[Any, Any], name: str) -> int:
+    """A count of a checkpoint, 0 where it has none."""
+    value = content.get(name)
+    if _is_tensor(value):
+        array = _array(value)
+        value = array.item() if array.size == 1 else "a tensor"
+    if value is None:
+        return 0
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+        shown = reason(ValueError(repr(value)), 40)
+        raise UserError(f"{path}: {name}={shown} is no count from 0 to 2³¹ − 1; is the file damaged?")
+    return value
 
 
 def write_lightning(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
@@ -203,7 +270,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> Mapping[str, np.ndarray]:
         path = found[0]
     if path.suffix != ".json":
         file = _open_safetensors(path)
-        return _SafeTensors({name: file for name in file.keys()})  # noqa: SIM118  (not a dictionary)
+        return _SafeTensors(path, {name: file for name in file.keys()})  # noqa: SIM118  (not a dictionary)
     try:
         index = json.loads(_existing(path).read_text(encoding="utf-8"))["weight_map"]
         names = {str(name): Path(str(file)).name for name, file in index.items()}
@@ -219,7 +286,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> Mapping[str, np.ndarray]:
         raise UserError(
             f"{path}: tensors that it doesn't list: {len(extra)} ({listed(extra)}); download index and files again"
         )
-    return _SafeTensors({name: files[file] for name, file in names.items()})
+    return _SafeTensors(path, {name: files[file] for name, file in names.items()})
 
 
 def _open_safetensors(path: Path) -> Any:
@@ -228,8 +295,7 @@ def _open_safetensors(path: Path) -> Any:
     try:
         return safetensors.safe_open(_existing(path), framework="numpy")
     except (safetensors.SafetensorError, OSError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{path}: not a readable safetensors file ({reason[:120]}); download it again") from error
+        raise UserError(f"{path}: not a readable safetensors file ({reason(error)}); download it again") from error
 
 
 def write_safetensors(
@@ -256,10 +322,7 @@ def read_tensors(path: str | os.PathLike[str]) -> Mapping[str, np.ndarray]:
     path = Path(path)
     if path.is_dir() or path.suffix in (".safetensors", ".json"):
         return read_safetensors(path)
-    content = read_pickled(path)
-    if not content or not all(hasattr(tensor, "detach") for tensor in content.values()):
-        raise UserError(f"{path}: no state dictionary (tensors by name); check the path")
-    return _TorchTensors(content)
+    return _TorchTensors(path, _state_dict(path, read_pickled(path), "no state dictionary (tensors by name)"))
 
 
 @contextlib.contextmanager
@@ -269,8 +332,8 @@ def _whole(path: str | os.PathLike[str]) -> Iterator[str]:
         with files.whole(path) as part:
             yield str(part)
     except (OSError, RuntimeError) as error:  # PyTorch's writer raises the latter on a full disk
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{path}: can't be written ({reason}); check the folder and its space") from error
+        why = getattr(error, "strerror", None) or reason(error)
+        raise UserError(f"{path}: can't be written ({why}); check the folder and its space") from error
 
 
 def with_prefix_removed(tensors: Mapping[str, np.ndarray], prefix: str) -> Mapping[str, np.ndarray]:

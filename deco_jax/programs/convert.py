@@ -58,10 +58,8 @@ def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: s
     checkpoints.wait()
     checkpoints.close()
     write_json(folder / "config.json", to_json(config))
-    print(
-        f"imported {source}: step {file.step}, in {folder}; it has no optimizer state, so training goes on "
-        "with zero moments"
-    )
+    moments = "PyTorch's optimizer state in it is not imported" if file.has_optimizer else "it has no optimizer state"
+    print(f"imported {source}: step {file.step}, in {folder}; {moments}, so training goes on with zero moments")
 
 
 def _float32(array: np.ndarray) -> np.ndarray:
