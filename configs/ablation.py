@@ -38,6 +38,7 @@ from collections.abc import Callable
 import ml_collections
 
 from configs import imagenet256
+from deco_jax.config import set_model
 
 Change = Callable[[ml_collections.ConfigDict], None]
 
@@ -53,40 +54,28 @@ def _set(**changes: object) -> Change:
     return change
 
 
-def _without_decoder(config: ml_collections.ConfigDict) -> None:
-    with config.unlocked():
-        for key in [key for key in config.model if key.startswith("decoder_")]:
-            del config.model[key]
-    config.model.name = "dit"
-    config.model.depth = 24
-    config.loss.frequency_weight = 0.0
+def _transformer(**changes: object) -> Change:
+    """The DiT alone, 24 blocks, with as many parameters as DeCo."""
 
+    def change(config: ml_collections.ConfigDict) -> None:
+        set_model(config, "dit", depth=24)
+        config.loss.frequency_weight = 0.0
+        _set(**changes)(config)
 
-def _dit(config: ml_collections.ConfigDict) -> None:
-    _without_decoder(config)
-    config.loss.repa_weight = 0.0
-
-
-def _jit(config: ml_collections.ConfigDict) -> None:
-    _without_decoder(config)
-    config.model.prediction = "x"
+    return change
 
 
 def _pixnerd(config: ml_collections.ConfigDict) -> None:
-    with config.unlocked():
-        del config.model.decoder_patch_size, config.model.decoder_interaction, config.model.decoder_chunk
-        config.model.decoder_ratio = 2
-    config.model.name = "pixnerd"
-    config.model.decoder_width, config.model.decoder_depth = 64, 2
+    set_model(config, "pixnerd", decoder_width=64, decoder_depth=2)
     config.loss.frequency_weight = 0.0
 
 
 # name → (the paper's FID, what differs from DeCo-L)
 ROWS: dict[str, tuple[float, Change]] = {
     "deco": (31.35, _set()),
-    "dit": (61.10, _dit),
+    "dit": (61.10, _transformer(loss__repa_weight=0.0)),
     "pixnerd": (37.49, _pixnerd),
-    "jit": (39.06, _jit),
+    "jit": (39.06, _transformer(model__prediction="x")),
     "no_repa": (67.55, _set(loss__repa_weight=0.0)),
     "no_frequency": (34.12, _set(loss__frequency_weight=0.0)),
     "width16": (37.63, _set(model__decoder_width=16, loss__frequency_weight=0.0)),

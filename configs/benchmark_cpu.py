@@ -11,13 +11,14 @@ from __future__ import annotations
 import ml_collections
 
 from configs import imagenet256
+from deco_jax.config import default_config
 
 
 def get_config(variant: str = "S") -> ml_collections.ConfigDict:
     """Variants: S (default), smoke."""
     if variant not in ("S", "smoke"):
         raise ValueError(f"there is no variant {variant!r}; choose S or smoke")
-    config = imagenet256.get_config()
+    config = default_config()
     config.model.width, config.model.depth, config.model.num_heads = 384, 12, 6
     config.model.num_classes = 10
     config.model.dtype = "float32"

@@ -29,6 +29,7 @@ from __future__ import annotations
 import ml_collections
 
 from configs import ablation, imagenet256
+from deco_jax.config import default_config
 
 ROWS = {name: ablation.ROWS[name][1] for name in ("deco", "dit", "pixnerd", "jit", "no_frequency", "patch4", "add")}
 
@@ -47,7 +48,7 @@ def get_config(variant: str = "deco") -> ml_collections.ConfigDict:
     if name not in (*ROWS, "patch2") or size not in ("", "cpu", "smoke"):
         names = ", ".join([*ROWS, "patch2"])
         raise ValueError(f"there is no variant {variant!r}; choose one of {names} (or one of them with -cpu or -smoke)")
-    config = imagenet256.get_config()
+    config = default_config()
     config.model.width, config.model.depth, config.model.num_heads = 512, 12, 8
     if size == "cpu":
         config.model.width, config.model.depth, config.model.num_heads = 128, 4, 4
@@ -65,7 +66,7 @@ def get_config(variant: str = "deco") -> ml_collections.ConfigDict:
     config.model.patch_size = 4
     config.model.num_classes = 10
     config.model.remat = "none"
-    config.data.image_size = 32
+    config.data.image_size = (32, 32)
     config.data.num_workers = 8
     config.data.flip = True
     config.optimizer.learning_rate = 2e-4

@@ -25,13 +25,13 @@ from configs import imagenet256
 def get_config(variant: str = "XL") -> ml_collections.ConfigDict:
     """Variants: XL (default), L, smoke."""
     config = imagenet256.get_config(variant)
-    config.data.image_size = 512
+    config.data.image_size = (512, 512)
     config.sample.guidance = 5.0
     config.sample.num_images = config.sample.batch_size = config.sample.grid_images = 16
     config.train.num_steps = 100_000
     if variant == "smoke":
         smoke_steps = imagenet256.get_config("smoke").train.num_steps
-        config.data.image_size = 64
+        config.data.image_size = (64, 64)
         config.sample.num_images = config.sample.batch_size = config.sample.grid_images = 10
         config.train.num_steps = smoke_steps
     return config

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import ml_collections
 
-from configs import imagenet256
+from deco_jax.config import default_config
 
 
 def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
     """Variants: digits (default), smoke."""
     if variant not in ("digits", "smoke"):
         raise ValueError(f"there is no variant {variant!r}; choose digits or smoke")
-    config = imagenet256.get_config()
+    config = default_config()
     config.model.width, config.model.depth, config.model.num_heads = 128, 4, 4
     config.model.patch_size = 4
     config.model.num_classes = 10
@@ -31,7 +31,7 @@ def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
     config.model.unroll = 4
     config.model.decoder_chunk = 1024
     config.data.source = "digits"
-    config.data.image_size = 16
+    config.data.image_size = (16, 16)
     config.data.batch_size = 64
     config.data.num_workers = 0
     config.optimizer.learning_rate = 1e-3

@@ -21,13 +21,14 @@ from __future__ import annotations
 import ml_collections
 
 from configs import imagenet256
+from deco_jax.config import default_config
 
 
 def get_config(variant: str = "XXL") -> ml_collections.ConfigDict:
     """Variants: XXL (default), smoke."""
     if variant not in ("XXL", "smoke"):
         raise ValueError(f"there is no variant {variant!r}; choose XXL or smoke")
-    config = imagenet256.get_config()
+    config = default_config()
     config.model.width, config.model.depth, config.model.num_heads = 1536, 16, 24
     config.model.num_classes = 0
     config.model.text_width, config.model.text_length, config.model.text_depth = 2048, 128, 4

@@ -26,13 +26,13 @@ def get_config(variant: str = "XXL") -> ml_collections.ConfigDict:
     config = t2i_256.get_config(variant)
     smoke_steps = config.train.num_steps
     config.init_optimizer = True
-    config.data.image_size = 512
+    config.data.image_size = (512, 512)
     config.data.batch_size = 512
     config.optimizer.learning_rate = 1e-4
     config.loss.time_shift = 4.0
     config.train.num_steps = 80_000
     if variant == "smoke":
-        config.data.image_size = 64
+        config.data.image_size = (64, 64)
         config.data.batch_size = 8
         config.train.num_steps = smoke_steps
     return config

@@ -21,14 +21,15 @@ from __future__ import annotations
 
 import ml_collections
 
-from configs import imagenet256, t2i_256
+from configs import t2i_256
+from deco_jax.config import default_config
 
 
 def get_config(variant: str = "S") -> ml_collections.ConfigDict:
     """Variants: S (default), cpu, smoke."""
     if variant not in ("S", "cpu", "smoke"):
         raise ValueError(f"there is no variant {variant!r}; choose S, cpu or smoke")
-    config = imagenet256.get_config()
+    config = default_config()
     config.model.width, config.model.depth, config.model.num_heads = 256, 8, 4
     config.model.patch_size = 8
     config.model.num_classes = 0
@@ -38,7 +39,7 @@ def get_config(variant: str = "S") -> ml_collections.ConfigDict:
     config.model.remat = "none"
     config.text.encoder = "bytes"
     config.data.source = "captioned_folder"
-    config.data.image_size = 64
+    config.data.image_size = (64, 64)
     config.data.batch_size = 64
     config.data.num_workers = 2
     config.optimizer.learning_rate = 4e-4
@@ -55,7 +56,7 @@ def get_config(variant: str = "S") -> ml_collections.ConfigDict:
         config.model.patch_size, config.model.unroll = 4, 6
         config.model.text_length, config.model.text_depth = 48, 1
         config.model.decoder_width, config.model.decoder_depth, config.model.decoder_chunk = 16, 2, 4096
-        config.data.image_size, config.data.batch_size = 32, 32
+        config.data.image_size, config.data.batch_size = (32, 32), 32
         config.optimizer.learning_rate, config.optimizer.warmup_steps = 1e-3, 100
         config.optimizer.ema_decay = 0.998
         # As in configs/quickstart.py: a small decoder, briefly trained, leaves less noise with the SDE.

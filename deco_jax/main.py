@@ -181,6 +181,7 @@ def _run() -> None:
             if flags.FLAGS[flag].value and _MODE.value not in modes:
                 raise UserError(f"--mode={_MODE.value} doesn't read --{flag}, only {', '.join(modes)}; leave it out")
         config_lib.check(_CONFIG.value)
+        config_lib.settle_image_size(_CONFIG.value)
         config_lib.settle_paths(_CONFIG.value, workdir=workdir, checkpoint=checkpoint, source=source)
         if _MODE.value not in ("compile", "report"):
             from deco_jax.run import distributed

@@ -11,13 +11,16 @@ import pytest
 
 from configs import ablation, cifar10, imagenet256, quickstart, t2i_256
 from deco_jax import config as config_lib
+from deco_jax import schema
 from deco_jax.errors import UserError
 from deco_jax.models import network
 from deco_jax.models.network import MODELS
 from tests.helpers import ROOT
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
-TEXT = "\n".join(p.read_text() for p in (ROOT / "deco_jax").rglob("*.py") if p.name not in ("config.py", "main.py"))
+TEXT = "\n".join(
+    p.read_text() for p in (ROOT / "deco_jax").rglob("*.py") if p.parent.name != "config" and p.name != "main.py"
+)
 
 
 def variants(name: str) -> set[str]:
@@ -130,7 +133,44 @@ WRONG = [
     ("sample.prompts", "a cat", "for text-to-image models, and config.model.text_width is 0"),
     ("sample.negative_prompt", "blur", "for text-to-image models"),
     ("sample.images_per_prompt", 2, "for text-to-image models"),
+    # Sizes that no machine has: each ended in a traceback, a hang or gigabytes.
+    ("model.width", 2**31, "at least 4 and at most 65,536"),
+    ("model.depth", 10**9, "at most"),
+    ("model.num_classes", 2**31, "at most"),
+    ("data.image_size", 1_000_000, "at most 8,192"),
+    ("data.image_size", (16, 2**40), "at most 8,192"),
+    ("data.batch_size", 4294967296, "at least 1 and at most"),
+    ("data.num_workers", 1000, "at least 0 and at most 256"),
+    ("optimizer.learning_rate", 1e300, "above 0 and at most"),
+    ("sample.num_images", 2147483647, "at most 10,000,000"),
+    ("sample.batch_size", 2**31, "at most"),
+    ("sample.guidance", 10**400, "sample.guidance=1000"),
+    ("train.num_steps", 2**31, "at most"),
+    ("evaluate.batch_size", 2**40, "at most"),
+    ("spectrum.batch_size", 2**40, "at most"),
 ]
+
+
+def test_every_number_has_a_range():
+    """Seeds and shares too: nothing absurd gets as far as an allocation."""
+    sections = {"": config_lib.TOP, **config_lib.SECTIONS, **config_lib.MODEL}
+    numbers = [
+        (f"{section}.{name}", declared)
+        for section, settings in sections.items()
+        for name, declared in settings.items()
+        if int in declared.kinds and bool not in declared.kinds
+    ]
+    assert len(numbers) > 50
+    for name, declared in numbers:
+        for value in (2**80, -(2**80), 10**400):
+            assert schema.wrong(name, value, declared), name
+
+
+def test_every_setting_is_explained_and_its_default_allowed():
+    for section, settings in {"": config_lib.TOP, **config_lib.SECTIONS, **config_lib.MODEL}.items():
+        for name, declared in settings.items():
+            assert re.fullmatch(r"[^\n]+[.)]", declared.help), (section, name)
+            assert schema.wrong(name, declared.default, declared) == "", (section, name)
 
 
 @pytest.mark.parametrize("key, value, message", WRONG)
@@ -184,6 +224,47 @@ def test_differences_between_models():
     ours = quickstart.get_config("smoke").model.to_dict()
     assert config_lib.model_differences(ours, {**ours, "dtype": "bfloat16", "remat": "full", "unroll": 2}) == []
     assert config_lib.model_differences(ours, {**ours, "depth": 7}) == ["depth: 7 there, 2 here"]
+
+
+def test_a_setting_that_an_older_version_lacks_is_at_its_default():
+    """Of a saved config, and where a checkpoint's model is compared with ours."""
+    config = quickstart.get_config("smoke")
+    older = config_lib.to_json(config)
+    older["data"]["image_size"] = 16  # as it was stored before
+    del older["model"]["decoder_interaction"], older["train"]["keep_checkpoints"], older["report"]
+    assert config_lib.complete(older) == config_lib.to_json(config)
+    assert config_lib.model_differences(config.model.to_dict(), older["model"]) == []
+    assert config_lib.model_differences(older["model"], {**config.model.to_dict(), "decoder_interaction": "add"}) == [
+        "decoder_interaction: add there, adaln here"
+    ]
+    made = config_lib.make_config(older)
+    config_lib.check(made)
+    assert made.is_locked
+    assert made.sample.guidance_interval == config.sample.guidance_interval
+    assert config_lib.unknown({**older, "note": 1, "data": {**older["data"], "colour": "red"}}) == [
+        "note",
+        "data.colour",
+    ]
+
+
+def test_another_model_keeps_what_both_have():
+    config = imagenet256.get_config("L")
+    config_lib.set_model(config, "pixnerd", decoder_depth=2)
+    config_lib.check(config)
+    assert config.is_locked
+    assert (config.model.depth, config.model.decoder_width, config.model.decoder_depth) == (22, 32, 2)
+    assert (config.model.decoder_ratio, config.model.get("decoder_chunk")) == (2, None)
+    with pytest.raises(UserError, match=r"model\.name='unet' is not a model; choose one of deco"):
+        config_lib.set_model(config, "unet")
+
+
+def test_image_sizes_are_pairs():
+    config = quickstart.get_config()
+    assert config.data.image_size == (16, 16)
+    config.data.image_size = 32
+    config_lib.check(config)
+    config_lib.settle_image_size(config)
+    assert config.data.image_size == (32, 32)
 
 
 @pytest.mark.parametrize(("size", "share"), [("", 0.02), ("-cpu", 0.06)])

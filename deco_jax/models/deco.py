@@ -5,13 +5,35 @@ Source: DeCo (arXiv 2511.19365).
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 from flax import nnx
 
 from deco_jax.models.decoder import PixelDecoder
-from deco_jax.models.dit import Trunk, intermediates
+from deco_jax.models.dit import Trunk, TrunkSettings, intermediates
+from deco_jax.schema import MAX_INT32, at_least, one_of, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class DeCoSettings(TrunkSettings):
+    """The settings of DeCo."""
+
+    decoder_width: int = setting(32, "Channels of the pixel decoder.", at_least(1, 4096))
+    decoder_depth: int = setting(3, "Blocks of the pixel decoder.", at_least(1, 256))
+    decoder_patch_size: int = setting(
+        1, "Side of what the decoder treats as one token, in pixels; the paper's is 1.", at_least(1, 512)
+    )
+    decoder_interaction: str = setting(
+        "adaln", "How the decoder takes the transformer's condition.", one_of("adaln", "add")
+    )
+    decoder_chunk: int = setting(
+        0,
+        "Tokens that the decoder works through at a time; 0: all at once. On a CPU some thousands are fastest.",
+        at_least(0, MAX_INT32),
+        computed=True,
+    )
 
 
 class DeCo(Trunk):

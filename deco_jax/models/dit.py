@@ -10,6 +10,7 @@ two-dimensional RoPE.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 import jax
@@ -19,6 +20,7 @@ from flax import nnx
 from jax.nn import initializers
 
 from deco_jax.models.layers import (
+    REMAT_POLICIES,
     Dtype,
     Linear,
     RMSNorm,
@@ -35,6 +37,7 @@ from deco_jax.models.layers import (
     xavier,
     zeros,
 )
+from deco_jax.schema import at_least, one_of, setting
 
 
 class Attention(nnx.Module):
@@ -111,6 +114,38 @@ class Block(nnx.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(condition)[:, None], 6, axis=-1)
         h = h + gate1 * self.attention(modulate(self.norm1(h), shift1, scale1), angles, text)
         return h + gate2 * self.mlp(modulate(self.norm2(h), shift2, scale2))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrunkSettings:
+    """The settings of the transformer, which every model here has; see `schema.setting`."""
+
+    prediction: str = setting("v", "What the output is: the velocity v, or the clean image x.", one_of("v", "x"))
+    width: int = setting(1152, "Channels of the transformer.", at_least(4, 2**16))
+    depth: int = setting(28, "Transformer blocks.", at_least(1, 1024))
+    num_heads: int = setting(16, "Attention heads; each has a multiple of 4 channels.", at_least(1, 1024))
+    patch_size: int = setting(16, "Side of the patches that are the transformer's tokens, in pixels.", at_least(1, 512))
+    num_classes: int = setting(1000, "Classes; 0 for text to image.", at_least(0, 1_000_000))
+    text_width: int = setting(0, "Channels of the text features; 0 for class to image.", at_least(0, 2**16))
+    text_length: int = setting(0, "Tokens of a caption; longer ones are cut.", at_least(0, 8192))
+    text_depth: int = setting(0, "Blocks that refine the text features.", at_least(0, 1024))
+    dtype: str = setting(
+        "bfloat16",
+        "Precision of the computation; parameters are float32.",
+        one_of("bfloat16", "float32"),
+        computed=True,
+    )
+    remat: str = setting(
+        "full",
+        "What is recomputed in the backward pass. none: fastest, most memory; dots: all but matrix products; "
+        "full: slowest, least memory.",
+        one_of(*REMAT_POLICIES),
+        computed=True,
+    )
+    unroll: int = setting(1, "Blocks that are unrolled in the scan over them.", at_least(1, 1024), computed=True)
+    attention: str = setting(
+        "xla", "Implementation of attention; cudnn needs an NVIDIA GPU.", one_of("xla", "cudnn"), computed=True
+    )
 
 
 class Trunk(nnx.Module):

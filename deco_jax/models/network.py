@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deco_jax.models.deco import DeCo
-from deco_jax.models.dit import DiT
+from deco_jax.models.deco import DeCo, DeCoSettings
+from deco_jax.models.dit import DiT, TrunkSettings
 from deco_jax.models.layers import gather_parameters, is_variable
-from deco_jax.models.pixnerd import PixNerd
+from deco_jax.models.pixnerd import PixNerd, PixNerdSettings
 
 MODELS: dict[str, Callable[..., nnx.Module]] = {"deco": DeCo, "dit": DiT, "pixnerd": PixNerd}
+# Each model's section of the config; see `deco_jax.schema`.
+SETTINGS: dict[str, type] = {"deco": DeCoSettings, "dit": TrunkSettings, "pixnerd": PixNerdSettings}
 
 Params = dict[str, Any]
 

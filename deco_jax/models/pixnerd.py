@@ -5,6 +5,7 @@ Source: PixNerd (arXiv 2507.23268) as trained by DeCo's authors for Table 1.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deco_jax.models.decoder import POSITION_FEATURES, cosine_basis, embed_pixels
-from deco_jax.models.dit import Trunk, intermediates
+from deco_jax.models.dit import Trunk, TrunkSettings, intermediates
 from deco_jax.models.layers import Dtype, Linear, RMSNorm, patchify, run_stack, stack, unpatchify, zeros
+from deco_jax.schema import at_least, setting
 
 
 def unit_columns(weights: jax.Array, floor: float = 1e-12) -> jax.Array:
@@ -68,6 +70,15 @@ class GeneratedDecoder(nnx.Module):
         )
         pixels = self.output(self.norm(h)).astype(jnp.float32)
         return unpatchify(pixels, self.patch_size, *images.shape[1:3])
+
+
+@dataclasses.dataclass(frozen=True)
+class PixNerdSettings(TrunkSettings):
+    """The settings of PixNerd."""
+
+    decoder_width: int = setting(64, "Channels of the pixel network.", at_least(1, 1024))
+    decoder_depth: int = setting(2, "Blocks of the pixel network.", at_least(1, 256))
+    decoder_ratio: int = setting(2, "Hidden units of a block, as a multiple of its width.", at_least(1, 64))
 
 
 class PixNerd(Trunk):

@@ -114,9 +114,7 @@ def stored_config(where: pathlib.Path, config: ml_collections.ConfigDict) -> ml_
     theirs = ml_collections.ConfigDict(config.to_dict())
     computed = {key: config.model[key] for key in COMPUTED if key in config.model and key in stored["model"]}
     theirs.model = ml_collections.ConfigDict(stored["model"] | computed)
-    size = stored["data"]["image_size"]
-    theirs.data.image_size = tuple(size) if isinstance(size, list) else size
-    height, width = image_sides(theirs.data.image_size)
+    height, width = theirs.data.image_size = tuple(stored["data"]["image_size"])
     if theirs.model.text_width:
         raise UserError(f"{where} is a text-to-image model; the spectrum is measured with class labels")
     if min(height, width) // theirs.model.patch_size < 2:

@@ -185,9 +185,9 @@ def _read(path: pathlib.Path, shapes: Any) -> Any:
 
 
 def load_config(path: pathlib.Path) -> dict[str, Any]:
-    """The resolved config in a checkpoint, as plain values."""
+    """The resolved config in a checkpoint, as plain values; settings of later versions are at their defaults."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return reader.restore(path / "config")
+        return config_lib.complete(reader.restore(path / "config"))
 
 
 def load_state(path: pathlib.Path, shapes: State, config: ml_collections.ConfigDict) -> State:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,18 @@ from jax import Array
 
 from deco_jax.errors import UserError
 from deco_jax.method.dct import RGB_TO_YCBCR, block_dct
+from deco_jax.schema import at_least, between, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class FrequencySettings:
+    """The settings of the frequency-aware loss."""
+
+    frequency_weight: float = setting(1.0, "Weight of the frequency-aware loss; 0: off.", at_least(0, 1e6))
+    frequency_quality: float = setting(
+        85.0, "JPEG quality whose quantisation steps weight the frequencies.", between(1, 100)
+    )
+
 
 # ITU-T T.81, Annex K, tables K.1 and K.2: [vertical frequency, horizontal frequency].
 LUMINANCE_TABLE = np.array(

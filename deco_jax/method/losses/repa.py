@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from deco_jax.schema import at_least, setting
+
 EPSILON = 1e-8
+
+
+@dataclasses.dataclass(frozen=True)
+class RepaSettings:
+    """The settings of REPA."""
+
+    repa_weight: float = setting(
+        0.5, "Weight of REPA, the alignment with DINOv2's features; 0: no teacher is read.", at_least(0, 1e6)
+    )
+    repa_layer: int = setting(8, "Transformer block whose output is aligned, from 1.", at_least(1, 1024))
 
 
 @jax.named_scope("loss")

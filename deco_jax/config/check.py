@@ -1,0 +1,144 @@
+"""Checks a config before anything compiles or is written.
+
+A setting that the schema doesn't have is an error, and so is one that is missing: no setting is silently ignored.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ml_collections
+
+from deco_jax.config.sections import MODEL, SECTIONS, TOP
+from deco_jax.config.values import flatten
+from deco_jax.config.words import nearest
+from deco_jax.data.transforms import image_sides
+from deco_jax.errors import UserError
+from deco_jax.schema import Setting, wrong
+
+BYTE_WIDTH = 257  # what a caption's bytes can be, and padding
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raise UserError, one line with the remedy, if the config says anything that can't be done."""
+    values = config.to_dict()
+    sections = {name: value for name, value in values.items() if isinstance(value, dict)}
+    _check_keys("config", {k: v for k, v in values.items() if k not in sections}, TOP, more=[*SECTIONS, "model"])
+    for name in [*SECTIONS, "model"]:
+        if name not in sections:
+            raise UserError(f"config.{name} is missing; start from deco_jax.config.default_config()")
+    for name in sections:
+        if name not in SECTIONS and name != "model":
+            suggestion = _suggestion(name, [*SECTIONS, "model"])
+            raise UserError(f"config.{name} is not a section that anything reads; remove it{suggestion}")
+    model_name = sections["model"].get("name")
+    if model_name not in MODEL:
+        raise UserError(f"config.model.name={model_name!r} is not a model; choose one of {', '.join(MODEL)}")
+    _check_keys("config.model", sections["model"], MODEL[model_name])
+    for name, keys in SECTIONS.items():
+        _check_keys(f"config.{name}", sections[name], keys)
+    _check_together(config)
+
+
+def settle_paths(config: ml_collections.ConfigDict, **flags: str) -> None:
+    """Put the home folder for a leading ~ in settings; UserError for a path that is a URL, in a flag or a setting."""
+    named = {f"--{name}": value for name, value in flags.items()}
+    named |= {f"config.{key}": value for key, value in flatten(config.to_dict()).items()}
+    for name, value in named.items():
+        if isinstance(value, str) and re.match(r"[a-z][a-z0-9+.-]*://", value):
+            raise UserError(f"{name}={value} is no path of this machine; mount it (gcsfuse, s3fs) and give that path")
+        if isinstance(value, str) and value.startswith("~/") and name.startswith("config."):
+            config.update_from_flattened_dict({name.removeprefix("config."): os.path.expanduser(value)})
+
+
+def _check_keys(
+    where: str, values: Mapping[str, Any], declared: Mapping[str, Setting], more: list[str] | None = None
+) -> None:
+    for name, value in values.items():
+        if name not in declared:
+            if more and name in more:
+                raise UserError(f"{where}.{name}={value!r} must be a section of settings, not a value")
+            raise UserError(
+                f"{where}.{name} is not a setting that anything reads; remove it{_suggestion(name, declared)}"
+            )
+        if problem := wrong(f"{where}.{name}", value, declared[name]):
+            raise UserError(problem)
+    for name in declared:
+        if name not in values:
+            raise UserError(f"{where}.{name} is missing; start from deco_jax.config.default_config(), which has it")
+
+
+def _suggestion(name: str, names: Iterable[str]) -> str:
+    close = nearest(name, names)
+    return f" (did you mean {close}?)" if close else ""
+
+
+def _check_together(config: ml_collections.ConfigDict) -> None:
+    model, data, loss = config.model, config.data, config.loss
+    height, width = image_sides(data.image_size)
+    if height % model.patch_size or width % model.patch_size:
+        raise UserError(
+            f"config.model.patch_size={model.patch_size} does not divide the image, {height}x{width}; "
+            f"change it or config.data.image_size"
+        )
+    if model.width % model.num_heads:
+        raise UserError(f"config.model.num_heads={model.num_heads} does not divide config.model.width={model.width}")
+    if model.width // model.num_heads % 4:
+        raise UserError(
+            f"the head width {model.width // model.num_heads} (config.model.width / config.model.num_heads) must be "
+            "a multiple of 4, for a rotary embedding of two axes"
+        )
+    if model.attention == "cudnn" and model.dtype != "bfloat16":
+        raise UserError(f"config.model.attention=cudnn needs config.model.dtype=bfloat16, not {model.dtype}")
+    if model.name == "deco" and model.patch_size % model.decoder_patch_size:
+        raise UserError(
+            f"config.model.decoder_patch_size={model.decoder_patch_size} does not divide "
+            f"config.model.patch_size={model.patch_size}"
+        )
+    if (model.text_width > 0) == (model.num_classes > 0):
+        raise UserError(
+            "a model is conditioned on classes or on text: set one of config.model.num_classes and "
+            "config.model.text_width above 0 and the other to 0"
+        )
+    if model.text_width and not model.text_length:
+        raise UserError("config.model.text_width is set, so config.model.text_length must be at least 1")
+    if model.text_width and config.text.encoder == "bytes" and model.text_width < BYTE_WIDTH:
+        raise UserError(
+            f"config.text.encoder=bytes has {BYTE_WIDTH} symbols; set config.model.text_width={BYTE_WIDTH} or more"
+        )
+    if not model.text_width and (
+        config.sample.prompts or config.sample.negative_prompt or config.sample.images_per_prompt
+    ):
+        raise UserError(
+            "config.sample.prompts, negative_prompt and images_per_prompt are for text-to-image models, and "
+            "config.model.text_width is 0; leave them empty and 0"
+        )
+    if model.text_width and (config.sample.classes or config.sample.same_noise):
+        raise UserError(
+            "config.sample.classes and same_noise are for class-to-image models, and config.model.num_classes is 0; "
+            "leave them empty and false"
+        )
+    if config.sample.images_per_prompt and not config.sample.prompts:
+        raise UserError(
+            "config.sample.images_per_prompt is for config.sample.prompts, which is empty; without prompts "
+            "config.sample.num_images counts"
+        )
+    if loss.repa_weight and loss.repa_layer > model.depth:
+        raise UserError(f"config.loss.repa_layer={loss.repa_layer} is deeper than config.model.depth={model.depth}")
+    if loss.repa_weight and (height * 14 % model.patch_size or width * 14 % model.patch_size):
+        raise UserError(
+            f"the teacher reads the image at 14/{model.patch_size} of its size, which is not whole for {height}x{width}"
+        )
+    if config.evaluate.every % config.train.log_every:
+        raise UserError(
+            f"config.evaluate.every={config.evaluate.every} must be a multiple of "
+            f"config.train.log_every={config.train.log_every}: the FID goes into the same line of metrics.jsonl"
+        )
+    if data.batch_size % config.optimizer.accumulate_steps:
+        raise UserError(
+            f"config.optimizer.accumulate_steps={config.optimizer.accumulate_steps} does not divide "
+            f"config.data.batch_size={data.batch_size}"
+        )

@@ -1,0 +1,266 @@
+"""Every setting there is, section by section. The defaults are DeCo-XL/16 on ImageNet 256², as in the paper.
+
+A setting is added by one line here; one of a model or of a loss by one line in that model's or loss's file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from deco_jax.data.sources import SOURCES
+from deco_jax.data.transforms import image_sides
+from deco_jax.method.losses.frequency import FrequencySettings
+from deco_jax.method.losses.repa import RepaSettings
+from deco_jax.models.network import SETTINGS as MODEL_SETTINGS
+from deco_jax.sampling.samplers import SAMPLERS
+from deco_jax.schema import MAX_INT32, Rule, Setting, above, at_least, between, one_of, setting, settings
+
+SEED = between(0, 2**63 - 1)  # what JAX makes keys of
+AXIS = Rule(lambda n: n == -1 or 1 <= n <= 2**20, "at least 1, or -1 for all that is left")
+MOMENT = Rule(lambda b: 0 <= b < 1, "from 0 to below 1")
+PRECISION = one_of("bfloat16", "float32")
+MAX_SIDE = 8192
+IMAGE_SIZE = Rule(
+    lambda size: (
+        all(isinstance(side, int) and 8 <= side <= MAX_SIDE for side in image_sides(size))
+        and len(image_sides(size)) == 2
+    ),
+    f"a side of at least 8 pixels and at most {MAX_SIDE:,}, or (height, width)",
+)
+INTERVAL = Rule(lambda pair: len(pair) == 2 and 0 <= pair[0] <= pair[1] <= 1, "two times (low, high) within 0..1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Top:
+    """Settings of the whole run."""
+
+    seed: int = setting(0, "Seed of the first weights, of the order of the data, of noise and times.", SEED)
+    init_from: str = setting("", "A run's folder or a checkpoint whose weights a new run starts from; empty: none.")
+    init_optimizer: bool = setting(False, "Take over the optimizer's moments of init_from as well.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The images to train on."""
+
+    source: str = setting("image_folder", "Kind of data set.", one_of(*SOURCES))
+    path: str = setting("", "Folder of the data; for webdataset also a single .tar.")
+    split: str = setting("", "A subfolder of path; for tfds the split, train if empty.")
+    image_size: int | tuple[int, int] = setting(
+        (256, 256), "Size of the images in pixels: a side, or (height, width).", IMAGE_SIZE
+    )
+    batch_size: int = setting(256, "Images in a training step, over all devices and hosts.", at_least(1, 2**20))
+    num_workers: int = setting(
+        16, "Processes on each host that read and decode images; 0: the main process.", at_least(0, 256)
+    )
+    flip: bool = setting(False, "Mirror half of the images at random; the paper's recipe does not.")
+    max_unreadable: float = setting(
+        0.001, "Share of the images that may be unreadable before training stops.", between(0, 1)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """How the devices are arranged."""
+
+    data: int = setting(-1, "Devices along the axis that splits the batch; -1: all that are left.", AXIS)
+    fsdp: int = setting(1, "Devices along the axis that also splits weights and optimizer; -1: all left.", AXIS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW and the average of the weights."""
+
+    learning_rate: float = setting(1e-4, "Step size, constant after the warm-up.", above(0, 1000))
+    b1: float = setting(0.9, "Decay of the first moment.", MOMENT)
+    b2: float = setting(0.999, "Decay of the second moment.", MOMENT)
+    eps: float = setting(1e-8, "Added to the denominator of the update.", above(0, 1))
+    weight_decay: float = setting(0.0, "Decoupled weight decay.", at_least(0, 1000))
+    clip_norm: float = setting(0.0, "Norm that gradients are clipped to; 0: not clipped.", at_least(0, 1e9))
+    warmup_steps: int = setting(0, "Steps over which the learning rate rises linearly.", at_least(0, MAX_INT32))
+    accumulate_steps: int = setting(
+        1, "Parts that a batch is worked through in, one after the other, to save memory.", at_least(1, 2**16)
+    )
+    ema_decay: float = setting(0.9999, "Decay of the moving average of the weights per step.", between(0, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss(FrequencySettings, RepaSettings):
+    """What is minimised. The losses declare their own settings in method/losses."""
+
+    label_dropout: float = setting(
+        0.2, "Share of the images trained without their class or caption, for guidance.", between(0, 1)
+    )
+    time_shift: float = setting(1.0, "Shift of the training times towards noise; 1: none.", above(0, 1000))
+    time_mean: float = setting(
+        0.0,
+        "Mean of the normal distribution behind the logit-normal times.",
+        Rule(lambda value: -100 <= value <= 100, "a finite number from -100 to 100"),
+    )
+    time_std: float = setting(1.0, "Standard deviation of the same.", at_least(0, 100))
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """DINOv2, read only where loss.repa_weight is above 0."""
+
+    path: str = setting("", "Its weights, such as dinov2_vitb14_pretrain.pth.")
+    size: str = setting("B", "Its size.", one_of("S", "B", "L"))
+    dtype: str = setting("bfloat16", "Precision of its computation.", PRECISION)
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """The text encoder, read only where model.text_width is above 0."""
+
+    encoder: str = setting(
+        "qwen3",
+        "qwen3: a language model; bytes: the caption's letters as they are, no files needed.",
+        one_of("qwen3", "bytes"),
+    )
+    path: str = setting("", "Of qwen3: its Hugging Face folder.")
+    prefix: str = setting(
+        "", "Put before half of the captions under 30 words while training, such as 'A photo of '; empty: none."
+    )
+    dtype: str = setting("bfloat16", "Precision of qwen3's computation.", PRECISION)
+    features: str = setting(
+        "", "Folder that --mode=encode fills and training reads; empty: captions are encoded in each step."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Drawing images, in --mode=sample and in the grids while training."""
+
+    num_images: int = setting(
+        64,
+        "Images to draw, spread evenly over the classes or the data's captions; given prompts count themselves.",
+        at_least(1, 10_000_000),
+    )
+    prompts: str = setting("", "Text to image: a prompt, or a file or folder of prompts; empty: the data's captions.")
+    negative_prompt: str = setting("", "Text to image: what guidance leads away from; empty: no caption.")
+    images_per_prompt: int = setting(
+        0, "Images of each prompt; 0: what the prompts' benchmark asks for, else 1.", at_least(0, 10_000)
+    )
+    classes: str = setting("", "Class to image: numbers or names of the classes to draw, comma separated; empty: all.")
+    same_noise: bool = setting(False, "Class to image: the k-th image of every class starts from the same noise.")
+    batch_size: int = setting(64, "Images drawn at once, over all devices.", at_least(1, 2**16))
+    num_steps: int = setting(100, "Steps of the sampler.", at_least(1, 10_000))
+    sampler: str = setting("euler", "How the differential equation is solved.", one_of(*SAMPLERS))
+    guidance: float = setting(3.2, "Scale of classifier-free guidance; 1: none.", at_least(0, 1000))
+    guidance_interval: tuple[float, float] = setting(
+        (0.1, 1.0), "Times (low, high] within which guidance acts; noise is 0, the image 1.", INTERVAL
+    )
+    shift: float = setting(1.0, "Shift of the sampling times towards noise; 1: none.", above(0, 1000))
+    seed: int = setting(0, "Seed of the noise; an image depends on it and on its index alone.", SEED)
+    npz: bool = setting(False, "Also write samples/samples.npz: arr_0, uint8 [images, height, width, 3].")
+    png: bool = setting(False, "Also write each image as a file in samples/images.")
+    grid_images: int = setting(64, "Images in a grid, at most.", at_least(1, 10_000))
+    grid_columns: int = setting(
+        0, "Columns of a grid; 0: a row for each class where they come out even, else near square.", at_least(0, 10_000)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """The training loop."""
+
+    num_steps: int = setting(1_600_000, "Steps to train, counted from the very first.", at_least(1, MAX_INT32 - 1))
+    log_every: int = setting(100, "Steps between two lines of metrics.", at_least(1, MAX_INT32))
+    save_every: int = setting(5000, "Steps between two checkpoints.", at_least(1, MAX_INT32))
+    sample_every: int = setting(10_000, "Steps between two grids of samples; 0: none.", at_least(0, MAX_INT32))
+    keep_checkpoints: int = setting(3, "Newest checkpoints to keep.", at_least(1, MAX_INT32))
+    max_skipped_steps: int = setting(
+        10, "Steps in a row with a loss or gradient that is not finite before training stops.", at_least(0, MAX_INT32)
+    )
+    profile_start: int = setting(
+        0, "Steps of this process before a trace for TensorBoard starts; 0: no trace.", at_least(0, MAX_INT32)
+    )
+    profile_steps: int = setting(5, "Steps that the trace covers.", at_least(1, 10_000))
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """FID and its relatives, in --mode=evaluate and while training."""
+
+    inception: str = setting("", "Weights: inception-2015-12-05.pt, or pt_inception-2015-12-05-6726825d.pth.")
+    reference: str = setting("", "An ADM reference .npz; empty: the images of config.data.")
+    samples: str = setting(
+        "", "A samples.npz or a folder of images to measure; empty: config.sample's, drawn on the way."
+    )
+    cache: str = setting(
+        "", "Folder for what is measured of references, which runs may share; empty: WORKDIR/evaluation."
+    )
+    num_reference: int = setting(
+        0, "Images of config.data to compare with, evenly spread; 0: all.", at_least(0, MAX_INT32)
+    )
+    batch_size: int = setting(64, "Images that the Inception network takes at once.", at_least(1, 2**16))
+    precision_recall_reference: int = setting(
+        10_000, "Reference images for precision and recall, at most; 0: not measured.", at_least(0, 1_000_000)
+    )
+    precision_recall_samples: int = setting(
+        50_000, "Samples for precision and recall, at most; 0: not measured.", at_least(0, 1_000_000)
+    )
+    save_every: int = setting(5000, "Images between two saves of what is measured so far.", at_least(1, MAX_INT32))
+    every: int = setting(
+        0, "Training steps between two quick FIDs, a multiple of train.log_every; 0: none.", at_least(0, MAX_INT32)
+    )
+    during_training_images: int = setting(5000, "Samples of a quick FID.", at_least(2, 10_000_000))
+
+
+@dataclasses.dataclass(frozen=True)
+class Spectrum:
+    """Energy spectra, in --mode=spectrum."""
+
+    checkpoints: str = setting("", "Workdirs or checkpoints to compare, comma separated; empty: this workdir's newest.")
+    num_images: int = setting(64, "Images to draw and measure.", at_least(1, 1_000_000))
+    batch_size: int = setting(
+        8, "Images at once; their states at all sampling steps are held in memory.", at_least(1, 2**16)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The page that --mode=report writes."""
+
+    workdirs: str = setting("", "Runs to show side by side, comma separated; empty: this workdir.")
+    grids: int = setting(12, "Sample grids of a run over time, evenly spread, at most.", at_least(1, 10_000))
+    grid_pixels: int = setting(768, "Longer side of an embedded grid in pixels, at most.", at_least(64, 16_384))
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """Timing, in --mode=benchmark."""
+
+    warmup: int = setting(3, "Runs before the timed ones.", at_least(1, 1_000_000))
+    repeats: int = setting(20, "Timed runs.", at_least(1, 1_000_000))
+
+
+SECTION_CLASSES: dict[str, type] = {
+    "data": Data,
+    "mesh": Mesh,
+    "optimizer": Optimizer,
+    "loss": Loss,
+    "teacher": Teacher,
+    "text": Text,
+    "sample": Sample,
+    "train": Train,
+    "evaluate": Evaluate,
+    "spectrum": Spectrum,
+    "report": Report,
+    "benchmark": Benchmark,
+}
+TOP: dict[str, Setting] = settings(Top)
+SECTIONS: dict[str, dict[str, Setting]] = {name: settings(section) for name, section in SECTION_CLASSES.items()}
+# The section "model" has the settings of the model that its "name" names.
+MODEL: dict[str, dict[str, Setting]] = {
+    name: {
+        "name": Setting((str,), name, "The network.", one_of(*MODEL_SETTINGS), False, "", lambda value: value),
+        **settings(section),
+    }
+    for name, section in MODEL_SETTINGS.items()
+}
+# Settings of a model that say how it is computed: its parameters are the same whatever they are.
+COMPUTED = tuple(
+    dict.fromkeys(name for section in MODEL.values() for name, declared in section.items() if declared.computed)
+)
