@@ -37,7 +37,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for a checkout that isn't installed
 
+from deco_jax import config_files  # noqa: E402
+from deco_jax.run.metrics import read_rows  # noqa: E402
+
+METRICS = "metrics.jsonl"
 
 # Modes that a sweep can go through, and what one leaves in the workdir when it is done.
 MODES = {"train": "", "sample": "samples/grid.png", "evaluate": "evaluation.json", "spectrum": "spectrum.json"}
@@ -128,24 +133,12 @@ def plan(workdir: pathlib.Path, grids: list[str], lines: list[str], variants: li
     return [Run(settings, folder) for folder, settings in folders(settings_of_all, workdir).items()]
 
 
-def logged(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
-    path = folder / "metrics.jsonl"
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:  # a kill cut the last line short
-            continue
-    return rows
-
-
 def last_metrics(run: Run) -> dict[str, Any]:
     """The last logged line of a run, its evaluation and its hours of training; {} if there is nothing yet.
 
     The hours are those of the steps alone, without compiling, sampling and measuring, added up from the logged speeds.
     """
-    rows = logged(run.trained or run.folder)
+    rows, _ = read_rows((run.trained or run.folder) / METRICS)
     metrics = dict(rows[-1]) if rows else {}
     if "fid" in metrics:  # of a few samples while training: not to be sorted among evaluations
         metrics["quick_fid"] = metrics.pop("fid")
@@ -206,7 +199,7 @@ def is_done(run: Run, mode: str = "train", more: Sequence[str] = ()) -> bool:
     Args:
         more: overrides of all runs: they may ask for more steps than the run had, or measure it in another way.
     """
-    config, metrics = run.folder / "config.json", (run.trained or run.folder) / "metrics.jsonl"
+    config, metrics = run.folder / "config.json", (run.trained or run.folder) / METRICS
     if mode != "train":
         left, note = run.folder / MODES[mode], measured_with(run, mode)
         if not left.exists() or (note.exists() and json.loads(note.read_text()) != overrides(more) | run.settings):
@@ -225,8 +218,7 @@ def is_done(run: Run, mode: str = "train", more: Sequence[str] = ()) -> bool:
 
 def papers_figures(config: str) -> dict[str, dict[str, float]]:
     """What the paper reports for each variant of a config file, {variant: {metric: value}}; {} if it lists nothing."""
-    if str(ROOT) not in sys.path:  # config files import one another
-        sys.path.insert(0, str(ROOT))
+    config_files.make_importable()
     spec = importlib.util.spec_from_file_location("_swept_config", ROOT / config.partition(":")[0])
     if spec is None or spec.loader is None:
         return {}
@@ -290,7 +282,8 @@ def plot(runs: list[Run], workdir: pathlib.Path, key: str) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    lines = {run.folder.name: [(row["step"], row[key]) for row in logged(run.folder) if key in row] for run in runs}
+    rows = {run.folder.name: read_rows(run.folder / METRICS)[0] for run in runs}
+    lines = {name: [(row["step"], row[key]) for row in logged if key in row] for name, logged in rows.items()}
     for name, points in lines.items():
         if points:
             axes.plot(*zip(*points, strict=True), marker=".", label=name)

@@ -16,7 +16,8 @@ from PIL import Image
 from configs import quickstart
 from deco_jax.config import flatten, to_json
 from deco_jax.errors import UserError
-from deco_jax.programs import report as report_lib
+from deco_jax.programs.report import report
+from deco_jax.report.history import enlargement
 from deco_jax.run.workdir import short_names
 from tests.helpers import browser, run_main
 from tests.runs import SMOKE, rows, succeed, two_steps
@@ -109,7 +110,7 @@ def write_report(workdir, *runs, **settings) -> Page:
     config = quickstart.get_config("smoke")
     config.report.workdirs = ",".join(map(str, runs))
     config.report.update(settings)
-    report_lib.report(config, str(workdir))
+    report(config, str(workdir))
     text = (workdir / "report.html").read_text()
     assert not [path.name for path in workdir.iterdir() if path.suffix == ".part"]
     return Page(text)
@@ -311,8 +312,8 @@ def test_many_and_large_grids_stay_small(tmp_path):
 @pytest.mark.parametrize("factor", [1, 2, 3, 5])
 def test_enlargement(factor):
     pixels = small_grid(0)
-    assert report_lib.enlargement(pixels.repeat(factor, 0).repeat(factor, 1)) == factor
-    assert report_lib.enlargement(pixels.repeat(factor, 0)) == 1
+    assert enlargement(pixels.repeat(factor, 0).repeat(factor, 1)) == factor
+    assert enlargement(pixels.repeat(factor, 0)) == 1
 
 
 def test_short_names(tmp_path):

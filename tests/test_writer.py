@@ -141,3 +141,13 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 def test_no_tensorflow():
     program = "import sys, deco_jax.programs.train, deco_jax.programs.sample; assert 'tensorflow' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=120)
+
+
+def test_the_overview_counts_every_parameter(tmp_path):
+    writer_lib.write_overview(tmp_path / "a.txt", {"a": {"w": np.zeros((3, 4), np.float32)}, "b": np.zeros(5, np.int8)})
+    table = (tmp_path / "a.txt").read_text()
+    assert [line.split("|")[1:5] for line in table.splitlines() if "/" in line or "| b" in line] == [
+        [" a/w  ", " (3, 4) ", " float32 ", " 12   "],
+        [" b    ", " (5,)   ", " int8    ", " 5    "],
+    ]
+    assert "Total: 17 -- 53 bytes" in table

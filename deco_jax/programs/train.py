@@ -47,7 +47,7 @@ from deco_jax.programs.evaluate import QuickFID
 from deco_jax.run import checkpoint, distributed, monitor, preemption, sharding
 from deco_jax.run.state import State, create_state, state_shapes
 from deco_jax.run.workdir import make_workdir
-from deco_jax.run.writer import Writer, write_json
+from deco_jax.run.writer import Writer, write_json, write_overview
 from deco_jax.sampling import generate
 
 Metrics = dict[str, jax.Array]
@@ -297,6 +297,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     if main_host:
         write_json(folder / "config.json", to_json(config))
         write_json(folder / CLASSES, source.class_names)
+        write_overview(folder / "parameters.txt", state["params"])
     writer = Writer(folder, config.train.num_steps, resumed_at=start, active=main_host)
     writer.say(
         f"{config.model.name} with {networks['denoiser'].num_params:,} parameters on "

@@ -8,75 +8,29 @@ import os
 import pathlib
 import sys
 import time
-import types
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
+import tensorboardX
 from absl import logging
+from clu import parameter_overview
 from PIL import Image
 
 from deco_jax.run import files
-
-# clu imports TensorFlow for its own TensorBoard writer, which isn't used here: an empty stand-in keeps it out.
-sys.modules.setdefault("clu.metric_writers.summary_writer", types.SimpleNamespace(SummaryWriter=None))  # type: ignore[arg-type]
-from clu import metric_writers  # noqa: E402
-
-
-class TensorBoardWriter(metric_writers.MetricWriter):
-    """clu's writer interface over tensorboardX, which needs no TensorFlow."""
-
-    def __init__(self, folder: pathlib.Path, resumed_at: int = 0) -> None:
-        import tensorboardX
-
-        # Events of later steps, which are done again, are not shown twice.
-        self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=resumed_at + 1 if resumed_at else None)
-
-    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, float(value), step)
-
-    def write_images(self, step: int, images: Mapping[str, Any]) -> None:
-        for name, batch in images.items():
-            self._writer.add_images(name, np.asarray(batch), step, dataformats="NHWC")
-
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        for name, text in texts.items():
-            self._writer.add_text(name, text, step)
-
-    def write_summaries(self, step: int, values: Any, metadata: Any = None) -> None:
-        raise ValueError("raw summaries need TensorFlow")
-
-    def write_videos(self, step: int, videos: Any) -> None:
-        raise ValueError("videos are not written")
-
-    def write_audios(self, step: int, audios: Any, *, sample_rate: int) -> None:
-        raise ValueError("audio is not written")
-
-    def write_histograms(self, step: int, arrays: Any, num_buckets: Any = None) -> None:
-        for name, values in arrays.items():
-            self._writer.add_histogram(name, np.asarray(values), step)
-
-    def write_pointcloud(self, step: int, point_clouds: Any, **options: Any) -> None:
-        raise ValueError("point clouds are not written")
-
-    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-        self._writer.add_text("config", f"```\n{json.dumps(hparams, indent=2)}\n```", 0)
-
-    def flush(self) -> None:
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
+from deco_jax.run.metrics import read_rows
 
 
 class Writer:
-    """metrics.jsonl, TensorBoard and the live line of one run; on hosts other than the first it writes nothing.
+    """Writes metrics.jsonl, TensorBoard events and the live line of one run.
 
     Args:
-        workdir: exists.
-        total_steps: for the time that is left.
-        resumed_at: later lines of metrics.jsonl belong to steps that will be done again, and are dropped.
+        workdir: an existing folder.
+        total_steps: the run's last step, for the time that is left.
+        resumed_at: the step the run goes on from. Later lines of metrics.jsonl are dropped, as those steps are done
+            again.
+        active: false on hosts other than the first, which write nothing.
     """
 
     def __init__(self, workdir: pathlib.Path, total_steps: int, resumed_at: int, active: bool = True) -> None:
@@ -89,10 +43,12 @@ class Writer:
         path = workdir / "metrics.jsonl"
         self.last = _keep_until(path, resumed_at)
         self._file = path.open("a")
-        self._board = TensorBoardWriter(workdir / "tensorboard", resumed_at)
+        # Events of later steps, which are done again, are not shown twice.
+        purge = resumed_at + 1 if resumed_at else None
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl and one live line."""
+        """Write one line of metrics.jsonl and one live line."""
         if not self._active:
             return
         # JSON has no NaN: what isn't finite is null there.
@@ -105,7 +61,7 @@ class Writer:
         self.say(f"{line}  {self._time_left(step)}", live=True)
 
     def add(self, step: int, name: str, value: float) -> None:
-        """A value that took long to measure, into the line of its step, which must be the last one written."""
+        """Add a value that took long to measure to the line of its step, which must be the last one written."""
         if not self._active:
             return
         self._row[name] = value if math.isfinite(value) else None
@@ -116,7 +72,8 @@ class Writer:
     def _put(self, step: int, scalars: Mapping[str, float]) -> None:
         self._file.write(json.dumps(self._row) + "\n")
         self._file.flush()
-        self._board.write_scalars(step, scalars)
+        for name, value in scalars.items():
+            self._board.add_scalar(name, float(value), step)
         self._board.flush()
 
     def _time_left(self, step: int) -> str:
@@ -126,17 +83,17 @@ class Writer:
         return f"{hours}h{minutes:02d} left" if hours else f"{minutes}m{int(seconds) % 60:02d}s left"
 
     def write_image(self, step: int, name: str, image: np.ndarray, path: pathlib.Path) -> None:
-        """A uint8 [height, width, 3] as PNG and into TensorBoard."""
+        """Save an image, uint8 [height, width, 3], as a PNG file and for TensorBoard."""
         if self._active:
             save_png(path, image)
-            self._board.write_images(step, {name: image[None]})
+            self._board.add_image(name, image, step, dataformats="HWC")
 
     def start_clock(self) -> None:
-        """From here on time counts for the time that is left: compiling doesn't."""
+        """Start counting the time per step, from which the time left follows: compiling is over."""
         self._start_time = time.monotonic()
 
     def say(self, text: str, live: bool = False) -> None:
-        """A line for the person watching; a live one is overwritten by the next on a terminal."""
+        """Print a line; on a terminal the next line overwrites a live one."""
         if not self._active:
             return
         if self._live:
@@ -154,35 +111,36 @@ class Writer:
 
 
 def _keep_until(path: pathlib.Path, step: int) -> dict[str, Any]:
-    """Drop the lines of later steps, and a last line that a kill cut short; the last one kept, {} if there is none."""
+    """Drop the lines of later steps, and those that a kill cut short; return the last one kept, {} if there is none."""
     if not path.exists():
         return {}
-    kept, last = [], {}
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            logging.warning("dropped a damaged line of %s", path)
-            continue
-        if row["step"] <= step:
-            kept.append(line)
-            last = row
-    write_atomically(path, "".join(line + "\n" for line in kept).encode())
-    return last
+    rows, damaged = read_rows(path)
+    if damaged:
+        logging.warning("dropped %d damaged line(s) of %s", damaged, path)
+    kept = [row for row in rows if row["step"] <= step]
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+    return kept[-1] if kept else {}
 
 
 def write_atomically(path: pathlib.Path, data: bytes) -> None:
-    """All of the file or none of it."""
+    """Write all of the file or none of it."""
     with files.whole(path) as part:
         part.write_bytes(data)
 
 
 def write_json(path: pathlib.Path, values: Any) -> None:
-    """Plain values as an indented JSON file, whole or not at all."""
+    """Write plain values as an indented JSON file, whole or not at all."""
     write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def save_png(path: pathlib.Path, image: np.ndarray) -> None:
-    """uint8 [height, width, 3] as a PNG file, whole or not at all."""
+    """Write an image, uint8 [height, width, 3], as a PNG file, whole or not at all."""
     with files.whole(path) as part:
         Image.fromarray(image).save(part, format="png")
+
+
+def write_overview(path: pathlib.Path, parameters: Any) -> None:
+    """Write a table of a model's parameters: the name, shape, type and number of each."""
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), parameters)
+    table = parameter_overview.get_parameter_overview(shapes, include_stats=False)
+    write_atomically(path, (table + "\n").encode())
