@@ -72,17 +72,6 @@ def forward_total(model: Mapping[str, Any], image_size: int | tuple[int, int]) -
     return sum(forward(model, image_size).values())
 
 
-def teacher(size: str, image_size: int | tuple[int, int], patch_size: int) -> float:
-    """FLOPs of DINOv2's forward pass on one image, which it reads at 14/patch_size of its sides."""
-    height, width_px = image_sides(image_size)
-    width, depth, _ = dinov2.sizes(size)
-    patches = height * width_px // patch_size**2
-    tokens = patches + 1
-    # 4 width² in the attention, 8 in the MLP of four times the width.
-    block = tokens * 12 * width**2 + 2 * tokens**2 * width
-    return 2.0 * (patches * 3 * 14**2 * width + depth * block)
-
-
 def text_encoder(sizes: Sizes, length: int) -> float:
     """FLOPs of Qwen3's forward pass on one caption of `length` tokens; masked products count."""
     inner, kv_inner = sizes.num_heads * sizes.head_width, sizes.num_kv_heads * sizes.head_width
@@ -110,7 +99,7 @@ def frozen(config: ml_collections.ConfigDict) -> float:
     """FLOPs on one training image of the networks that aren't trained: REPA's teacher, the text encoder; 0 without."""
     total, model = 0.0, config.model
     if config.loss.repa_weight:
-        total += teacher(config.teacher.size, config.data.image_size, model.patch_size)
+        total += dinov2.flops(config.teacher.size, model.patch_size, *image_sides(config.data.image_size))
     if model.text_width and config.text.encoder == "qwen3" and not config.text.features:
         total += text_encoder(encoder_sizes(config), model.text_length)
     return total

@@ -11,6 +11,7 @@ import pytest
 
 from configs import quickstart
 from deco_jax.conditioning.requests import Requests, class_requests, even_labels
+from deco_jax.method.predictions import make_prediction
 from deco_jax.models import network as network_lib
 from deco_jax.run import sharding
 from deco_jax.sampling import generate
@@ -123,7 +124,7 @@ def test_looking_on_changes_nothing(setup, sampler, evaluations):
     settings.sampler, settings.seed = sampler, 3
     labels = np.asarray([1, 7], np.int32)
     requests = Requests(2, labels.__getitem__, np.int32(10))
-    watcher = generate.Watcher(network, config.model.prediction, mesh)
+    watcher = generate.Watcher(network, make_prediction(config), mesh)
     looks = list(watcher(params, requests, settings, (16, 16)))
     assert [look.done for look in looks] == list(range(evaluations + 1))
     assert {look.total for look in looks} == {evaluations}

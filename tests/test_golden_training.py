@@ -13,43 +13,54 @@ import pytest
 
 from deco_jax.convert import deco
 from deco_jax.method import optimizer as optimizer_lib
+from deco_jax.method.averages import update_average
+from deco_jax.method.losses.frequency import FrequencyLoss
+from deco_jax.method.losses.pixel import PixelLoss
+from deco_jax.method.losses.repa import AlignmentLoss
+from deco_jax.method.objective import Method
+from deco_jax.method.paths import LinearPath
+from deco_jax.method.predictions import VPrediction, XPrediction
+from deco_jax.method.step import Draws, Observed
+from deco_jax.method.times import LogitNormal
 from deco_jax.models import network
 from deco_jax.models.projector import Projector
-from deco_jax.programs import train
 from tests.helpers import golden, golden_params, nhwc, relative_error
 from tests.test_deco import MODELS
 
 
-def config_for(model: str, **loss) -> ml_collections.ConfigDict:
-    return ml_collections.ConfigDict(
-        {
-            "model": MODELS[model] | {"prediction": "x" if model == "baseline_dit" else "v"},
-            "loss": {"frequency_weight": 1.0, "frequency_quality": 85, "repa_weight": 0.5, "repa_layer": 2, **loss},
-        }
-    )
-
-
-def setup(model: str, **loss):
-    """Networks, the reference's parameters for them, and the objective with float images instead of uint8 ones."""
-    config = config_for(model, **loss)
+def setup(model: str, frequency_weight: float = 1.0):
+    """The model, the reference's parameters, and the objective with float images instead of uint8 ones."""
+    settings = ml_collections.ConfigDict(MODELS[model])
     networks = {
-        "denoiser": network.build(config.model.to_dict()),
+        "denoiser": network.build(settings.to_dict()),
         "projector": network.functional(lambda rngs: Projector(48, 20, dtype=jnp.float32, rngs=rngs)),
     }
     prefix = "step/proj/"
     projector = {k.removeprefix(prefix): v for k, v in golden("losses").items() if k.startswith(prefix)}
     params = {
-        "denoiser": deco.from_torch(config.model, golden_params(model)),
+        "denoiser": deco.from_torch(settings, golden_params(model)),
         "projector": deco.projector_from_torch(projector),
     }
-    objective = functools.partial(train.objective, networks=networks, config=config)
-    return config, jax.tree.map(jnp.asarray, params), objective
+    teacher = network.FrozenNetwork(lambda params, images: params, {}, dict, lambda height, width: 0.0)
+    alignment = AlignmentLoss(teacher, networks["projector"], layer=2, weight=0.5)
+    frequency = FrequencyLoss(frequency_weight, 85)
+    path = LinearPath()
+    method = Method(
+        path=path,
+        prediction=XPrediction(path) if model == "baseline_dit" else VPrediction(path),
+        times=LogitNormal(),
+        losses=(PixelLoss(), frequency, alignment) if frequency_weight else (PixelLoss(), alignment),
+        averages={},
+        label_dropout=0.0,
+    )
+    return settings, jax.tree.map(jnp.asarray, params), functools.partial(method.objective, networks=networks)
 
 
 def step_inputs(noise: np.ndarray, times: np.ndarray):
     values = golden("losses")
-    observed = train.Observed(jnp.asarray(values["step/y"], jnp.int32), jnp.int32(10), values["step/features"])
-    draws = train.Draws(jnp.asarray(nhwc(noise)), jnp.asarray(times), jnp.zeros(len(times), bool))
+    features = {"teacher": jnp.asarray(values["step/features"])}
+    observed = Observed(jnp.asarray(values["step/y"], jnp.int32), jnp.int32(10), features)
+    draws = Draws(jnp.asarray(nhwc(noise)), jnp.asarray(times), jnp.zeros(len(times), bool))
     return jnp.asarray(nhwc(values["step/x"])), draws, observed
 
 
@@ -81,10 +92,10 @@ def test_jit_s_objective():
 
 def test_gradients():
     more = golden("more")
-    config, params, objective = setup("deco_c2i")
+    model, params, objective = setup("deco_c2i")
     inputs = step_inputs(more["train/noise"][0], more["train/t"][0])
     grads, _ = jax.jit(jax.grad(objective, has_aux=True))(params, *inputs)
-    ours = deco.to_torch(config.model, jax.tree.map(np.asarray, grads["denoiser"]))
+    ours = deco.to_torch(model, jax.tree.map(np.asarray, grads["denoiser"]))
     expected = {k.removeprefix("grad/"): v for k, v in more.items() if k.startswith("grad/")}
     assert len(expected) == 8
     for name, gradient in expected.items():
@@ -94,7 +105,7 @@ def test_gradients():
 def test_five_training_steps():
     """AdamW, the gradient norm over denoiser and projector, and the denoiser's EMA."""
     more = golden("more")
-    config, params, objective = setup("deco_c2i")
+    model, params, objective = setup("deco_c2i")
     settings = ml_collections.ConfigDict(
         {
             "learning_rate": 1e-3,
@@ -114,7 +125,7 @@ def test_five_training_steps():
         (loss, parts), grads = jax.value_and_grad(objective, has_aux=True)(params, pixels, draws, observed)
         updates, opt_state = adam.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
-        ema = optimizer_lib.update_average(ema, params["denoiser"], 0.9)
+        ema = update_average(ema, params["denoiser"], 0.9)
         row = jnp.stack([parts["pixel"], parts["frequency"], parts["alignment"], loss, optax.tree.norm(grads)])
         return params, opt_state, ema, row
 
@@ -127,5 +138,5 @@ def test_five_training_steps():
         expected = more["train/fm_freq_cos_loss_gradnorm"][:, column]
         assert relative_error(np.stack(rows)[:, column], expected) < 1e-5, column
     for tree, key in ((params["denoiser"], "final"), (ema, "ema")):
-        ours = deco.to_torch(config.model, jax.tree.map(np.asarray, tree))["dec_net.cond_embed.weight"]
+        ours = deco.to_torch(model, jax.tree.map(np.asarray, tree))["dec_net.cond_embed.weight"]
         assert relative_error(ours, more[f"train/{key}/dec_net.cond_embed.weight"]) < 1e-4, key

@@ -12,7 +12,9 @@ import pytest
 
 from deco_jax.convert.deco import from_torch
 from deco_jax.errors import UserError
-from deco_jax.method.path import shift_time, to_velocity
+from deco_jax.method.paths import LinearPath
+from deco_jax.method.predictions import VPrediction, XPrediction
+from deco_jax.method.times import shift_time
 from deco_jax.models import network
 from deco_jax.sampling import samplers
 from deco_jax.sampling.guidance import guided_steps, guided_velocity
@@ -336,7 +338,8 @@ NETWORKS = {
 @pytest.mark.parametrize("file,key,sampler,num_steps,shift,guidance,interval", TRAJECTORIES)
 def test_golden_trajectories(file, key, sampler, num_steps, shift, guidance, interval):
     values, start = golden(file), golden("samplers")
-    weights, prediction = ("baseline_dit", "x") if key == "jit_euler" else ("deco_c2i", "v")
+    weights, kind = ("baseline_dit", XPrediction) if key == "jit_euler" else ("deco_c2i", VPrediction)
+    prediction = kind(LinearPath())
     params = from_torch(ml_collections.ConfigDict(NETWORKS[weights]), golden_params(weights))
     net = network.build(NETWORKS[weights])
     times = samplers.timesteps(num_steps, shift)
@@ -347,7 +350,7 @@ def test_golden_trajectories(file, key, sampler, num_steps, shift, guidance, int
     @jax.jit
     def run(params, noise, labels, null_labels):
         velocity = guided_velocity(
-            lambda x, t, label: to_velocity(net.apply(params, x, t, label)[0], x, t, prediction),
+            lambda x, t, label: prediction.velocity(net.apply(params, x, t, label)[0], x, t),
             labels,
             null_labels,
             guidance,

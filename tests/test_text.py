@@ -23,6 +23,8 @@ from deco_jax.convert import qwen3 as convert
 from deco_jax.data import features as features_lib
 from deco_jax.data import pipeline, sources
 from deco_jax.errors import UserError
+from deco_jax.method.objective import make_method
+from deco_jax.method.step import Draws, Observed
 from deco_jax.models.network import Network
 from deco_jax.models.qwen3 import Qwen3
 from deco_jax.programs import encode, train
@@ -335,14 +337,13 @@ def test_dropped_captions_become_the_empty_prompt():
 
     draw = np.random.default_rng(0)
     context, null = draw.normal(size=(3, LENGTH, 257)), draw.normal(size=(LENGTH, 257))
-    draws = train.Draws(jnp.zeros((3, 32, 32, 3)), jnp.full(3, 0.5), jnp.asarray([False, True, False]))
-    train.objective(
+    draws = Draws(jnp.zeros((3, 32, 32, 3)), jnp.full(3, 0.5), jnp.asarray([False, True, False]))
+    make_method(config).objective(
         {"denoiser": {}},
         np.zeros((3, 32, 32, 3), np.uint8),
         draws,
-        train.Observed(jnp.asarray(context, jnp.bfloat16), jnp.asarray(null, jnp.bfloat16)),
+        Observed(jnp.asarray(context, jnp.bfloat16), jnp.asarray(null, jnp.bfloat16)),
         networks={"denoiser": Network(lambda key: {}, apply, {})},
-        config=config,
     )
     expected = np.stack([context[0], null, context[2]]).astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(seen["context"], expected)
@@ -355,6 +356,7 @@ def test_frozen_weights_are_arguments_of_the_step(folder):
     networks, observe, frozen = train.make_networks(config, mesh, known)
     assert frozen.keys() == {"encoder", "null"}
     batch = {name: jnp.zeros((2, *shape), dtype) for name, (shape, dtype) in known.inputs.items()}
+    batch["image"] = jnp.zeros((2, 32, 32, 3), jnp.uint8)
     program = jax.make_jaxpr(observe)(frozen, batch)
     assert sum(np.size(constant) for constant in program.consts) < 1000
     assert SIZES.vocabulary * SIZES.width > 1000

@@ -10,7 +10,10 @@ import optax
 import pytest
 
 from configs import quickstart
-from deco_jax.method.optimizer import make_optimizer, update_average
+from deco_jax.method.averages import update_average
+from deco_jax.method.objective import make_method
+from deco_jax.method.optimizer import make_optimizer
+from deco_jax.method.step import Draws, Observed
 from deco_jax.models.network import Network
 from deco_jax.programs import train
 from deco_jax.run import monitor, sharding
@@ -156,9 +159,10 @@ def test_accumulated_gradient_is_the_whole_batch_s(parts):
 
 def test_draws():
     """Of the asked shapes and rates, reproducible, and new with each key."""
-    loss = small_config().loss
-    loss.label_dropout = 0.2
-    draws = train.draw(jax.random.key(1), (20_000, 2, 2, 3), loss)
+    config = small_config()
+    config.loss.label_dropout = 0.2
+    method = make_method(config)
+    draws = method.draw(jax.random.key(1), (20_000, 2, 2, 3))
     dropped = np.asarray(draws.dropped)
     assert dropped.mean() == pytest.approx(0.2, abs=4 * np.sqrt(0.2 * 0.8 / 20_000))
     noise = np.asarray(draws.noise, np.float64)
@@ -173,13 +177,14 @@ def test_draws():
     assert abs(np.corrcoef(dropped, times)[0, 1]) < 0.03
     assert abs(np.corrcoef(noise[:, 0, 0, 0], times)[0, 1]) < 0.03
 
-    again = train.draw(jax.random.key(1), (20_000, 2, 2, 3), loss)
-    assert_equal_trees(tuple(draws), tuple(again))
-    other = train.draw(jax.random.key(2), (20_000, 2, 2, 3), loss)
+    again = method.draw(jax.random.key(1), (20_000, 2, 2, 3))
+    assert_equal_trees(tuple(draws[:3]), tuple(again[:3]))
+    assert jnp.array_equal(draws.keys, again.keys)
+    other = method.draw(jax.random.key(2), (20_000, 2, 2, 3))
     assert not np.array_equal(draws.times, other.times)
     for rate in (0.0, 1.0):
-        loss.label_dropout = rate
-        assert np.asarray(train.draw(jax.random.key(1), (100, 2, 2, 3), loss).dropped).mean() == rate
+        config.loss.label_dropout = rate
+        assert np.asarray(make_method(config).draw(jax.random.key(1), (100, 2, 2, 3)).dropped).mean() == rate
 
 
 def test_dropped_labels_become_the_null_class():
@@ -192,15 +197,15 @@ def test_dropped_labels_become_the_null_class():
         return jnp.zeros_like(x_t), {}
 
     batch = random_batch(4)
-    draws = train.Draws(
+    draws = Draws(
         noise=jax.random.normal(jax.random.key(0), (4, 16, 16, 3)),
         times=jnp.asarray([0.1, 0.4, 0.6, 0.9]),
         dropped=jnp.asarray([True, False, True, False]),
     )
     network = Network(lambda key: {}, apply, {})
-    known = train.Observed(batch["label"], jnp.int32(10))
-    loss, parts = train.objective(
-        {"denoiser": {}}, batch["image"], draws, known, networks={"denoiser": network}, config=config
+    known = Observed(batch["label"], jnp.int32(10))
+    loss, parts = make_method(config).objective(
+        {"denoiser": {}}, batch["image"], draws, known, networks={"denoiser": network}
     )
     np.testing.assert_array_equal(seen["labels"], [10, batch["label"][1], 10, batch["label"][3]])
     x, noise = batch["image"] / 127.5 - 1, np.asarray(draws.noise, np.float64)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deco_jax.method.dct import dct_matrix, zigzag
+from deco_jax.method.dct import block_dct, zigzag
 
 BLOCK = 8
 
@@ -22,15 +22,7 @@ def block_energy(maps: jax.Array, block: int = BLOCK) -> jax.Array:
     Returns:
         float32 [batch, block, block], [vertical, horizontal] frequency; the mean is over tiles and channels.
     """
-    batch, height, width, channels = maps.shape
-    maps = maps.astype(jnp.float32)
-    if height % block or width % block:
-        maps = jnp.pad(maps, ((0, 0), (0, -height % block), (0, -width % block), (0, 0)), mode="reflect")
-    tiles = maps.reshape(batch, maps.shape[1] // block, block, maps.shape[2] // block, block, channels)
-    matrix, exact = jnp.asarray(dct_matrix(block)), jax.lax.Precision.HIGHEST
-    tiles = jnp.einsum("bhiwjc,ki->bhkwjc", tiles, matrix, precision=exact)
-    tiles = jnp.einsum("bhkwjc,lj->bhkwlc", tiles, matrix, precision=exact)
-    return jnp.mean(jnp.square(tiles), axis=(1, 3, 5))
+    return jnp.mean(jnp.square(block_dct(maps, block)), axis=(1, 2, 5))
 
 
 def normalised_spectrum(energy: np.ndarray) -> np.ndarray:

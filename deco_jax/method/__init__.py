@@ -1,1 +1,1 @@
-"""What a paper varies: path, times, losses, optimizer, as pure functions."""
+"""What a paper varies, as values with small protocols: path, prediction, times, losses, averages; and the optimizer."""

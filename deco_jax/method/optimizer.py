@@ -1,10 +1,7 @@
-"""AdamW as the paper uses it, with optional clipping and warm-up, and the exponential moving average."""
+"""AdamW as the paper uses it, with optional clipping and warm-up."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import jax
 import ml_collections
 import optax
 
@@ -24,8 +21,3 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     adamw = optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay)
     return optax.chain(clip, adamw)
-
-
-def update_average(average: Any, params: Any, decay: float) -> Any:
-    """decay · average + (1 − decay) · params, leaf by leaf, in float32."""
-    return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)

@@ -5,6 +5,9 @@ Source: Oquab et al. 2023 (DINOv2); a ViT (Dosovitskiy et al. 2020) with LayerSc
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +16,7 @@ from jax.nn import initializers
 
 from deco_jax.errors import UserError
 from deco_jax.models.layers import Dtype, LayerNorm, Linear, patchify, run_stack, stack
+from deco_jax.models.network import FrozenNetwork, Params, functional
 from deco_jax.resize import resize_bicubic
 
 # The size's letter → width, depth, heads.
@@ -112,6 +116,44 @@ def sizes(size: str) -> tuple[int, int, int]:
     if size not in SIZES:
         raise UserError(f"unknown DINOv2 size {size!r}; use one of {', '.join(SIZES)}")
     return SIZES[size]
+
+
+def teacher(size: str, path: str, dtype: str, patch_size: int) -> FrozenNetwork:
+    """DINOv2 as a teacher: images [batch, height, width, 3], uint8 or in [0, 1], to float32 [batch, tokens, width].
+
+    Args:
+        size: its letter.
+        path: of its weights.
+        dtype: that its matrices are kept and multiplied in.
+        patch_size: of the student, whose tokens' features these are.
+    """
+    kind = jnp.dtype(dtype)
+    network = functional(lambda rngs: DINOv2.of_size(size, dtype=kind, rngs=rngs))
+
+    def kept(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, kind if path[-1].key == "kernel" else jnp.float32)
+
+    def load() -> Params:
+        from deco_jax.convert.dinov2 import load_teacher
+
+        return load_teacher(path, size, dtype=kind)
+
+    return FrozenNetwork(
+        lambda params, images: network.apply(params, images, patch_size),
+        jax.tree_util.tree_map_with_path(kept, network.shapes),
+        load,
+        functools.partial(flops, size, patch_size),
+    )
+
+
+def flops(size: str, patch_size: int, height: int, width: int) -> float:
+    """Count the FLOPs of a forward pass on one image, which is read at 14/patch_size of its sides."""
+    channels, depth, _ = sizes(size)
+    patches = height * width // patch_size**2
+    tokens = patches + 1
+    # 4 channels² in the attention, 8 in the MLP of four times the width.
+    block = tokens * 12 * channels**2 + 2 * tokens**2 * channels
+    return 2.0 * (patches * 3 * PATCH**2 * channels + depth * block)
 
 
 def preprocess(images: jax.Array, patch_size: int = 16) -> jax.Array:

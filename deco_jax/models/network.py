@@ -45,6 +45,21 @@ class Network(NamedTuple):
         return sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
 
 
+class FrozenNetwork(NamedTuple):
+    """A network that doesn't train: a teacher, a text encoder.
+
+    apply: (params, *inputs) → features; gradients pass to the inputs
+    shapes: params as ShapeDtypeStructs, in the types that they are kept in
+    load: () → params on the host; UserError, with where to get them, if their file is missing
+    flops: of the forward pass on one image of (height, width) pixels, or on one text of so many tokens
+    """
+
+    apply: Callable[..., Any]
+    shapes: Params
+    load: Callable[[], Params]
+    flops: Callable[..., float]
+
+
 def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> Network:
     """Split a module into pure functions; `make` is called abstractly once and again inside `init`."""
 

@@ -34,6 +34,7 @@ from deco_jax.conditioning.texts import Texts
 from deco_jax.data import sources
 from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
+from deco_jax.method.predictions import make_prediction
 from deco_jax.models import network as network_lib
 from deco_jax.run import checkpoint, sharding
 from deco_jax.sampling import generate
@@ -140,7 +141,7 @@ class Studio:
         network = network_lib.build(config.model.to_dict())
         self._params = checkpoint.load_average(self.where, network.shapes, config, self._mesh)
         self._encoder = self._condition.load_encoder() if isinstance(self._condition, Texts) else None
-        self._watcher = generate.Watcher(network, config.model.prediction, self._mesh)
+        self._watcher = generate.Watcher(network, make_prediction(config).in_sampling(), self._mesh)
 
     def draw(self, wish: Wish) -> Iterator[generate.Look]:
         """The noise, then a look after each evaluation. UserError for a wish that can't be fulfilled."""

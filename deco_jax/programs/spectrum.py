@@ -25,9 +25,9 @@ from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
 from deco_jax.evaluation.spectrum import BLOCK, block_energy, normalised_spectrum
 from deco_jax.images import to_float
-from deco_jax.method import path
 from deco_jax.method.dct import zigzag
 from deco_jax.method.losses.frequency import jpeg_weights
+from deco_jax.method.predictions import make_prediction
 from deco_jax.models import network as network_lib
 from deco_jax.models.network import Network, Params
 from deco_jax.run import checkpoint, files, sharding
@@ -154,7 +154,7 @@ def make_measure(network: Network, config: ml_collections.ConfigDict, mesh: Mesh
 
     The states are those of guided sampling; the outputs those of the class-conditional half.
     """
-    settings, model = config.sample, config.model
+    settings, model, prediction = config.sample, config.model, make_prediction(config).in_sampling()
     height, width = image_sides(config.data.image_size)
     rows, columns = height // model.patch_size, width // model.patch_size
     block = min(BLOCK, rows, columns)
@@ -169,7 +169,7 @@ def make_measure(network: Network, config: ml_collections.ConfigDict, mesh: Mesh
             output, intermediates = network.apply(params, x, t, labels)
             tokens = intermediates["low_frequency"]
             dit = tokens.reshape(tokens.shape[0], rows, columns, -1)
-            return path.to_velocity(output, x, t, model.prediction), dit
+            return prediction.velocity(output, x, t), dit
 
         null = jnp.asarray(model.num_classes, jnp.int32)
         velocity = guidance.guided_velocity(

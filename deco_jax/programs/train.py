@@ -1,11 +1,7 @@
 """The training program, top to bottom.
 
-uint8 batch ─ to_float ─ x ─┐
-                 noise ε ───┼─ x_t = t·x + (1−t)·ε ─ denoiser ─ v̂ ─ v̂ − v ─┬─ pixel flow matching
-         t ~ logit-normal ──┘        context, dropped ─┘   │               ├─ JPEG-weighted DCT
-uint8 batch ─ frozen DINOv2 ─ features ──────────── projector(hidden) ─────┴─ REPA
-
-The context is labels, or the frozen text encoder's features of captions.
+What is minimised is `method.objective`'s sum over the losses. The context is labels, or the frozen text encoder's
+features of captions.
 """
 
 from __future__ import annotations
@@ -16,7 +12,7 @@ import json
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,19 +26,15 @@ from deco_jax import images
 from deco_jax.conditioning.condition import Condition, abstract_condition, open_condition
 from deco_jax.conditioning.requests import Prompts, Requests, open_prompts, sampling_requests
 from deco_jax.config import to_json
-from deco_jax.convert.dinov2 import load_teacher
 from deco_jax.data import pipeline, sources
 from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
-from deco_jax.method import path
-from deco_jax.method.losses.flow_matching import flow_matching_loss
-from deco_jax.method.losses.frequency import frequency_loss, jpeg_weights
-from deco_jax.method.losses.repa import alignment_loss
-from deco_jax.method.optimizer import make_optimizer, update_average
-from deco_jax.models import dinov2
+from deco_jax.method.averages import update_average
+from deco_jax.method.objective import make_method
+from deco_jax.method.optimizer import make_optimizer
+from deco_jax.method.step import Draws, Observed
 from deco_jax.models import network as network_lib
 from deco_jax.models.network import Network
-from deco_jax.models.projector import make_projector
 from deco_jax.programs.evaluate import QuickFID
 from deco_jax.run import checkpoint, distributed, monitor, preemption, sharding
 from deco_jax.run.state import State, create_state, state_shapes
@@ -54,84 +46,8 @@ Metrics = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
 
 
-class Observed(NamedTuple):
-    """What is known of a batch besides its images; nothing of it trains."""
-
-    context: jax.Array  # labels int32 [batch], or text features [batch, length, text_width]
-    null: jax.Array  # stands for no condition: int32 [], or [length, text_width]
-    features: jax.Array | None = None  # the teacher's [batch, tokens, teacher_width]; None without REPA
-
-
 # (frozen arrays by name, batch) → Observed
 Observer = Callable[[dict[str, Any], Batch], Observed]
-
-
-class Draws(NamedTuple):
-    """What is random in a training step."""
-
-    noise: jax.Array  # [batch, height, width, 3], standard normal
-    times: jax.Array  # [batch] in (0, 1)
-    dropped: jax.Array  # bool [batch]: trained without its label or caption
-
-
-# ---------------------------------------------------------------------------------------- the objective
-
-
-def objective(
-    params: Any,
-    pixels: jax.Array,
-    draws: Draws,
-    observed: Observed,
-    *,
-    networks: dict[str, Network],
-    config: ml_collections.ConfigDict,
-) -> tuple[jax.Array, Metrics]:
-    """The DeCo loss of a batch (arXiv 2511.19365): flow matching + frequency-aware + REPA.
-
-    Args:
-        params: {"denoiser", "projector"}.
-        pixels: uint8 [batch, height, width, 3].
-
-    Returns:
-        The loss, and its parts, unweighted: "pixel", "frequency", "alignment" as far as they are used.
-    """
-    loss, prediction = config.loss, config.model.prediction
-    features = observed.features
-    x = images.to_float(pixels)
-    x_t = path.interpolate(x, draws.noise, draws.times)
-    dropped = draws.dropped.reshape(-1, *[1] * observed.null.ndim)
-    context = jnp.where(dropped, observed.null, observed.context)
-
-    aligned_layer = loss.repa_layer if features is not None else None
-    output, hidden = networks["denoiser"].apply(params["denoiser"], x_t, draws.times, context, aligned_layer)
-
-    target = path.velocity(x, draws.noise) if prediction == "v" else x
-    # Both sides through the same conversion: an x-prediction is compared where it becomes a velocity.
-    error = path.to_velocity(output, x_t, draws.times, prediction) - path.to_velocity(
-        target, x_t, draws.times, prediction
-    )
-
-    parts = {"pixel": flow_matching_loss(error)}
-    total = parts["pixel"]
-    if loss.frequency_weight:
-        parts["frequency"] = frequency_loss(error, jpeg_weights(loss.frequency_quality))
-        total = total + loss.frequency_weight * parts["frequency"]
-    if features is not None:
-        projected = networks["projector"].apply(params["projector"], hidden["aligned"])
-        parts["alignment"] = alignment_loss(projected, features)
-        total = total + loss.repa_weight * parts["alignment"]
-    return jnp.mean(total), {name: jnp.mean(values) for name, values in parts.items()}
-
-
-@jax.named_scope("noise")
-def draw(key: jax.Array, shape: tuple[int, ...], loss: ml_collections.ConfigDict) -> Draws:
-    """The random part of a step for image batches of `shape`; depends on the key alone, not on devices."""
-    noise_key, time_key, drop_key = jax.random.split(key, 3)
-    return Draws(
-        noise=jax.random.normal(noise_key, shape),
-        times=path.sample_times(time_key, shape[0], loss.time_shift, loss.time_mean, loss.time_std),
-        dropped=jax.random.bernoulli(drop_key, loss.label_dropout, (shape[0],)),
-    )
 
 
 # ---------------------------------------------------------------------------------------- one step
@@ -156,11 +72,12 @@ def make_train_step(
     Args:
         mesh: None: one device.
     """
-    gradient = jax.value_and_grad(functools.partial(objective, networks=networks, config=config), has_aux=True)
+    method = make_method(config)
+    gradient = jax.value_and_grad(functools.partial(method.objective, networks=networks), has_aux=True)
     accumulate = config.optimizer.accumulate_steps
 
     def of_rows(params: Any, batch: Batch, draws: Draws, frozen: dict[str, Any]) -> tuple[Any, Any]:
-        (loss, parts), grads = gradient(params, batch["image"], draws, observe(frozen, batch))
+        (loss, parts), grads = gradient(params, batch["image"], draws, observe(frozen, batch), frozen)
         return {"loss": loss, **parts}, grads
 
     def loss_and_gradient(params: Any, batch: Batch, draws: Draws, frozen: dict[str, Any]) -> tuple[Any, Any]:
@@ -195,7 +112,7 @@ def make_train_step(
 
     def train_step(state: State, batch: Batch, frozen: dict[str, Any]) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), TRAINING), state["step"])
-        draws = draw(key, batch["image"].shape, config.loss)
+        draws = method.draw(key, batch["image"].shape)
         metrics, grads = over_mesh(state["params"], batch, draws, frozen)
 
         with jax.named_scope("optimizer"):
@@ -490,10 +407,10 @@ def make_networks(
 ) -> tuple[dict[str, Network], Observer, dict[str, Any]]:
     """The networks that train, and the frozen ones: as a function, and their weights on the mesh."""
     networks, observe, shapes = abstract_networks(config, mesh, condition)
-    frozen = {}
-    if config.loss.repa_weight:
-        params = load_teacher(config.teacher.path, config.teacher.size, dtype=jnp.dtype(config.teacher.dtype))
-        frozen["teacher"] = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, shapes["teacher"]))
+    frozen = {
+        name: jax.device_put(network.load(), jax.tree.map(lambda leaf: leaf.sharding, shapes[name]))
+        for name, network in make_method(config).frozen.items()
+    }
     return networks, observe, frozen | condition.load()
 
 
@@ -506,28 +423,17 @@ def abstract_networks(
         condition: by default one that is known by its shapes alone.
     """
     condition = condition or abstract_condition(config, mesh)
-    networks = {"denoiser": network_lib.build(config.model.to_dict())}
-    teacher, shapes = None, dict(condition.shapes)
-    if config.loss.repa_weight:
-        teacher = teacher_network(config)
-        teacher_width, _, _ = dinov2.sizes(config.teacher.size)
-        networks["projector"] = make_projector(config.model, teacher_width)
-        dtype = jnp.dtype(config.teacher.dtype)
-        cast = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), teacher.shapes)
-        shapes |= sharding.placed_shapes(mesh, {"teacher": cast})
-    return networks, make_observer(config, condition, teacher), shapes
-
-
-def make_observer(config: ml_collections.ConfigDict, condition: Condition, teacher: Network | None) -> Observer:
-    """All frozen parts of a step as one function."""
+    method = make_method(config)
+    networks = {"denoiser": network_lib.build(config.model.to_dict())} | method.trained
+    weights = {name: network.shapes for name, network in method.frozen.items()}
+    shapes = dict(condition.shapes) | sharding.placed_shapes(mesh, weights)
 
     def observe(frozen: dict[str, Any], batch: Batch) -> Observed:
-        features = None
-        if teacher is not None:
-            features = teacher.apply(frozen["teacher"], batch["image"], config.model.patch_size)
-        return Observed(condition.context(frozen, batch), condition.null(frozen), features)
+        return Observed(
+            condition.context(frozen, batch), condition.null(frozen), method.observe(frozen, batch["image"])
+        )
 
-    return observe
+    return networks, observe, shapes
 
 
 def open_batches(
@@ -548,12 +454,6 @@ def open_batches(
         max_unreadable=data.max_unreadable,
         encode_caption=condition.encode_caption,
     )
-
-
-def teacher_network(config: ml_collections.ConfigDict) -> Network:
-    """DINOv2 of config.teacher, its forward pass in config.teacher.dtype."""
-    dtype = jnp.dtype(config.teacher.dtype)
-    return network_lib.functional(lambda rngs: dinov2.DINOv2.of_size(config.teacher.size, dtype=dtype, rngs=rngs))
 
 
 def grid_requests(

@@ -21,7 +21,7 @@ from deco_jax.conditioning.requests import Requests
 from deco_jax.config import to_json
 from deco_jax.data.transforms import image_sides
 from deco_jax.images import to_uint8
-from deco_jax.method import path
+from deco_jax.method.predictions import Prediction, make_prediction
 from deco_jax.models.network import Network, Params
 from deco_jax.run import checkpoint
 from deco_jax.run.sharding import BATCH, WHOLE, batch_sharding, each_device, place_everywhere, replicated, specs
@@ -37,7 +37,7 @@ def make_generator(network: Network, config: ml_collections.ConfigDict, mesh: Me
     Raises:
         UserError: settings that no sampler can take.
     """
-    settings, prediction = config.sample, config.model.prediction
+    settings, prediction = config.sample, make_prediction(config).in_sampling()
     height, width = image_sides(config.data.image_size)
     times = samplers.timesteps(settings.num_steps, settings.shift)
     guided = guidance.guided_steps(times, settings.guidance, settings.guidance_interval)
@@ -73,12 +73,12 @@ def noise_of(seed: int | jax.Array, index: jax.Array, sides: tuple[int, int]) ->
     return normal
 
 
-def velocity_of(network: Network, prediction: str, params: Params) -> Callable[..., jax.Array]:
+def velocity_of(network: Network, prediction: Prediction, params: Params) -> Callable[..., jax.Array]:
     """(x [n, height, width, 3], t [n], context) → velocity, whatever the network predicts."""
 
     def velocity(x: jax.Array, t: jax.Array, context: jax.Array) -> jax.Array:
         output, _ = network.apply(params, x, t, context)
-        return path.to_velocity(output, x, t, prediction)
+        return prediction.velocity(output, x, t)
 
     return velocity
 
@@ -133,7 +133,7 @@ class Watcher:
     steps, times, shift, guidance, seed and conditions are data.
     """
 
-    def __init__(self, network: Network, prediction: str, mesh: Mesh) -> None:
+    def __init__(self, network: Network, prediction: Prediction, mesh: Mesh) -> None:
         self._mesh, by_batch = mesh, batch_sharding(mesh)
 
         def begin(seed: jax.Array, index: jax.Array, sides: tuple[int, int]) -> jax.Array:

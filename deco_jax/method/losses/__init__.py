@@ -1,1 +1,20 @@
-"""The terms of the objective, as pure functions that return one value an example."""
+"""The terms of the objective, one file each.
+
+A file has the loss as a pure function, a `Loss` that hands it what it needs of a step, and `from_config`, which builds
+it from the settings or returns None where they turn it off. `LOSSES` is their order in the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ml_collections
+
+from deco_jax.method.losses import frequency, pixel, repa
+from deco_jax.method.losses.loss import Loss
+
+LOSSES: tuple[Callable[[ml_collections.ConfigDict], Loss | None], ...] = (
+    pixel.from_config,
+    frequency.from_config,
+    repa.from_config,
+)

@@ -6,11 +6,14 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from jax import Array
 
 from deco_jax.errors import UserError
 from deco_jax.method.dct import RGB_TO_YCBCR, block_dct
+from deco_jax.method.losses.loss import Loss
+from deco_jax.method.step import Step
 from deco_jax.schema import at_least, between, setting
 
 
@@ -86,3 +89,22 @@ def frequency_loss(error: Array, weights: np.ndarray | Array) -> Array:
     coefficients = block_dct(error, colour=RGB_TO_YCBCR)  # [batch, height / 8, width / 8, 8, 8, 3]
     weights = jnp.moveaxis(jnp.asarray(weights, jnp.float32), 0, -1)
     return jnp.mean(weights * jnp.square(coefficients), axis=(1, 2, 3, 4, 5))
+
+
+@dataclasses.dataclass(frozen=True)
+class FrequencyLoss(Loss):
+    """The frequency-aware loss at a JPEG quality, 1 to 100."""
+
+    name = "frequency"
+    weight: float = 1.0
+    quality: float = 85
+
+    def __call__(self, step: Step) -> Array:
+        return step.error_weight * frequency_loss(step.error, jpeg_weights(self.quality))
+
+
+def from_config(config: ml_collections.ConfigDict) -> FrequencyLoss | None:
+    """Build the loss of config.loss.frequency_*; None if it is off."""
+    if not config.loss.frequency_weight:
+        return None
+    return FrequencyLoss(config.loss.frequency_weight, config.loss.frequency_quality)

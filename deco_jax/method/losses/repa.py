@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 from jax import Array
 
+from deco_jax.method.losses.loss import Loss
+from deco_jax.method.step import Step
+from deco_jax.models import dinov2
+from deco_jax.models.network import FrozenNetwork, Network
+from deco_jax.models.projector import make_projector
 from deco_jax.schema import at_least, setting
+
+TEACHER = "teacher"
 
 EPSILON = 1e-8
 
@@ -44,3 +53,44 @@ def alignment_loss(projected: Array, teacher: Array) -> Array:
     squares = [jnp.maximum(jnp.sum(jnp.square(x), axis=-1), EPSILON**2) for x in (projected, teacher)]
     cosine = dot / (jnp.sqrt(squares[0]) * jnp.sqrt(squares[1]))
     return jnp.mean(1 - cosine, axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignmentLoss(Loss):
+    """Pulls the hidden states after `layer` blocks, projected, towards a teacher's features of the clean images.
+
+    Args:
+        teacher: uint8 [batch, height, width, 3] → [batch, tokens, features], a token for each of the denoiser's.
+        projector: [batch, tokens, width] → [batch, tokens, features].
+    """
+
+    teacher: FrozenNetwork
+    projector: Network
+    layer: int | None
+    weight: float = 0.5
+    name = "alignment"
+    features = (TEACHER,)
+
+    @property
+    def trained(self) -> Mapping[str, Network]:  # type: ignore[override]
+        return {"projector": self.projector}
+
+    @property
+    def frozen(self) -> Mapping[str, FrozenNetwork]:  # type: ignore[override]
+        return {TEACHER: self.teacher}
+
+    def __call__(self, step: Step) -> Array:
+        return alignment_loss(step.trained("projector", step.hidden["aligned"]), step.features[TEACHER])
+
+
+def from_config(config: ml_collections.ConfigDict) -> AlignmentLoss | None:
+    """Build the loss of config.loss.repa_* with config.teacher; None if it is off."""
+    loss, teacher = config.loss, config.teacher
+    if not loss.repa_weight:
+        return None
+    return AlignmentLoss(
+        dinov2.teacher(teacher.size, teacher.path, teacher.dtype, config.model.patch_size),
+        make_projector(config.model, dinov2.sizes(teacher.size)[0]),
+        loss.repa_layer,
+        loss.repa_weight,
+    )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deco_jax.method.losses.flow_matching import flow_matching_loss
+from deco_jax.method.losses.pixel import flow_matching_loss
 from tests.helpers import relative_error
 
 

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import ml_collections
 from jax import Array
+
+from deco_jax.method.losses.loss import Loss
+from deco_jax.method.step import Step
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelLoss(Loss):
+    """Flow matching at every pixel."""
+
+    name = "pixel"
+    weight: float = 1.0
+
+    def __call__(self, step: Step) -> Array:
+        return step.error_weight * flow_matching_loss(step.error)
 
 
 @jax.named_scope("loss")
@@ -18,3 +35,8 @@ def flow_matching_loss(error: Array) -> Array:
         float32 [batch].
     """
     return jnp.mean(jnp.square(error.astype(jnp.float32)), axis=tuple(range(1, error.ndim)))
+
+
+def from_config(config: ml_collections.ConfigDict) -> PixelLoss:
+    """Build the loss that every run has."""
+    return PixelLoss()

@@ -1,0 +1,36 @@
+"""What a loss is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from jax import Array
+
+from deco_jax.method.step import Step
+from deco_jax.models.network import FrozenNetwork, Network
+
+
+class Loss(Protocol):
+    """A term of the objective. Subclass it and say only what differs.
+
+    Attributes:
+        name: of the unweighted term in the metrics.
+        weight: in the objective.
+        layer: blocks after which the denoiser's hidden states are wanted, as `Step.hidden["aligned"]`; None: they
+            aren't.
+        trained: networks that train along with the denoiser, by name.
+        frozen: networks that don't train, by name; losses that name the same share it.
+        features: those of `frozen` whose features of the clean images are wanted in `Step.features`.
+    """
+
+    name: str
+    weight: float = 1.0
+    layer: int | None = None
+    trained: Mapping[str, Network] = {}
+    frozen: Mapping[str, FrozenNetwork] = {}
+    features: tuple[str, ...] = ()
+
+    def __call__(self, step: Step) -> Array:
+        """Return the unweighted loss of each example, float32 [batch]."""
+        ...

@@ -1,0 +1,140 @@
+"""The method: everything that a paper varies, as one value, and the objective that follows from it.
+
+uint8 batch ─ to_float ─ x ─┐
+                 noise ε ───┼─ path: x_t, v ─ denoiser ─ output ─ prediction: v̂, x̂ ─┬─ each loss of v̂ − v, of x̂, …
+         t ~ times ─────────┘     context, dropped ─┘     └ hidden states ──────────┤
+uint8 batch ─ frozen networks ─ features ───────────────────────────────────────────┘
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax import Array
+
+from deco_jax.errors import UserError
+from deco_jax.method.averages import Average, parse_averages
+from deco_jax.method.losses import LOSSES
+from deco_jax.method.losses.loss import Loss
+from deco_jax.method.paths import Path, make_path
+from deco_jax.method.predictions import Prediction, make_prediction
+from deco_jax.method.step import Draws, Observed, Params, Step
+from deco_jax.method.times import LogitNormal, Times
+from deco_jax.models.network import FrozenNetwork, Network
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How a denoiser is trained.
+
+    Attributes:
+        path: between noise and data.
+        prediction: what the denoiser's output stands for, on that path.
+        times: how training times are drawn.
+        losses: whose weighted sum is minimised.
+        averages: of the denoiser's weights, by name.
+        label_dropout: share of the examples trained without their label or caption.
+    """
+
+    path: Path
+    prediction: Prediction
+    times: Times
+    losses: tuple[Loss, ...]
+    averages: Mapping[str, Average]
+    label_dropout: float
+
+    def objective(
+        self,
+        params: Params,
+        pixels: Array,
+        draws: Draws,
+        observed: Observed,
+        frozen: Mapping[str, Params] | None = None,
+        *,
+        networks: Mapping[str, Network],
+    ) -> tuple[Array, dict[str, Array]]:
+        """Compute the loss of a batch.
+
+        Args:
+            params: of each of `networks`.
+            pixels: uint8 [batch, height, width, 3].
+            frozen: weights of `self.frozen` for losses that apply them; others are passed over.
+            networks: "denoiser", and `self.trained`.
+
+        Returns:
+            The loss, and its terms, unweighted, by name.
+        """
+        step = Step(
+            params,
+            pixels,
+            draws,
+            observed,
+            path=self.path,
+            prediction=self.prediction,
+            networks=networks,
+            frozen={name: (network, (frozen or {}).get(name)) for name, network in self.frozen.items()},
+            layer=self.layer,
+        )
+        total, terms = jnp.zeros(len(pixels)), {}
+        for loss in self.losses:
+            terms[loss.name] = loss(step)
+            total = total + loss.weight * terms[loss.name]
+        return jnp.mean(total), {name: jnp.mean(values) for name, values in terms.items()}
+
+    @jax.named_scope("noise")
+    def draw(self, key: Array, shape: tuple[int, ...]) -> Draws:
+        """Draw the random part of a step for image batches of `shape`; depends on the key alone, not on devices."""
+        noise_key, time_key, drop_key = jax.random.split(key, 3)
+        return Draws(
+            noise=jax.random.normal(noise_key, shape),
+            times=self.times(time_key, shape[0]),
+            dropped=jax.random.bernoulli(drop_key, self.label_dropout, (shape[0],)),
+            keys=jax.random.split(jax.random.fold_in(key, 1), shape[0]),
+        )
+
+    def observe(self, frozen: Mapping[str, Params], pixels: Array) -> dict[str, Any]:
+        """Compute the features of clean images, uint8 [batch, height, width, 3], that losses ask for, by network."""
+        names = dict.fromkeys(name for loss in self.losses for name in loss.features)
+        return {name: self.frozen[name].apply(frozen[name], pixels) for name in names}
+
+    @functools.cached_property
+    def trained(self) -> dict[str, Network]:
+        """The networks that train along with the denoiser, by name."""
+        return {name: network for loss in self.losses for name, network in loss.trained.items()}
+
+    @functools.cached_property
+    def frozen(self) -> dict[str, FrozenNetwork]:
+        """The networks that don't train, by name."""
+        return {name: network for loss in reversed(self.losses) for name, network in loss.frozen.items()}
+
+    @functools.cached_property
+    def layer(self) -> int | None:
+        """The number of blocks after which losses want the denoiser's hidden states; None if none does."""
+        layers = {loss.layer for loss in self.losses if loss.layer is not None}
+        if len(layers) > 1:
+            raise UserError(f"the losses align different layers ({', '.join(map(str, sorted(layers)))}); choose one")
+        return layers.pop() if layers else None
+
+
+def make_method(config: ml_collections.ConfigDict) -> Method:
+    """Build the method that a config describes.
+
+    Raises:
+        UserError: its settings fit no path, prediction, loss or average.
+    """
+    loss = config.loss
+    found = [make(config) for make in LOSSES]
+    return Method(
+        path=make_path(config),
+        prediction=make_prediction(config),
+        times=LogitNormal(loss.time_mean, loss.time_std, loss.time_shift),
+        losses=tuple(each for each in found if each is not None),
+        averages=parse_averages(config.optimizer.ema_decay),
+        label_dropout=loss.label_dropout,
+    )

@@ -1,0 +1,74 @@
+"""Paths between noise (t = 0) and data (t = 1): the state that a network sees, and its velocity.
+
+A path is a value with the three methods of `Path`; a new one is a class here or in a file beside this one, and a line
+in `PATHS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import jax.numpy as jnp
+import ml_collections
+from jax import Array
+
+# JiT's floor of 1 − t (Li & He 2025): without it an x-prediction's velocity is unbounded towards t = 1.
+MIN_REMAINING_TIME = 0.05
+
+
+class Point(NamedTuple):
+    """A point on the path of each image, both [batch, height, width, 3]."""
+
+    state: Array
+    velocity: Array  # d state / dt
+
+
+class Path(Protocol):
+    """How noise becomes an image; all images are [batch, height, width, 3] in float32, times [batch] in [0, 1]."""
+
+    def point(self, x: Array, noise: Array, t: Array) -> Point:
+        """Return state and velocity at t of the paths from `noise` to the images `x`."""
+        ...
+
+    def velocity_of(self, x: Array, state: Array, t: Array) -> Array:
+        """Return the velocity that a predicted image `x` stands for at a state; finite up to t = 1."""
+        ...
+
+    def image_of(self, velocity: Array, state: Array, t: Array) -> Array:
+        """Return the image that a predicted velocity leads to from a state, x̂."""
+        ...
+
+
+def per_example(t: Array, like: Array) -> Array:
+    """Shape times, [batch] or one for all, so that they multiply `like` [batch, ...]."""
+    t = jnp.asarray(t, jnp.float32)
+    return t.reshape(t.shape + (1,) * (like.ndim - t.ndim)) if t.ndim else t
+
+
+class LinearPath:
+    """The straight line x_t = t·x + (1 − t)·ε, whose velocity x − ε does not depend on t."""
+
+    def point(self, x: Array, noise: Array, t: Array) -> Point:
+        t = per_example(t, x)
+        return Point(t * x + (1 - t) * noise, x - noise)
+
+    def velocity_of(self, x: Array, state: Array, t: Array) -> Array:
+        """Return (x − x_t) / max(1 − t, 0.05).
+
+        Given the true image this is an x-prediction's target: JiT divides both by the floored time, so above t = 0.95
+        the target is not x − ε.
+        """
+        return (x - state) / jnp.maximum(1 - per_example(t, state), MIN_REMAINING_TIME)
+
+    def image_of(self, velocity: Array, state: Array, t: Array) -> Array:
+        """Return x_t + (1 − t)·v̂."""
+        return state + (1 - per_example(t, state)) * velocity
+
+
+PATHS: dict[str, Callable[[ml_collections.ConfigDict], Path]] = {"linear": lambda config: LinearPath()}
+
+
+def make_path(config: ml_collections.ConfigDict) -> Path:
+    """Build the path that a config describes."""
+    return PATHS["linear"](config)

@@ -1,0 +1,103 @@
+"""What a network's output stands for: the velocity, or the clean image.
+
+A prediction is bound to its path. A new one is a class with the methods of `Prediction`, and a line in `PREDICTIONS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import ml_collections
+from jax import Array
+
+from deco_jax.errors import UserError
+from deco_jax.method.paths import Path, Point, make_path
+
+
+class Prediction(Protocol):
+    """Reads a network's output at a state; images [batch, height, width, 3], times [batch] or one for all."""
+
+    def velocity(self, output: Array, state: Array, t: Array) -> Array:
+        """Return the velocity v̂ that the output stands for."""
+        ...
+
+    def image(self, output: Array, state: Array, t: Array) -> Array:
+        """Return the clean image x̂ that the output stands for."""
+        ...
+
+    def target(self, x: Array, point: Point, t: Array) -> Array:
+        """Return the velocity that v̂ is compared with, given the true image and its point on the path."""
+        ...
+
+    def weight(self, t: Array) -> Array | float:
+        """Return what the squared error of v̂ is multiplied by, [batch] or one for all."""
+        ...
+
+    def in_sampling(self) -> Prediction:
+        """Return the prediction that samplers use, for those that floor 1 − t otherwise there than in training."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class VPrediction:
+    """The output is the velocity."""
+
+    path: Path
+
+    def velocity(self, output: Array, state: Array, t: Array) -> Array:
+        return output
+
+    def image(self, output: Array, state: Array, t: Array) -> Array:
+        return self.path.image_of(output, state, t)
+
+    def target(self, x: Array, point: Point, t: Array) -> Array:
+        return point.velocity
+
+    def weight(self, t: Array) -> float:
+        return 1.0
+
+    def in_sampling(self) -> VPrediction:
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class XPrediction:
+    """The output is the clean image (JiT, Li & He 2025); compared where it becomes a velocity."""
+
+    path: Path
+
+    def velocity(self, output: Array, state: Array, t: Array) -> Array:
+        return self.path.velocity_of(output, state, t)
+
+    def image(self, output: Array, state: Array, t: Array) -> Array:
+        return output
+
+    def target(self, x: Array, point: Point, t: Array) -> Array:
+        # Both sides through the same conversion, so that its floor is in both.
+        return self.path.velocity_of(x, point.state, t)
+
+    def weight(self, t: Array) -> float:
+        return 1.0
+
+    def in_sampling(self) -> XPrediction:
+        return self
+
+
+PREDICTIONS: dict[str, Callable[[ml_collections.ConfigDict, Path], Prediction]] = {
+    "v": lambda config, path: VPrediction(path),
+    "x": lambda config, path: XPrediction(path),
+}
+
+
+def make_prediction(config: ml_collections.ConfigDict) -> Prediction:
+    """Build the prediction that config.model.prediction names, on the config's path.
+
+    Raises:
+        UserError: there is no such prediction.
+    """
+    name = config.model.prediction
+    if name not in PREDICTIONS:
+        raise UserError(f"There is no prediction type {name!r}; choose 'v' (velocity) or 'x' (clean image).")
+    return PREDICTIONS[name](config, make_path(config))

@@ -1,0 +1,125 @@
+"""A training step as its losses see it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from deco_jax import images
+from deco_jax.method.paths import Path, Point
+from deco_jax.method.predictions import Prediction
+from deco_jax.models.network import FrozenNetwork, Network
+
+Params = dict[str, Any]
+
+
+class Draws(NamedTuple):
+    """What is random in a training step; a row for each example."""
+
+    noise: Array  # [batch, height, width, 3], standard normal
+    times: Array  # [batch] in (0, 1)
+    dropped: Array  # bool [batch]: trained without its label or caption
+    keys: Array | None = None  # [batch], for what else a loss draws
+
+
+class Observed(NamedTuple):
+    """What is known of a batch besides its images; nothing of it trains."""
+
+    context: Array  # labels int32 [batch], or text features [batch, length, text_width]
+    null: Array  # stands for no condition: int32 [], or [length, text_width]
+    features: Mapping[str, Any] = {}  # frozen network → its features of the images, where a loss asks for them
+
+
+class Step:
+    """One batch on its way through the denoiser.
+
+    What costs anything is computed when it is first asked for, and once. It must be asked for outside of `lax.cond`,
+    `lax.scan` and the like, whose results can't be kept for later.
+
+    Attributes:
+        params: the trained networks' parameters by name.
+        pixels: the clean images, uint8 [batch, height, width, 3].
+        images: the same, float32 in [−1, 1].
+        draws: noise and times.
+        context: labels or text features, already replaced where they are dropped.
+        features: of the clean images, by frozen network (`Loss.features`).
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        pixels: Array,
+        draws: Draws,
+        observed: Observed,
+        *,
+        path: Path,
+        prediction: Prediction,
+        networks: Mapping[str, Network],
+        frozen: Mapping[str, tuple[FrozenNetwork, Any]],
+        layer: int | None,
+    ) -> None:
+        self.params, self.pixels, self.draws = params, pixels, draws
+        self.images = images.to_float(pixels)
+        dropped = draws.dropped.reshape(-1, *[1] * observed.null.ndim)
+        self.context = jnp.where(dropped, observed.null, observed.context)
+        self.features = {name: jax.lax.stop_gradient(value) for name, value in observed.features.items()}
+        self._path, self._prediction, self._layer = path, prediction, layer
+        self._networks, self._frozen = networks, frozen
+
+    @property
+    def times(self) -> Array:
+        """[batch] in (0, 1); 0 is noise."""
+        return self.draws.times
+
+    @functools.cached_property
+    def point(self) -> Point:
+        """The noised images x_t and their true velocity."""
+        return self._path.point(self.images, self.draws.noise, self.times)
+
+    @functools.cached_property
+    def _denoised(self) -> tuple[Array, dict[str, Array]]:
+        return self.trained("denoiser", self.point.state, self.times, self.context, self._layer)
+
+    @property
+    def output(self) -> Array:
+        """The denoiser's output, float32 [batch, height, width, 3]."""
+        return self._denoised[0]
+
+    @property
+    def hidden(self) -> dict[str, Array]:
+        """The denoiser's hidden states by name: "low_frequency", and "aligned", those after `Loss.layer` blocks."""
+        return self._denoised[1]
+
+    @functools.cached_property
+    def velocity(self) -> Array:
+        """v̂, float32 [batch, height, width, 3]."""
+        return self._prediction.velocity(self.output, self.point.state, self.times)
+
+    @functools.cached_property
+    def image(self) -> Array:
+        """x̂, float32 [batch, height, width, 3] in about ±1."""
+        return self._prediction.image(self.output, self.point.state, self.times)
+
+    @functools.cached_property
+    def error(self) -> Array:
+        """v̂ − v, float32 [batch, height, width, 3]."""
+        return self.velocity - self._prediction.target(self.images, self.point, self.times)
+
+    @property
+    def error_weight(self) -> Array | float:
+        """What the prediction multiplies squared errors of v̂ by, [batch] or one for all."""
+        return self._prediction.weight(self.times)
+
+    def trained(self, name: str, *inputs: Any) -> Any:
+        """Apply a network that trains: "denoiser", or one that a loss brings (`Loss.trained`)."""
+        return self._networks[name].apply(self.params[name], *inputs)
+
+    def frozen(self, name: str, *inputs: Any) -> Any:
+        """Apply a frozen network that a loss brings (`Loss.frozen`); gradients pass to the inputs."""
+        network, params = self._frozen[name]
+        return network.apply(params, *inputs)
