@@ -46,6 +46,23 @@ FLAGS = [
     ([SMOKE, "--config.data.batch_size=abc"], "--config.data.batch_size=abc.*a value like 16"),
     ([SMOKE, "--config.data.batch_size=2.5"], "--config.data.batch_size=2.5.*a value like 16"),
     ([SMOKE, "--config.data.flip=3"], "--config.data.flip=3.*a value like False"),
+    (["--config=quikstart"], "no config 'quikstart'; did you mean quickstart"),
+    (["--config=nothing"], "no config 'nothing'; there are ablation, .*quickstart"),
+    (["--config={tmp}/config.json"], "no config .*: there is no such file"),
+    (["--config={data}/list.json"], "list.json is no saved config of a run"),
+    (["--config={data}/broken.json"], "broken.json is no saved config: it isn't JSON"),
+    (["--config={data}/newer.json"], "newer.json has settings of the model deco that this .* know: model.colour"),
+    (["--config=quickstart:smoke", "--config.sample.colours=3"], "sample.colours; --help lists all settings"),
+    ([SMOKE, "--config.model.batch_size=3"], "did you mean --config.data.batch_size or --config.evaluate.b.*"),
+    ([SMOKE, "--config.sample.steps=3"], "did you mean --config.sample.num_steps"),
+    ([SMOKE, "--config.model.decoder_ratio=3"], "decoder_ratio; it is one of model.name=pixnerd, and this .* deco"),
+    (["--workdir={run}", "--config.model.depth=3"], "another model .*depth: 2 there, 3 here"),
+    (["--workdir={run}", "--config.model.deep=3"], "no setting --config.model.deep; did you mean .*depth"),
+    ([SMOKE, "--config.data.num_workers=1000"], "num_workers=1000 must be at least 0 and at most 256"),
+    ([SMOKE, "--config.data.batch_size=4294967296"], "batch_size=4294967296 must be .*at most 1,048,576"),
+    ([SMOKE, "--config.data.image_size=1000000"], "image_size=1000000 must be .*at most 8,192"),
+    ([SMOKE, "--config.sample.num_images=2147483647"], "num_images=2147483647 must be .*at most 10,000,000"),
+    ([SMOKE, "--config.model.width=2147483648"], "width=2147483648 must be .*at most 65,536"),
 ]
 EVALUATE = ["--mode=evaluate", "--config.evaluate.inception={data}/file"]
 VALUES = [
@@ -174,6 +191,9 @@ def outcomes(tmp_path_factory):
         (data / name / "cat").mkdir(parents=True)
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(data / "one_class" / "cat" / "1.png")
     (data / "file").write_text("mine")
+    (data / "list.json").write_text("[1, 2]")
+    (data / "broken.json").write_text('{"model": ')
+    (data / "newer.json").write_text('{"model": {"name": "deco", "colour": "red"}}')
     pictures = np.zeros((4, 8, 8, 3), np.uint8)
     np.savez(data / "good.npz", arr_0=pictures)
     np.savez(data / "keys.npz", pictures=pictures, mu=np.zeros(2048))

@@ -14,7 +14,7 @@ import ml_collections
 
 from deco_jax.config.sections import MODEL, SECTIONS, TOP
 from deco_jax.config.values import flatten
-from deco_jax.config.words import nearest
+from deco_jax.config.words import suggestion
 from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
 from deco_jax.schema import Setting, wrong
@@ -72,8 +72,8 @@ def _check_keys(
 
 
 def _suggestion(name: str, names: Iterable[str]) -> str:
-    close = nearest(name, names)
-    return f" (did you mean {close}?)" if close else ""
+    close = suggestion(name, names)
+    return f" ({close})" if close else ""
 
 
 def _check_together(config: ml_collections.ConfigDict) -> None:

@@ -5,27 +5,34 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-NEAR = 0.7  # of difflib's ratio: a letter or two off
 
+def nearest(name: str, names: Iterable[str]) -> list[str]:
+    """The names that `name` may be a misspelling of; none if none is near.
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The name that `name` is a misspelling of, or "".
-
-    Dotted names are near where the whole is, or where their last parts are: "model.batch_size" is "data.batch_size" in
-    the wrong section.
+    What counts is the last part of a dotted name; in another section it has to be nearer. Where several sections have a
+    setting of just that name, they are all given; else the best one is.
     """
     names = list(names)
-    whole = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
-    if whole:
-        return whole[0]
     section, _, last = name.rpartition(".")
     best, best_score = "", 0.0
     for candidate in names:
         their_section, _, their_last = candidate.rpartition(".")
-        score = difflib.SequenceMatcher(None, last, their_last).ratio()
-        if score < NEAR:
-            continue
-        score += 0.1 * difflib.SequenceMatcher(None, section, their_section).ratio()  # decides between equals
-        if score > best_score:
+        alike = _ratio(last, their_last)
+        sections_alike = 1.0 if section == their_section else _ratio(section, their_section)
+        score = alike + 0.2 * sections_alike
+        if alike >= 0.85 - 0.25 * sections_alike and score > best_score:
             best, best_score = candidate, score
-    return best
+    exact = [candidate for candidate in names if candidate.rpartition(".")[2] == last]
+    if best in exact and _ratio(section, best.rpartition(".")[0]) < 0.7:
+        return exact
+    return [best] if best else []
+
+
+def _ratio(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()
+
+
+def suggestion(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """ "did you mean A or B?", or "" if nothing is near."""
+    close = [f"{prefix}{candidate}" for candidate in nearest(name, names)]
+    return f"did you mean {' or '.join(close)}?" if close else ""

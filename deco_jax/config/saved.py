@@ -1,0 +1,70 @@
+"""Reads the config.json of a run, of any version: `--config=runs/xl/config.json`.
+
+ml_collections takes a config from a Python file's get_config(VARIANT). This is such a file, whose variant is the path.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from deco_jax.config.sections import MODEL, SECTIONS
+from deco_jax.config.values import flatten, make_config, nest, renamed, unknown
+from deco_jax.errors import UserError
+
+NAME = "config.json"
+
+
+def get_config(path: str) -> ml_collections.ConfigDict:
+    """The settings of a saved config, with the defaults of those that it lacks; what it has too many is left out.
+
+    Raises:
+        UserError: it is no saved config, or has settings of the model that this version doesn't know.
+    """
+    values, extra = read(path)
+    of_model = [name for name in extra if name.startswith("model.")]
+    if of_model:
+        raise UserError(
+            f"{path} has settings of the model {values['model'].get('name')} that this version doesn't know: "
+            f"{', '.join(of_model)}; use the version that wrote it"
+        )
+    flat = flatten(values)
+    return make_config(nest({key: value for key, value in flat.items() if not _within(key, extra)}))
+
+
+def read(path: str | pathlib.Path) -> tuple[dict[str, Any], list[str]]:
+    """The values of a saved config under today's names, and the names of those that this version has no setting for.
+
+    Raises:
+        UserError: it can't be read, or is no saved config.
+    """
+    try:
+        values = json.loads(pathlib.Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no saved config: it isn't JSON ({error})") from error
+    sections = [name for name in ("model", *SECTIONS) if isinstance(values, Mapping) and name in values]
+    if not sections or not all(isinstance(values[name], Mapping) for name in sections):
+        raise UserError(f"{path} is no saved config of a run; a run's workdir holds one as {NAME}")
+    if values.get("model", {}).get("name", "deco") not in list(MODEL):
+        raise UserError(f"{path}: model.name={values['model']['name']!r} is not a model; it has {', '.join(MODEL)}")
+    values, _ = renamed(values)
+    return values, unknown(values)
+
+
+def of_workdir(folder: str | pathlib.Path) -> pathlib.Path | None:
+    """The saved config of a run's workdir, of its folder of checkpoints, or of one of them; None if there is none."""
+    folder = pathlib.Path(folder)
+    for place in (folder / NAME, folder / "config" / "metadata", folder.parent / NAME):
+        if place.is_file() and (place.parent != folder.parent or folder.name == "checkpoints"):
+            return place
+    return None
+
+
+def _within(key: str, names: list[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
