@@ -23,7 +23,7 @@ def nearest(name: str, names: Iterable[str]) -> list[str]:
         if alike >= 0.85 - 0.25 * sections_alike and score > best_score:
             best, best_score = candidate, score
     exact = [candidate for candidate in names if candidate.rpartition(".")[2] == last]
-    if best in exact and _ratio(section, best.rpartition(".")[0]) < 0.7:
+    if exact and (best not in exact or _ratio(section, best.rpartition(".")[0]) < 0.7):
         return exact
     return [best] if best else []
 
