@@ -13,7 +13,7 @@ import pytest
 import deco_jax
 from tests.helpers import ROOT
 
-COPIED = ("deco_jax", "configs", "LICENSE", "README.md", "pyproject.toml", "requirements.txt")
+COPIED = ("deco_jax", "configs", "LICENSE", "README.md", "pyproject.toml", "requirements.txt", "setup.py")
 
 
 def run(*command: object, cwd: pathlib.Path, **environment: str) -> str:
