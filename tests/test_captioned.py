@@ -26,6 +26,8 @@ from deco_jax.errors import UserError
 from deco_jax.run import files
 from tests.helpers import ROOT, first_batches
 
+pytestmark = pytest.mark.fast
+
 SIZE = (8, 10)  # height, width
 
 

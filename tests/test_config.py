@@ -17,6 +17,8 @@ from deco_jax.models import network
 from deco_jax.models.network import MODELS
 from tests.helpers import ROOT
 
+pytestmark = pytest.mark.fast
+
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
 TEXT = "\n".join(
     p.read_text() for p in (ROOT / "deco_jax").rglob("*.py") if p.parent.name != "config" and p.name != "main.py"

@@ -18,6 +18,8 @@ from deco_jax.data.sources import Digits, ImageFolder, Tfds, check_classes, open
 from deco_jax.errors import UserError
 from tests.helpers import ROOT
 
+pytestmark = pytest.mark.fast
+
 
 def section(source: str, path: object = "", split: str = "") -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict({"source": source, "path": str(path), "split": split})

@@ -10,6 +10,8 @@ from PIL import Image
 
 from deco_jax.data.transforms import center_crop, decode, flip
 
+pytestmark = pytest.mark.fast
+
 
 def box(x):
     return np.where((x > -0.5) & (x <= 0.5), 1.0, 0.0)

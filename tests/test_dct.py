@@ -10,6 +10,8 @@ import scipy.fft
 from deco_jax.method import dct
 from tests.helpers import golden, nhwc, relative_error
 
+pytestmark = pytest.mark.fast
+
 
 def by_scipy(images: np.ndarray, block: int) -> np.ndarray:
     """[batch, H, W, C] to [batch, H / block, W / block, block, block, C], one tile at a time, in float64."""

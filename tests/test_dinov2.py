@@ -17,6 +17,8 @@ from deco_jax.errors import UserError
 from deco_jax.models import dinov2
 from tests.helpers import golden, golden_params, nhwc, relative_error
 
+pytestmark = pytest.mark.fast
+
 SMALL = {"width": 24, "depth": 3}
 
 

@@ -22,6 +22,8 @@ from deco_jax.evaluation.statistics import (
 from deco_jax.models.inception import Features
 from tests.helpers import golden, relative_error
 
+pytestmark = pytest.mark.fast
+
 
 def moments(x):
     return x.mean(0), np.cov(x, rowvar=False)

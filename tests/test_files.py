@@ -4,6 +4,8 @@ import pytest
 
 from deco_jax.run import files
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_all_or_nothing(tmp_path, shared):

@@ -10,6 +10,8 @@ from deco_jax.conditioning import encoders
 from deco_jax.models import network as network_lib
 from deco_jax.models.qwen3 import Sizes
 
+pytestmark = pytest.mark.fast
+
 GIGA = 1e9
 
 

@@ -12,6 +12,8 @@ from deco_jax.errors import UserError
 from deco_jax.method.losses.frequency import CHROMINANCE_TABLE, LUMINANCE_TABLE, frequency_loss, jpeg_weights
 from tests.helpers import golden, nhwc, relative_error
 
+pytestmark = pytest.mark.fast
+
 
 def by_definition(error: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The loss in float64, a tile at a time, with YCbCr written out."""

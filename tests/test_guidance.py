@@ -12,6 +12,8 @@ from deco_jax.sampling import guidance
 from deco_jax.sampling.samplers import timesteps
 from tests.helpers import relative_error
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize("num_steps", [10, 20, 50, 100, 250])
 def test_the_step_at_the_lower_edge_is_unguided(num_steps):

@@ -8,6 +8,8 @@ import pytest
 
 from deco_jax.run import hardware
 
+pytestmark = pytest.mark.fast
+
 FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from deco_jax import images
+
+pytestmark = pytest.mark.fast
 
 
 def test_every_level_survives_the_round_trip():

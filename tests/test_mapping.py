@@ -8,6 +8,8 @@ import pytest
 from deco_jax.convert.mapping import TRANSPOSE, VECTOR, Row, flatten, fused, halves, to_ours, to_torch, unflatten
 from deco_jax.errors import UserError
 
+pytestmark = pytest.mark.fast
+
 TABLE = [
     Row("in.weight", "embed.kernel", TRANSPOSE),
     Row("layers.{i}.w.weight", ("blocks.gate.kernel", "blocks.up.kernel"), halves(), count=2, first=3),

@@ -15,6 +15,8 @@ from deco_jax.method.predictions import VPrediction, XPrediction, make_predictio
 from deco_jax.method.times import LogitNormal, shift_time
 from tests.helpers import golden, relative_error
 
+pytestmark = pytest.mark.fast
+
 path = LinearPath()
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from deco_jax.method.losses.pixel import flow_matching_loss
 from tests.helpers import relative_error
+
+pytestmark = pytest.mark.fast
 
 
 def test_mean_square_per_example():

@@ -9,6 +9,8 @@ from deco_jax.errors import UserError
 from deco_jax.evaluation.precision_recall import neighbour_radii, precision_recall
 from tests.helpers import golden, relative_error
 
+pytestmark = pytest.mark.fast
+
 
 def distances(a, b):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)

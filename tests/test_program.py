@@ -14,6 +14,8 @@ import pytest
 from deco_jax.run import program as program_lib
 from tests.helpers import ROOT, fake_devices
 
+pytestmark = pytest.mark.fast
+
 # A loop of 28 rounds on 16 chips. The bound of the second loop is among the values that it carries.
 TPU = """\
 HloModule jit_step, is_scheduled=true, num_partitions=16

@@ -12,6 +12,8 @@ from PIL import Image
 from deco_jax.data import prompts as lib
 from deco_jax.errors import UserError
 
+pytestmark = pytest.mark.fast
+
 # As in GenEval's file: the keys' order and the spaces are kept.
 GENEVAL = [
     '{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}',

@@ -18,6 +18,8 @@ from deco_jax.errors import UserError
 from deco_jax.models.qwen3 import Qwen3, Sizes
 from tests.helpers import golden, golden_params, relative_error
 
+pytestmark = pytest.mark.fast
+
 SMALL = Sizes(64, 32, 48, 3, 4, 2, 16, 1e6, 1e-6)
 CONFIG = {
     "model_type": "qwen3",

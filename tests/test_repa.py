@@ -10,6 +10,8 @@ import pytest
 from deco_jax.method.losses.repa import alignment_loss
 from tests.helpers import relative_error
 
+pytestmark = pytest.mark.fast
+
 
 def by_definition(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     a, b = a.astype(np.float64), b.astype(np.float64)

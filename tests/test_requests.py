@@ -8,6 +8,8 @@ import pytest
 from deco_jax.conditioning.requests import class_requests, even_labels, find_classes, images_per_class
 from deco_jax.errors import UserError
 
+pytestmark = pytest.mark.fast
+
 NAMES = ["cat", "Dog", "2", "grey wolf, timber wolf"]
 
 

@@ -9,6 +9,8 @@ import pytest
 from deco_jax.resize import bicubic_matrix, resize_bicubic
 from tests.helpers import relative_error
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize("sizes", [(16, 14), (14, 37), (9, 9), (5, 31), (256, 224)])
 def test_a_constant_stays_and_a_line_stays_inside(sizes):

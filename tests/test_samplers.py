@@ -20,6 +20,8 @@ from deco_jax.sampling import samplers
 from deco_jax.sampling.guidance import guided_steps, guided_velocity
 from tests.helpers import golden, golden_params, nhwc, relative_error
 
+pytestmark = pytest.mark.fast
+
 ODE_SAMPLERS = [name for name in samplers.SAMPLERS if name != "sde"]
 ORDERS = {"euler": 1, "heun": 2, "heun_reuse": 2, "adams1": 1, "adams2": 2, "adams3": 2, "adams4": 2}
 

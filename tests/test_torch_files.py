@@ -20,6 +20,8 @@ from deco_jax.convert import torch_files as files
 from deco_jax.errors import UserError
 from tests.helpers import GOLDEN
 
+pytestmark = pytest.mark.fast
+
 CONFIG = types.SimpleNamespace(name="deco", depth=3, decoder_depth=2, patch_size=4, text_depth=0)
 CHECKPOINT = GOLDEN / "lightning.ckpt"
 

@@ -17,6 +17,8 @@ from deco_jax.run import writer as writer_lib
 from deco_jax.run.writer import Writer
 from tests.helpers import ROOT
 
+pytestmark = pytest.mark.fast
+
 
 def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
