@@ -156,6 +156,45 @@ def test_damage_anywhere_leads_to_the_one_before(workdir, state, item, caplog):
         restore(workdir)
 
 
+@pytest.mark.parametrize("item", ["params", "ema", "optimizer"])
+def test_one_changed_byte_is_found(workdir, state, item, caplog):
+    """In the middle of an array's bytes, which Orbax reads as other weights or an unreadable chunk."""
+    path = workdir / "checkpoints" / "5"
+    largest = max((path / item).rglob("d/*"), key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with caplog.at_level("ERROR"):
+        assert_same(restore(workdir), state)
+    assert f"5 is damaged and passed over: its file {largest.relative_to(path)} isn't what was written" in caplog.text
+    config, networks, _, mesh = make()
+    if item == "ema":
+        with pytest.raises(UserError, match=r"can't be read: its file ema/.* isn't what was written"):
+            checkpoint.load_average(path, networks["denoiser"].shapes, config, mesh)
+    else:  # what isn't read is not looked at
+        checkpoint.load_average(path, networks["denoiser"].shapes, config, mesh)
+
+
+def test_checkpoints_without_checksums_are_read(workdir, state):
+    """Those of the first versions, and of a run that was killed between the two."""
+    for step in ("3", "5"):
+        (workdir / "checkpoints" / step / "checksums.json").unlink()
+    assert_same(restore(workdir), state)
+
+
+def test_a_lost_optimizer_state_is_not_made_up(workdir, state, caplog):
+    """The one before goes on; where there is none, the weights alone are offered, and nothing trains."""
+    path = workdir / "checkpoints" / "5"
+    (path / "checksums.json").unlink()
+    shutil.rmtree(path / "optimizer")
+    with caplog.at_level("ERROR"):
+        assert_same(restore(workdir), state)
+    assert "5 is damaged and passed over: its optimizer state is missing" in caplog.text
+    shutil.rmtree(workdir / "checkpoints" / "3")
+    with pytest.raises(UserError, match=rf"another --workdir to start anew, with --config\.init_from={path}"):
+        restore(workdir)
+
+
 def test_another_teacher(saved):
     """Its features are of another width, which is no damage."""
     config, *_ = make()

@@ -227,6 +227,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     if start >= config.train.num_steps:
         writer.say(f"already trained to step {start}; raise config.train.num_steps to go on")
         writer.close()
+        checkpoints.close()
         return
 
     batches = open_batches(config, mesh, source, condition, start)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging as logging_lib
 import pathlib
 import re
@@ -29,7 +30,7 @@ from jax.sharding import Mesh
 
 from deco_jax import config as config_lib
 from deco_jax.errors import UserError
-from deco_jax.run import distributed
+from deco_jax.run import checksums, distributed, lock
 from deco_jax.run.sharding import state_shardings
 from deco_jax.run.state import State
 
@@ -37,14 +38,25 @@ FOLDER = "checkpoints"
 
 
 class Checkpoints:
-    """The checkpoints of one workdir."""
+    """The checkpoints of one workdir, to write: from making it to `close`, no other process may.
+
+    Raises:
+        UserError: another run is in the workdir.
+    """
 
     def __init__(self, workdir: str | pathlib.Path, keep: int) -> None:
         _hush_orbax()
         self.folder = (pathlib.Path(workdir) / FOLDER).absolute()
+        self._lock = lock.RunLock(self.folder.parent)
+        # All hosts of a run share the first one's. Before Orbax, which removes what others have begun to write.
+        distributed.on_main_host(self._lock.acquire)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+            max_to_keep=keep,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._note_checksums),
         )
+        self._writing = -1
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def steps(self) -> list[int]:
@@ -55,7 +67,17 @@ class Checkpoints:
         """Copy the state to the host and write it in the background; raises what the previous write ran into."""
         if step in self._manager.all_steps():
             return
+        self._guarded(None, self._manager.wait_until_finished)  # as Orbax would: `_writing` is one at a time
+        self._writing = step
         self._guarded(step, lambda: self._manager.save(step, args=_save_args(state, config)))
+
+    def _note_checksums(self) -> None:
+        """Called by Orbax in the background when all is written, before the folder gets its name."""
+        if jax.process_index() == 0:
+            names = (str(self._writing), f"{self._writing}.orbax-checkpoint-tmp")
+            for folder in self.folder.iterdir():
+                if folder.name == names[0] or folder.name.startswith(names[1]):
+                    checksums.write(folder)
 
     def wait(self) -> None:
         """Until the last write is complete."""
@@ -82,6 +104,7 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint is another model's.
         """
+        weights: pathlib.Path | None = None  # the newest that lacks its moments alone
         for step in reversed(self.steps()):
             path, state = self.folder / str(step), None
             try:
@@ -89,14 +112,16 @@ class Checkpoints:
             except UserError:
                 raise
             except Exception as error:
+                weights = path if isinstance(error, LostOptimizerError) and weights is None else weights
                 logging.error("the checkpoint %s is damaged and passed over: %s", path, _first_line(error))
             # Each host reads its own part: what one can't read, none may go on from.
             if distributed.all_hosts(state is not None):
                 return state
         if self.steps():
+            remedy = f", with --config.init_from={weights} for its weights" if weights else ""
             raise UserError(
                 f"none of the checkpoints in {self.folder} can be read (see above); put that right, or give another "
-                "--workdir to start anew"
+                f"--workdir to start anew{remedy}"
             )
         return None
 
@@ -118,6 +143,7 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+        self._lock.release()
 
 
 def _save_args(state: State, config: ml_collections.ConfigDict) -> ocp.args.Composite:
@@ -137,6 +163,7 @@ def _save_args(state: State, config: ml_collections.ConfigDict) -> ocp.args.Comp
 def _checked_state(path: pathlib.Path, shapes: State, config: ml_collections.ConfigDict) -> State:
     check_model(path, config)
     check_projector(path, config)
+    checksums.check(path)
     return _restore_state(path, shapes)
 
 
@@ -154,10 +181,24 @@ def _restore_optimizer(path: pathlib.Path, shapes: Any) -> Any:
     opt_shapes = serialization.to_state_dict(shapes)
     if (path / "optimizer").exists():
         stored = _read(path / "optimizer", _without_empty(opt_shapes))
+    elif _had_optimizer(path):
+        raise LostOptimizerError("its optimizer state is missing")
     else:
         logging.warning("%s has no optimizer state (imported weights); its moments start at zero", path)
         stored = jax.tree.map(_zeros, _without_empty(opt_shapes))
     return serialization.from_state_dict(shapes, _with_empty(opt_shapes, stored))
+
+
+class LostOptimizerError(ValueError):
+    """A checkpoint was written with an optimizer state and has none now."""
+
+
+def _had_optimizer(path: pathlib.Path) -> bool:
+    """Whether Orbax's note of its writing names an optimizer state; imported checkpoints never had one."""
+    try:
+        return "optimizer" in json.loads((path / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
+    except (OSError, ValueError, KeyError):
+        return True
 
 
 def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -291,12 +332,14 @@ def load_optimizer(path: pathlib.Path, shapes: Any) -> Any:
         shapes: of the state, with shardings.
     """
     with _readable(path):
+        checksums.check(path, "optimizer")
         return _restore_optimizer(path, shapes)
 
 
 def _load(path: pathlib.Path, item: str, shapes: Any, config: ml_collections.ConfigDict, mesh: Mesh) -> Any:
     with _readable(path):
         check_model(path, config)
+        checksums.check(path, item)
         placed = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             shapes,

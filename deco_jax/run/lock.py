@@ -1,0 +1,180 @@
+"""One run at a time in a workdir, on local disks and on shared ones, and no lock that a killed run leaves behind.
+
+WORKDIR/.lock is locked with flock(2), which the system releases when its process ends, however it ends. Some shared
+file systems keep such locks to one machine, or have none: so the file also says who holds it, with a number that the
+holder raises every few seconds. A holder on another machine whose number stands still is gone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import socket
+import threading
+import time
+import uuid
+from typing import Any
+
+from absl import logging
+
+from deco_jax.errors import UserError
+
+FILE = ".lock"
+BEAT_SECONDS = 10.0
+# A holder on another machine that is silent for so long is gone; its beats may be late on a slow disk.
+SILENT_SECONDS = 45.0
+# Clocks differ between machines, but not by this: who was last heard of before that needs no waiting for.
+LONG_AGO_SECONDS = 900.0
+RECORD_BYTES = 512  # of one write, so that no reader sees half of it
+
+_held: dict[pathlib.Path, RunLock] = {}
+
+
+@atexit.register
+def _release_all() -> None:
+    """So that a run on another machine needn't wait for this one's silence."""
+    for held in list(_held.values()):
+        held._count = 1
+        held.release()
+
+
+class RunLock:
+    """The right of this process to write to a workdir, from `acquire` to `release`.
+
+    A process may acquire the same workdir several times; the last release gives it back.
+    """
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder, self.path = folder, folder / FILE
+        self._token, self._count, self._beat = uuid.uuid4().hex, 0, 0
+        self._file = -1
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def acquire(self) -> None:
+        """Take the lock.
+
+        Raises:
+            UserError: another process holds it; its host and its number are in the message.
+        """
+        if (own := _held.get(self.path)) is not None and own is not self:
+            own._count += 1
+            return
+        if not self._count:
+            self._open()
+            try:
+                self._check_other_machines()
+            except BaseException:
+                os.close(self._file)
+                raise
+            self._write()
+            self._thread = threading.Thread(target=self._keep_beating, daemon=True)
+            self._thread.start()
+            _held[self.path] = self
+        self._count += 1
+
+    def release(self) -> None:
+        """Give it back; nothing happens if it isn't held."""
+        held = _held.get(self.path)
+        if held is None:
+            return
+        held._count -= 1
+        if held._count:
+            return
+        del _held[self.path]
+        held._done.set()
+        assert held._thread is not None
+        held._thread.join()
+        with contextlib.suppress(OSError):
+            held.path.unlink()
+        os.close(held._file)
+
+    def _open(self) -> None:
+        while True:
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                record = _read(self.path)
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    os.close(self._file)
+                    raise self._in_use(record) from error
+                # No such locks on this file system: the record alone decides.
+            # Whoever held it may have removed the file between the two calls.
+            with contextlib.suppress(OSError):
+                if os.fstat(self._file).st_ino == self.path.stat().st_ino:
+                    return
+            os.close(self._file)
+
+    def _check_other_machines(self) -> None:
+        """Return when no holder on another machine shows that it is alive."""
+        record = _read(self.path)
+        if not record or record.get("machine") == _machine():
+            return  # the lock is ours, so a holder on this machine is gone
+        if time.time() - float(record.get("time", 0)) > LONG_AGO_SECONDS:
+            return
+        logging.warning(
+            "%s was last used by process %s on %s: looking for %.0f s whether it still is",
+            self.folder,
+            record.get("process"),
+            record.get("host"),
+            SILENT_SECONDS,
+        )
+        end = time.monotonic() + SILENT_SECONDS
+        while time.monotonic() < end:
+            time.sleep(min(BEAT_SECONDS, 1.0))
+            now = _read(self.path)
+            if not now:  # given back
+                return
+            if now != record:
+                raise self._in_use(now)
+
+    def _in_use(self, record: dict[str, Any]) -> UserError:
+        who = f"process {record.get('process')} on {record.get('host')}" if record else "another process"
+        return UserError(
+            f"{self.folder} is in use by {who}; wait until that run ends, stop it, or give another --workdir"
+        )
+
+    def _write(self) -> None:
+        record = {
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "machine": _machine(),
+            "token": self._token,
+            "beat": self._beat,
+            "time": time.time(),
+        }
+        # Opened anew: network file systems show other machines what is closed.
+        file = os.open(self.path, os.O_WRONLY)
+        try:
+            os.pwrite(file, json.dumps(record).encode().ljust(RECORD_BYTES), 0)
+        finally:
+            os.close(file)
+
+    def _keep_beating(self) -> None:
+        while not self._done.wait(BEAT_SECONDS):
+            self._beat += 1
+            with contextlib.suppress(OSError):  # a full or unreachable disk; the run itself will notice
+                self._write()
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    """What the holder wrote; {} if nobody did."""
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _machine() -> str:
+    """What tells machines apart even where their names are equal, and a machine from itself before it was started."""
+    try:
+        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
