@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import traceback
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Data workers import this file again: everything heavy is imported inside the functions.
 from absl import app, flags
@@ -54,9 +54,9 @@ MODES = {
     "report": Mode("report:report", "Write a page about a run, or several side by side.", joins=False),
     "demo": Mode("demo:demo", "Serve a page to draw images on.", ("checkpoint", "port"), computes=True),
     "compile": Mode(
-        "compile:compile_step",
-        "Compile the training step for a machine that need not be here, and say whether it fits.",
-        ("topology",),
+        "compile:compile_program",
+        "Compile a program for a machine that need not be here; say whether it fits and how fast it would be.",
+        ("topology", "what", "search"),
         joins=False,
     ),
     "benchmark": Mode(
@@ -74,6 +74,13 @@ _SOURCE = flags.DEFINE_string("source", "", "import: the official checkpoint, a 
 _TOPOLOGY = flags.DEFINE_string(
     "topology", "", "compile: the machine to compile for, such as v5e:16x16 or cpu:8; this one if empty."
 )
+_WHAT = flags.DEFINE_enum(
+    "what",
+    "train",
+    ("train", "sample", "evaluate"),
+    "compile: the training step, the sampler or the Inception network.",
+)
+_SEARCH = flags.DEFINE_bool("search", False, "compile: try meshes, remat, unroll and batch sizes; print a table.")
 _PORT = flags.DEFINE_integer(
     "port", 7860, "demo: of the page on 127.0.0.1; 0: any that is free.", lower_bound=0, upper_bound=65535
 )
@@ -128,8 +135,8 @@ def _run() -> None:
     # The shell leaves the ~ of --workdir=~/runs alone.
     workdir, checkpoint, source = (os.path.expanduser(flag.value or "") for flag in (_WORKDIR, _CHECKPOINT, _SOURCE))
     try:
-        for flag in ("checkpoint", "source", "topology"):
-            if flags.FLAGS[flag].value and flag not in mode.reads:
+        for flag in ("checkpoint", "source", "topology", "what", "search"):
+            if flags.FLAGS[flag].value != flags.FLAGS[flag].default and flag not in mode.reads:
                 readers = ", ".join(name for name, other in MODES.items() if flag in other.reads)
                 raise UserError(f"--mode={_MODE.value} doesn't read --{flag}, only {readers}; leave it out")
         config_lib.check(_CONFIG.value)
@@ -152,7 +159,13 @@ def _run() -> None:
             check_attention(_CONFIG.value.model.attention)
         module, _, function = mode.program.partition(":")
         program = getattr(importlib.import_module(f"deco_jax.programs.{module}"), function)
-        given = {"checkpoint": checkpoint, "source": source, "topology": _TOPOLOGY.value, "port": _PORT.value}
+        given: dict[str, Any] = {
+            "checkpoint": checkpoint,
+            "source": source,
+            "topology": _TOPOLOGY.value,
+            "port": _PORT.value,
+        }
+        given |= {"what": _WHAT.value, "search": _SEARCH.value}
         given["import_seconds"] = time.monotonic() - _STARTED
         program(_CONFIG.value, workdir, *(given[name] for name in mode.reads))
     except UserError as error:

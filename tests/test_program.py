@@ -60,13 +60,13 @@ StackFrames
 
 %start (p: bf16[8,32]) -> (bf16[8,32], bf16[128,32]) {
   %p = bf16[8,32]{1,0} parameter(0)
-  %all-gather.280 = bf16[128,32]{1,0} all-gather(%p), channel_id=138, replica_groups=mesh['data'=2,'fsdp'=8] {'data','fsdp'}, dimensions={0}, backend_config={"async_collective_fusion_config":{"flag_start":"-1"}}
+  %all-gather.280 = bf16[128,32]{1,0} all-gather(%p), channel_id=138, replica_groups=mesh['data'=2,'fsdp'=8] {'data','fsdp'}, dimensions={0}, frontend_attributes={chain_id="4"}, backend_config={"async_collective_fusion_config":{"flag_start":"-1"}}
   ROOT %custom-call.22 = (bf16[8,32], bf16[128,32]) custom-call(%all-gather.280), custom_call_target="AsyncCollectiveStart"
 }
 
 %done (q: bf16[8,32]) -> bf16[128,32] {
   %q = bf16[8,32]{1,0} parameter(0)
-  ROOT %all-gather.281 = bf16[128,32]{1,0} all-gather(%q), channel_id=138, replica_groups=mesh['data'=2,'fsdp'=8] {'data','fsdp'}, dimensions={0}, backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
+  ROOT %all-gather.281 = bf16[128,32]{1,0} all-gather(%q), channel_id=138, replica_groups=mesh['data'=2,'fsdp'=8] {'data','fsdp'}, dimensions={0}, frontend_attributes={chain_id="4"}, backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
 }
 
 %body (carry: (s32[], bf16[64,32])) -> (s32[], bf16[64,32]) {

@@ -298,6 +298,23 @@ def check_images(images: Any, what: str = "images") -> None:
         raise UserError(f"{what}: shape {shape}; expected [images, height, width, 3]")
 
 
+def make_apply(
+    mesh: Mesh,
+    has_classifier: bool = True,
+    dtype: DTypeLike = jnp.float32,
+    precision: PreciseLike = jax.lax.Precision.HIGHEST,
+) -> tuple[Any, dict]:
+    """The jitted (params, uint8 images split over the mesh) → Features on every device; and the shapes of params."""
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: Inception(has_classifier, dtype, precision)))
+
+    def apply(params: dict, images: jax.Array) -> Features:
+        model = nnx.merge(graph, nnx.State(jax.tree.map(nnx.Param, params)))
+        return model(preprocess(images))
+
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), nnx.to_pure_dict(abstract))
+    return jax.jit(apply, out_shardings=NamedSharding(mesh, PartitionSpec())), shapes
+
+
 class FeatureExtractor:
     """uint8 images in, features out, one fixed-size batch at a time on the accelerator(s).
 
@@ -322,17 +339,10 @@ class FeatureExtractor:
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
         self._images = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         whole = NamedSharding(mesh, PartitionSpec())
-        graph, abstract = nnx.split(nnx.eval_shape(lambda: Inception(self.has_classifier, dtype, precision)))
-        expected = jax.tree.map(lambda a: a.shape, nnx.to_pure_dict(abstract))
-        if expected != jax.tree.map(np.shape, params):
+        self._apply, shapes = make_apply(mesh, self.has_classifier, dtype, precision)
+        if jax.tree.map(lambda a: a.shape, shapes) != jax.tree.map(np.shape, params):
             raise ValueError("the parameters are not those of the 2015 Inception network")
         self._params = jax.tree.map(lambda a: place(np.asarray(a), whole), params)
-
-        def apply(params: dict, images: jax.Array) -> Features:
-            model = nnx.merge(graph, nnx.State(jax.tree.map(nnx.Param, params)))
-            return model(preprocess(images))
-
-        self._apply = jax.jit(apply, out_shardings=whole)
 
     def __call__(self, images: np.ndarray) -> Features:
         """images: uint8 [n, height, width, 3], any n and size; each new size compiles once. Returns NumPy features."""

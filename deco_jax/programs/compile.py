@@ -1,4 +1,6 @@
-"""--mode=compile: compile the training step for a machine one may not have, and say whether it fits. Runs nothing.
+"""--mode=compile: compile a program for a machine one may not have; say whether it fits and how fast it would be.
+
+Runs nothing. The training step; --what=sample: the sampler; --what=evaluate: the Inception network.
 
 --topology=v5e:16x16   a TPU slice, by libtpu's compiler; no TPU is needed
 --topology=cpu:8       that many devices made of this CPU: shardings and memory in outline
@@ -12,11 +14,14 @@ import os
 import pathlib
 import re
 import time
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from jax.sharding import Mesh
 
 from deco_jax import flops
@@ -24,24 +29,44 @@ from deco_jax.conditioning.condition import Condition, abstract_condition
 from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
 from deco_jax.method.optimizer import make_optimizer
+from deco_jax.models import inception
+from deco_jax.models import network as network_lib
+from deco_jax.programs.benchmark import any_contexts
 from deco_jax.programs.train import abstract_networks, lower_train_step
+from deco_jax.run import estimate as estimate_lib
 from deco_jax.run import hardware, monitor, sharding
-from deco_jax.run.state import State, state_shapes
+from deco_jax.run import program as program_lib
+from deco_jax.run.hardware import device_memory
+from deco_jax.run.state import state_shapes
 from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import write_json
+from deco_jax.sampling import generate
 
 # A parameter of up to this size may stay whole on every device.
 REPLICATED_LIMIT = 10**6
 
 
-def compile_step(config: ml_collections.ConfigDict, workdir: str, topology: str = "") -> None:
-    """Print and write WORKDIR/compile.json; exit status 1 if the step doesn't fit into a device's memory."""
+def compile_program(
+    config: ml_collections.ConfigDict, workdir: str, topology: str = "", what: str = "train", search: bool = False
+) -> None:
+    """Print and write WORKDIR/compile.json; exit status 1 if the program doesn't fit into a device's memory.
+
+    Args:
+        what: "train" (the step), "sample" (the sampler), or "evaluate" (the Inception network).
+        search: try settings of the training step instead; see `search.py`.
+    """
     devices = topology_devices(topology)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-    sharding.check_batch(mesh, config.data.batch_size, "config.data.batch_size", config.optimizer.accumulate_steps)
+    check_batch(config, mesh, what)
     make_workdir(pathlib.Path(workdir))
-    print(f"compiling the training step for {mesh.size} x {devices[0].device_kind} ...", flush=True)
-    report = compile_report(config, mesh)
+    # The report names lines of today's code; a program in JAX's cache may carry yesterday's.
+    jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
+    if search:
+        from deco_jax.programs.search import search_settings
+
+        return search_settings(config, pathlib.Path(workdir), devices, topology or "this machine")
+    print(f"compiling {WHAT[what]} for {mesh.size} x {devices[0].device_kind} ...", flush=True)
+    report = compile_report(config, mesh, what)
     report["topology"] = topology or "this machine"
     path = pathlib.Path(workdir) / "compile.json"
     write_json(path, report)
@@ -49,6 +74,13 @@ def compile_step(config: ml_collections.ConfigDict, workdir: str, topology: str 
     print(f"wrote {path}", flush=True)
     if report["fits"] is False:
         raise SystemExit(1)
+
+
+def check_batch(config: ml_collections.ConfigDict, mesh: Mesh, what: str) -> None:
+    """UserError if the batch doesn't split over the mesh; samples and evaluations are filled up to where they do."""
+    if what == "train":
+        parts = config.optimizer.accumulate_steps
+        sharding.check_batch(mesh, config.data.batch_size, "config.data.batch_size", parts)
 
 
 def topology_devices(topology: str) -> list[jax.Device]:
@@ -89,73 +121,158 @@ def topology_devices(topology: str) -> list[jax.Device]:
         raise UserError(f"--topology={topology} is not known to libtpu: {str(error).splitlines()[0][:200]}") from error
 
 
-def compile_report(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, Any]:
-    """Compile the training step on a mesh and measure what can be measured without running it.
+class Lowered(NamedTuple):
+    """A program to compile, and what is known of it beforehand."""
 
-    Returns:
-        bytes a device (`parameters`, `optimizer`, `state`; `arguments`, `temporaries`, `peak` by the compiler),
-        seconds, FLOPs, `replicated` (parameters above REPLICATED_LIMIT that every device keeps), `fits`, `advice`.
-    """
+    program: jax.stages.Lowered
+    batch_size: int  # images in a run
+    flops: float | None  # of a run, on all devices together
+    bytes: dict[str, int]  # that a device holds, by what they are
+    params: Any = None  # shapes with shardings of what is trained, the program's first argument
+    notes: Mapping[str, Any] = MappingProxyType({})  # more lines of the report
+
+
+def lower_training(config: ml_collections.ConfigDict, mesh: Mesh) -> Lowered:
+    """The training step, from shapes alone."""
     condition = abstract_condition(config, mesh)
     networks, observe, frozen = abstract_networks(config, mesh, condition)
     optimizer = make_optimizer(config.optimizer)
     state = state_shapes(networks, optimizer, mesh)
     batch = batch_shapes(config, mesh, condition)
+    held = {
+        "parameters": state["params"],
+        "average": state["ema"],
+        "optimizer": state["opt_state"],
+        "state": state,
+        "teacher": frozen.get("teacher", {}),
+        "text_encoder": frozen.get("encoder", {}),
+        "batch": batch,
+    }
+    return Lowered(
+        lower_train_step(networks, optimizer, config, observe, mesh, state, batch, frozen),
+        config.data.batch_size,
+        flops.training(config) * config.data.batch_size,
+        {name: bytes_per_device(tree) for name, tree in held.items()},
+        state["params"],
+        {
+            "accumulate_steps": config.optimizer.accumulate_steps,
+            "teacher": "teacher" in frozen,
+            "text_encoder": bool(frozen.get("encoder")),
+        },
+    )
+
+
+def lower_sampling(config: ml_collections.ConfigDict, mesh: Mesh) -> Lowered:
+    """The whole sampler of config.sample for one batch; texts are encoded already."""
+    networks, _, _ = abstract_networks(config, mesh)
+    network = networks["denoiser"]
+    params = sharding.placed_shapes(mesh, {"params": network.shapes})["params"]
+    size = -(-config.sample.batch_size // mesh.size) * mesh.size
+    contexts, null = any_contexts(config)
+    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=rows)
+        for name, array in {"index": np.arange(size, dtype=np.int32), "context": contexts(size)}.items()
+    }
+    none = jax.ShapeDtypeStruct(null.shape, null.dtype, sharding=whole)
+    generator: Any = generate.make_generator(network, config, mesh)
+    held = {name: bytes_per_device(tree) for name, tree in {"parameters": params, "batch": batch}.items()}
+    return Lowered(generator.lower(params, batch, none), size, flops.sampling(config) * size, held, params)
+
+
+def lower_evaluation(config: ml_collections.ConfigDict, mesh: Mesh) -> Lowered:
+    """The Inception network on a batch of images of config.data's size."""
+    apply, shapes = inception.make_apply(mesh)
+    whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), shapes)
+    size = -(-config.evaluate.batch_size // mesh.size) * mesh.size
+    shape = (size, *image_sides(config.data.image_size), 3)
+    images = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows)
+    program = apply.lower(params, images)
+    costs: Any = program.cost_analysis() or {}  # it has no loops, so that XLA's count is the whole
+    held = {name: bytes_per_device(tree) for name, tree in {"parameters": params, "batch": images}.items()}
+    return Lowered(program, size, costs.get("flops"), held)
+
+
+LOWER = {"train": lower_training, "sample": lower_sampling, "evaluate": lower_evaluation}
+WHAT = {"train": "the training step", "sample": "the sampler", "evaluate": "the Inception network"}
+
+
+def compile_report(config: ml_collections.ConfigDict, mesh: Mesh, what: str = "train") -> dict[str, Any]:
+    """Compile a program on a mesh and say what can be said without running it.
+
+    Returns:
+        "bytes" per device (by name, and "arguments", "temporaries" and "peak" by the compiler), seconds, FLOPs,
+        "replicated" (parameters above REPLICATED_LIMIT that every device keeps), "fits", "advice", and "estimate",
+        see `run.estimate.estimate`; None if the compiler gave up.
+    """
     device = mesh.devices.flat[0]
     chip = hardware.chip_of(device)
     memory = device_memory(device, mesh)
+    model = config.model
+    began = time.monotonic()
+    lowered = LOWER[what](config, mesh)
     report: dict[str, Any] = {
-        "model": f"{config.model.name} {networks['denoiser'].num_params:,}",
+        "what": what,
+        "model": "Inception" if what == "evaluate" else f"{model.name} {num_params(config):,} parameters",
         "image_size": list(image_sides(config.data.image_size)),
         "device_kind": device.device_kind,
         "chip": chip.name if chip else None,
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
-        "batch_size": config.data.batch_size,
-        "batch_per_device": config.data.batch_size / mesh.size,
-        "accumulate_steps": config.optimizer.accumulate_steps,
-        "remat": config.model.remat,
-        "dtype": config.model.dtype,
-        "teacher": "teacher" in frozen,
-        "text_encoder": bool(frozen.get("encoder")),
-        "flops_per_step": flops.training(config) * config.data.batch_size,
-        "flops_per_image": flops.training(config),
-        "bytes": {
-            "parameters": bytes_a_device(state["params"]),
-            "average": bytes_a_device(state["ema"]),
-            "optimizer": bytes_a_device(state["opt_state"]),
-            "state": bytes_a_device(state),
-            "teacher": bytes_a_device(frozen.get("teacher", {})),
-            "text_encoder": bytes_a_device(frozen.get("encoder", {})),
-            "batch": bytes_a_device(batch),
-        },
+        "batch_size": lowered.batch_size,
+        "batch_per_device": lowered.batch_size / mesh.size,
+        "remat": model.remat,
+        "dtype": "float32" if what == "evaluate" else model.dtype,
+        **lowered.notes,
+        "flops_per_step": lowered.flops,
+        "flops_per_image": lowered.flops and lowered.flops / lowered.batch_size,
+        "bytes": dict(lowered.bytes),
         "memory": memory,
+        "replicated": None,
+        "estimate": None,
+        "seconds_to_lower": round(time.monotonic() - began, 2),
     }
     began = time.monotonic()
-    lowered = lower_train_step(networks, optimizer, config, observe, mesh, state, batch, frozen)
-    report["seconds_to_lower"] = round(time.monotonic() - began, 2)
-    began = time.monotonic()
+    compiled = compile_or_peak(lowered.program)
+    if isinstance(compiled, Refused):
+        report["compiler_says"] = compiled.message
+        report["bytes"] |= {"arguments": None, "temporaries": None, "peak": compiled.peak}
+        report["fits"] = False
+    else:
+        report["bytes"] |= monitor.program_bytes(compiled)
+        report["fits"] = None if memory is None else report["bytes"]["peak"] <= memory
+        if lowered.params is not None:
+            placed: Any = compiled.input_shardings[0][0]
+            report["replicated"] = replicated(placed["params"] if what == "train" else placed, lowered.params)
+        text = program_lib.parse(compiled.as_text() or "")
+        report["estimate"] = estimate_lib.estimate(text, chip, lowered.flops or 0.0, mesh.size)
+    report["seconds_to_compile"] = round(time.monotonic() - began, 2)
+    report["advice"] = advice(config, mesh, report) if report["fits"] is False and what == "train" else []
+    return report
+
+
+class Refused(NamedTuple):
+    """The compiler's answer to a program that doesn't fit."""
+
+    message: str
+    peak: float | None  # bytes that it would need, if it says so
+
+
+def compile_or_peak(program: jax.stages.Lowered) -> jax.stages.Compiled | Refused:
+    """Compile; a TPU's compiler refuses a program that doesn't fit into the chip's memory."""
     try:
-        compiled = lowered.compile()
-    except Exception as error:  # the TPU compiler refuses a program that doesn't fit
+        return program.compile()
+    except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error).lower():
             raise
         used = re.search(r"Used ([\d.]+)([KMG]) of", str(error))
-        report["compiler_says"] = str(error)[:500]
         peak = float(used[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[used[2]] if used else None
-        report["bytes"] |= {"arguments": None, "temporaries": None, "peak": peak}
-        report["replicated"] = None
-    else:
-        report["bytes"] |= monitor.program_bytes(compiled)
-        report["replicated"] = replicated(compiled.input_shardings[0][0], state)
-    report["seconds_to_compile"] = round(time.monotonic() - began, 2)
-    peak = report["bytes"]["peak"]
-    if report["replicated"] is None:
-        report["fits"] = False
-    else:
-        report["fits"] = None if memory is None else peak <= memory
-    report["advice"] = advice(config, mesh, report) if report["fits"] is False else []
-    return report
+        return Refused(str(error)[:500], peak)
+
+
+def num_params(config: ml_collections.ConfigDict) -> int:
+    return network_lib.build(config.model).num_params
 
 
 def batch_shapes(
@@ -169,32 +286,16 @@ def batch_shapes(
     }
 
 
-def bytes_a_device(tree: Any) -> int:
+def bytes_per_device(tree: Any) -> int:
     """Bytes that a device holds of arrays (or their shapes) with shardings."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def device_memory(device: jax.Device, mesh: Mesh) -> float | None:
-    """Bytes that a device can hold; None if unknown, as for a CPU."""
-    chip = hardware.chip_of(device)
-    try:
-        stats = device.memory_stats() or {}
-    except Exception:  # a device of a topology has no memory to ask about
-        stats = {}
-    if "bytes_limit" in stats:
-        return float(stats["bytes_limit"])
-    if chip is None:
-        return None
-    # A v4 chip shows as two devices, which share its memory.
-    places = {tuple(device.coords) for device in mesh.devices.flat if hasattr(device, "coords")}
-    return chip.memory * (len(places) or mesh.size) / mesh.size
-
-
-def replicated(shardings: State, state: State) -> list[str]:
+def replicated(shardings: Any, params: Any) -> list[str]:
     """Parameters larger than REPLICATED_LIMIT that the compiled program wants whole on every device."""
     found = []
-    placed = jax.tree.leaves(shardings["params"])
-    for (path, leaf), where in zip(jax.tree_util.tree_leaves_with_path(state["params"]), placed, strict=True):
+    placed = jax.tree.leaves(shardings)
+    for (path, leaf), where in zip(jax.tree_util.tree_leaves_with_path(params), placed, strict=True):
         size = leaf.size * leaf.dtype.itemsize
         if size > REPLICATED_LIMIT and where.is_fully_replicated:
             found.append(f"{sharding.path_name(path)} {leaf.shape}")
@@ -228,18 +329,26 @@ def describe(report: dict[str, Any]) -> str:
     """The report as lines for people."""
     gib = {name: "?" if value is None else f"{value / 2**30:.2f}" for name, value in report["bytes"].items()}
     mesh = " x ".join(f"{name} {size}" for name, size in report["mesh"].items())
+    training = report["what"] == "train"
+    run = "step" if training else "batch"
     lines = [
-        f"{report['model']} parameters at {report['image_size'][0]}x{report['image_size'][1]}, {report['dtype']}, "
-        f"remat {report['remat']}, batch {report['batch_size']} ({report['batch_per_device']:g} a device)",
+        f"{report['model']} at {report['image_size'][0]}x{report['image_size'][1]}, {report['dtype']}, "
+        + (f"remat {report['remat']}, " if training else "")
+        + f"batch {report['batch_size']} ({report['batch_per_device']:g} per device)",
         f"mesh        {mesh} of {report['device_kind']}",
         f"compiling   {report['seconds_to_compile']} s",
-        f"arithmetic  {report['flops_per_step'] / 1e12:.4g} TFLOP a step, "
-        f"{report['flops_per_image'] / 1e9:.4g} GFLOP an image"
-        + (", the teacher included" if report["teacher"] else "")
-        + (", the text encoder included" if report["text_encoder"] else ""),
-        f"GiB a device: parameters {gib['parameters']}, average {gib['average']}, optimizer {gib['optimizer']}, "
-        f"arguments {gib['arguments']}, temporaries {gib['temporaries']}, peak {gib['peak']}",
     ]
+    if report["flops_per_step"]:
+        lines.append(
+            f"arithmetic  {report['flops_per_step'] / 1e12:.4g} TFLOP a {run}, "
+            f"{report['flops_per_image'] / 1e9:.4g} GFLOP an image"
+            + (", the teacher included" if report.get("teacher") else "")
+            + (", the text encoder included" if report.get("text_encoder") else "")
+        )
+    names = ("parameters", "average", "optimizer", "arguments", "temporaries", "peak")
+    lines.append("GiB per device: " + ", ".join(f"{name} {gib[name]}" for name in names if name in gib))
+    if report["estimate"]:
+        lines += estimate_lib.words(report["estimate"], report["chip"])
     if report["replicated"]:
         whole = ", ".join(report["replicated"][:5]) + (" ..." if len(report["replicated"]) > 5 else "")
         why = "config.mesh.fsdp is 1" if report["mesh"]["fsdp"] == 1 else "no sharding rule splits them"

@@ -1,5 +1,5 @@
-"""What is known of chips: memory and peak arithmetic, by the makers' data sheets (dense bfloat16, no sparsity), and
-the one compiler flag that was measured to help.
+"""What is known of chips: memory, peak arithmetic (dense bfloat16, no sparsity) and links, by the makers' data sheets,
+and the compiler flags that the program sets for itself.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from deco_jax.errors import UserError
 
@@ -20,27 +21,51 @@ class Chip(NamedTuple):
     name: str
     memory: float  # bytes
     peak: float  # bfloat16 FLOP/s
+    links: float  # bytes per second that it can send to other chips, over all of its links together
+    clock: float | None = None  # Hz, of the cycles that XLA's cost model for TPUs counts in
 
 
 GIGA, TERA = 1e9, 1e12
 GIB = 2**30
 
 # Pattern of jax.Device.device_kind → chip. TPU memory is what the compiler may use of it.
+# Links are half of the "bidirectional inter-chip interconnect bandwidth (per chip)" of cloud.google.com/tpu/docs/v5e,
+# v5p and v6e (400, 1200 and 800 GB/s) and v4's 2400 Gbit/s; half of NVLink's 900 GB/s (H100, H200), 600 GB/s (A100)
+# and 400 GB/s (H800, A800) in NVIDIA's. Clocks are those at which the matrix units reach the sheets' peak, as v5e's do
+# with 4 units x 128² x 2 FLOP x 1.5 GHz.
 CHIPS: tuple[tuple[str, Chip], ...] = (
-    (r"TPU v5 ?(lite|e)", Chip("v5e", 15.75 * GIB, 197 * TERA)),
-    (r"TPU v5p?$", Chip("v5p", 95.74 * GIB, 459 * TERA)),
-    (r"TPU v6 ?(lite|e)", Chip("v6e", 31.25 * GIB, 918 * TERA)),
-    (r"TPU v4$", Chip("v4", 32 * GIB, 275 * TERA)),
-    (r"H200", Chip("H200", 141 * GIGA, 989 * TERA)),
-    (r"(H100|H800)", Chip("H100", 80 * GIGA, 989 * TERA)),
-    (r"(A100|A800).*40", Chip("A100-40GB", 40 * GIGA, 312 * TERA)),
-    (r"(A100|A800)", Chip("A100-80GB", 80 * GIGA, 312 * TERA)),
+    (r"TPU v5 ?(lite|e)", Chip("v5e", 15.75 * GIB, 197 * TERA, 200 * GIGA, 1.5 * GIGA)),
+    (r"TPU v5p?$", Chip("v5p", 95.74 * GIB, 459 * TERA, 600 * GIGA, 1.75 * GIGA)),
+    (r"TPU v6 ?(lite|e)", Chip("v6e", 31.25 * GIB, 918 * TERA, 400 * GIGA, 1.75 * GIGA)),
+    (r"TPU v4$", Chip("v4", 32 * GIB, 275 * TERA, 300 * GIGA, 1.05 * GIGA)),
+    (r"H200", Chip("H200", 141 * GIGA, 989 * TERA, 450 * GIGA)),
+    (r"H800", Chip("H800", 80 * GIGA, 989 * TERA, 200 * GIGA)),  # an H100 with less NVLink
+    (r"H100", Chip("H100", 80 * GIGA, 989 * TERA, 450 * GIGA)),
+    (r"(A100|A800).*40", Chip("A100-40GB", 40 * GIGA, 312 * TERA, 300 * GIGA)),
+    (r"A800", Chip("A800-80GB", 80 * GIGA, 312 * TERA, 200 * GIGA)),
+    (r"A100", Chip("A100-80GB", 80 * GIGA, 312 * TERA, 300 * GIGA)),
 )
 
 
 def chip_of(device: jax.Device) -> Chip | None:
     """The chip of a device (a topology's too); None where nothing is known, such as a CPU."""
     return next((chip for pattern, chip in CHIPS if re.search(pattern, device.device_kind)), None)
+
+
+def device_memory(device: jax.Device, mesh: Mesh) -> float | None:
+    """Bytes that a device can hold; None if unknown, as for a CPU."""
+    chip = chip_of(device)
+    try:
+        stats = device.memory_stats() or {}
+    except Exception:  # a device of a topology has no memory to ask about
+        stats = {}
+    if "bytes_limit" in stats:
+        return float(stats["bytes_limit"])
+    if chip is None:
+        return None
+    # A v4 chip shows as two devices, which share its memory.
+    places = {tuple(device.coords) for device in mesh.devices.flat if hasattr(device, "coords")}
+    return chip.memory * (len(places) or mesh.size) / mesh.size
 
 
 # A library of kernels that these jaxlibs prefer on a CPU. XLA's own are quicker, convolutions above all: on two cores

@@ -12,55 +12,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-
-class Array(NamedTuple):
-    """The type of an array as a device holds it: its own part of what is split over devices."""
-
-    dtype: str  # XLA's name: bf16, f32, u8, pred
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        bits = re.search(r"\d+", self.dtype)
-        width = 8 if self.dtype == "pred" else int(bits[0]) if bits else 0  # a token has none
-        return math.prod(self.shape) * width // 8
-
-    def __str__(self) -> str:
-        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
-
-
-class Instruction(NamedTuple):
-    """One line of a computation."""
-
-    name: str
-    opcode: str
-    results: tuple[Array, ...]  # of a tuple, all of its arrays
-    operands: tuple[str, ...]  # names of instructions
-    arguments: str  # what stands in the parentheses
-    attributes: str  # what follows them
-
-    @property
-    def op_name(self) -> str:
-        """JAX's name of what this computes, with its scopes: "jit(train_step)/jvp(decoder)/dot_general"; "" without."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else ""
-
-
-class Frame(NamedTuple):
-    """A place in the Python code."""
-
-    file: str
-    line: int
-    function: str
-
-
-class Program(NamedTuple):
-    """A compiled program."""
-
-    computations: dict[str, dict[str, Instruction]]
-    entry: str
-    devices: int
-    stacks: dict[int, tuple[Frame, ...]]  # by stack_frame_id, innermost first
+from deco_jax.run.hlo import Array, Instruction, Program, called, fused, source
+from deco_jax.run.hlo import parse as parse
 
 
 class Execution(NamedTuple):
@@ -128,93 +81,6 @@ _ALIASES = ("tuple", "get-tuple-element", "bitcast", "while", "call", "condition
 # These hand on what they are given.
 _MOVES = ("bitcast", "copy", "convert", "transpose", "reshape", "get-tuple-element", "all-reduce-done")
 
-# --------------------------------------------------------------------------------------------------- parsing
-
-_ARRAY = re.compile(r"\b(pred|bf16|token|opaque|[suf]\d+\w*|c\d+)\[([^\]]*)\]")
-_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
-_LEFT = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = ")
-_OPCODE = re.compile(r"\s*([a-z][a-z0-9\-]*)\(")
-
-
-def parse(text: str) -> Program:
-    """Read `compiled.as_text()`."""
-    computations: dict[str, dict[str, Instruction]] = {}
-    entry = ""
-    current: dict[str, Instruction] = {}
-    for line in text.splitlines():
-        if header := _HEADER.match(line):
-            current = computations.setdefault(header[2], {})
-            entry = header[2] if header[1] else entry
-        elif instruction := _instruction(line):
-            current[instruction.name] = instruction
-    partitions, replicas = (re.search(rf"\b{name}=(\d+)", text) for name in ("num_partitions", "replica_count"))
-    devices = int(partitions[1] if partitions else 1) * int(replicas[1] if replicas else 1)
-    return Program(computations, entry, devices, _stacks(text))
-
-
-def _instruction(line: str) -> Instruction | None:
-    left = _LEFT.match(line)
-    if not left:
-        return None
-    start = left.end()
-    end = _closing(line, start) if line[start] == "(" else line.index(" ", start)
-    opcode = _OPCODE.match(line, end)
-    if not opcode:
-        return None
-    close = _closing(line, opcode.end() - 1)
-    arguments = line[opcode.end() : close - 1]
-    results = tuple(
-        Array(dtype, tuple(int(side.lstrip("<=")) for side in shape.split(",") if side))
-        for dtype, shape in _ARRAY.findall(line[start:end])
-    )
-    operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
-    return Instruction(left[1], opcode[1], results, operands, arguments, line[close:])
-
-
-def _closing(line: str, start: int) -> int:
-    """The place behind the parenthesis that closes the one at `start`."""
-    depth = 0
-    for place in re.finditer(r"[()]", line[start:]):
-        depth += 1 if place[0] == "(" else -1
-        if not depth:
-            return start + place.end()
-    return len(line)
-
-
-def _stacks(text: str) -> dict[int, tuple[Frame, ...]]:
-    def table(name: str, pattern: str) -> dict[int, tuple[str, ...]]:
-        block = re.search(rf"^{name}\n((?:\d+ .*\n)+)", text, re.MULTILINE)
-        return {int(row[0]): row[1:] for row in re.findall(rf"^(\d+) {pattern}", block[1] if block else "", re.M)}
-
-    files, functions = table("FileNames", '"(.*)"()'), table("FunctionNames", '"(.*)"()')
-    locations = table("FileLocations", r"\{file_name_id=(\d+) function_name_id=(\d+) line=(\d+)")
-    frames = {i: (int(a), int(b)) for i, (a, b) in table("StackFrames", r"\{\w+=(\d+) parent_frame_id=(\d+)").items()}
-    if not frames:
-        return {}
-    # 0 is no frame; some versions print a parent's number and some that number plus one.
-    offset = min(parent for _, parent in frames.values())
-    stacks: dict[int, tuple[Frame, ...]] = {0: ()}
-    for i in sorted(frames):  # parents come first
-        location, parent = frames[i]
-        file, function, line = (int(number) for number in locations[location])
-        stacks[i] = (Frame(files[file][0], int(line), functions[function][0]), *stacks.get(parent - offset, ()))
-    return stacks
-
-
-def source(program: Program, instruction: Instruction, depth: int = 3) -> str:
-    """Where an instruction comes from: "layers.py:91 Linear.__call__ < dit.py:70 Attention.__call__"; "" if unknown.
-
-    Frames of installed libraries are left out, as far as there are others.
-    """
-    found = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
-    frames = program.stacks.get(int(found[1]), ()) if found else ()
-    own = [frame for frame in frames if "-packages/" not in frame.file] or list(frames)
-    if own:
-        return " < ".join(f"{frame.file.rpartition('/')[2]}:{frame.line} {frame.function}" for frame in own[:depth])
-    file, line = (re.search(rf'{key}="?([^"\s}}]+)', instruction.attributes) for key in ("source_file", "source_line"))
-    return f"{file[1].rpartition('/')[2]}:{line[1]}" if file and line else ""
-
-
 # --------------------------------------------------------------------------------------------------- what runs
 
 
@@ -226,23 +92,14 @@ def executions(program: Program) -> Iterator[Execution]:
             yield Execution(instruction, name, times, loops)
             if instruction.opcode == "while":
                 count = trip_count(program, name, instruction)
-                (body,) = _called(instruction, "body")
+                (body,) = called(instruction, "body")
                 yield from walk(body, times * (1 if count is None else count), (*loops, instruction.name))
             elif instruction.opcode in ("call", "async-start", "conditional"):
-                for called in _called(
-                    instruction, "to_apply|calls|branch_computations|true_computation|false_computation"
-                ):
-                    yield from walk(called, times, loops)
+                keys = "to_apply|calls|branch_computations|true_computation|false_computation"
+                for branch in called(instruction, keys):
+                    yield from walk(branch, times, loops)
 
     return walk(program.entry, 1, ())
-
-
-def _called(instruction: Instruction, keys: str) -> list[str]:
-    return [
-        name
-        for group in re.findall(rf"\b(?:{keys})=(\{{[^}}]*\}}|%?[\w.\-]+)", instruction.attributes)
-        for name in re.findall(r"[\w.\-]+", group)
-    ]
 
 
 def trip_count(program: Program, computation: str, loop: Instruction) -> int | None:
@@ -254,11 +111,11 @@ def trip_count(program: Program, computation: str, loop: Instruction) -> int | N
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])
-    (condition,) = _called(loop, "condition")
+    (condition,) = called(loop, "condition")
     inside = program.computations[condition]
     compares = [
         (body, instruction)
-        for body in (inside, *(program.computations[name] for i in inside.values() for name in _called(i, "calls")))
+        for body in (inside, *(program.computations[name] for i in inside.values() for name in called(i, "calls")))
         for instruction in body.values()
         if instruction.opcode == "compare" and re.search(r"direction=(LT|GT)", instruction.attributes)
     ]
@@ -267,7 +124,7 @@ def trip_count(program: Program, computation: str, loop: Instruction) -> int | N
     body, compare = compares[0]
     names = compare.operands
     if body is not inside:  # a fusion of the comparison: its parameters are what the condition passes
-        (fusion,) = (i for i in inside.values() if i.opcode == "fusion" and compare.name in _fused(program, i))
+        (fusion,) = (i for i in inside.values() if i.opcode == "fusion" and compare.name in fused(program, i))
         names = tuple(
             fusion.operands[int(body[name].arguments)] if body[name].opcode == "parameter" else name for name in names
         )
@@ -275,10 +132,6 @@ def trip_count(program: Program, computation: str, loop: Instruction) -> int | N
     bounds = [_constant(program, computation, loop, scope, name) for name in names]
     found = [bound for bound in bounds if bound is not None]
     return found[0] if len(found) == 1 else None
-
-
-def _fused(program: Program, fusion: Instruction) -> dict[str, Instruction]:
-    return {k: v for name in _called(fusion, "calls") for k, v in program.computations[name].items()}
 
 
 def _constant(
@@ -296,7 +149,7 @@ def _constant(
     if instruction.opcode != "get-tuple-element" or not index:
         return None
     # The loop's counter is a constant where the loop begins as well, but its body doesn't hand it on unchanged.
-    body = program.computations[_called(loop, "body")[0]]
+    body = program.computations[called(loop, "body")[0]]
     root = list(body.values())[-1]
     if root.opcode != "tuple":
         return None
@@ -348,21 +201,21 @@ def collectives(program: Program) -> list[Collective]:
     A collective that is split into a start and a done is counted at its start, and one that a TPU spreads over several
     fusions once. One among a single device is none.
     """
-    found, channels = [], set()
+    found, chains = [], set()
     for execution in executions(program):
         instruction = execution.instruction
         inside = [(execution.computation, instruction)]
         if instruction.opcode == "fusion":
-            inside = [(name, i) for name in _called(instruction, "calls") for i in program.computations[name].values()]
+            inside = [(name, i) for name in called(instruction, "calls") for i in program.computations[name].values()]
         for computation, part in inside:
             kind = part.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
-            channel = re.search(r"channel_id=(\d+)", part.attributes)
-            if channel and '"async_collective_fusion_config"' in part.attributes:
-                if channel[1] in channels:
+            chain = re.search(r'chain_id="(\d+)"', part.attributes)
+            if chain and '"async_collective_fusion_config"' in part.attributes:
+                if chain[1] in chains:
                     continue
-                channels.add(channel[1])
+                chains.add(chain[1])
             scope = program.computations[computation]
             if computation.startswith("all-reduce-scatter"):  # how a TPU's program says it
                 kind = "reduce-scatter"
@@ -419,7 +272,7 @@ def _sliced(program: Program, scope: Mapping[str, Instruction], name: str) -> bo
             return _sliced(program, scope, user.name)
         if user.opcode != "fusion":
             return False
-        body = _fused(program, user)
+        body = fused(program, user)
         places = {str(i) for i, operand in enumerate(user.operands) if operand == name}
         parameters = [i.name for i in body.values() if i.opcode == "parameter" and i.arguments in places]
         return all(_sliced(program, body, parameter) for parameter in parameters)
@@ -455,7 +308,7 @@ def _named(program: Program, instruction: Instruction) -> Instruction:
     """Whose name says what an op computes: XLA calls some fusions after what it put in, such as "convert.10"."""
     if "/" in instruction.op_name or instruction.opcode != "fusion":
         return instruction
-    inside = reversed(_fused(program, instruction).values())
+    inside = reversed(fused(program, instruction).values())
     return next((part for part in inside if "/" in part.op_name), instruction)
 
 
@@ -464,7 +317,6 @@ PARTS = (
     "teacher",
     "text_encoder",
     "optimizer",
-    "loss",
     "noise",
     "projector",
     "decoder",
@@ -473,6 +325,7 @@ PARTS = (
     "norm",
     "blocks",
     "inception",
+    "loss",
 )
 
 
