@@ -14,6 +14,7 @@ import pytest
 from deco_jax.convert.deco import from_torch
 from deco_jax.models import layers, network
 from deco_jax.models.decoder import cosine_basis, embed_pixels, from_queries, to_queries
+from deco_jax.run.sharding import compiling_for
 from tests.helpers import golden, golden_params, nhwc, relative_error
 
 TRUNK = {
@@ -53,9 +54,12 @@ def run(name: str, **changes):
     )
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("name", MODELS)
-def test_output_is_the_reference_s(name):
-    output, _ = run(name)()
+def test_output_is_the_reference_s(name, platform):
+    """In the forms for both platforms, computed by this one."""
+    with compiling_for(platform):
+        output, _ = run(name)()
     assert relative_error(output, nhwc(golden(name)["out"])) < BOUND[name]
 
 
@@ -259,3 +263,28 @@ def test_decoder_variants_learn(interaction, query):
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         assert np.isfinite(leaf).all(), path
         assert np.abs(leaf).max() > 0, path
+
+
+@pytest.mark.parametrize(
+    ("interaction", "dtype", "bound"),
+    [("adaln", "float32", 1e-5), ("add", "float32", 1e-5), ("adaln", "bfloat16", 0.05)],
+)
+def test_the_decoder_s_form_for_tpus_has_the_same_gradients(interaction, dtype, bound):
+    """Two queries of 64 channels in a row, and no golden values of this kind."""
+    changes = {"decoder_patch_size": 2, "decoder_interaction": interaction, "decoder_width": 64}
+    exact, net = (network.build(MODELS["deco_c2i"] | changes | {"dtype": name}) for name in ("float32", dtype))
+    draw = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: p + draw.normal(size=p.shape, scale=0.1), exact.init(jax.random.key(0)))
+    params = jax.tree.map(jnp.float32, params)
+    x = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+
+    def gradients(net, platform):
+        def loss(params):
+            return jnp.mean((net.apply(params, x, jnp.array([0.3, 0.6]), jnp.array([0, 1]))[0] - 1) ** 2)
+
+        with compiling_for(platform):
+            return jax.jit(jax.grad(loss))(params)["decoder"]
+
+    theirs = jax.tree.leaves_with_path(gradients(exact, "cpu"))
+    for (path, expected), ours in zip(theirs, jax.tree.leaves(gradients(net, "tpu")), strict=True):
+        assert relative_error(ours, expected) < bound, path

@@ -15,6 +15,7 @@ from deco_jax.convert.mapping import flatten, to_torch
 from deco_jax.convert.torch_files import write_safetensors
 from deco_jax.errors import UserError
 from deco_jax.models import dinov2
+from deco_jax.run.sharding import compiling_for
 from tests.helpers import golden, golden_params, nhwc, relative_error
 
 pytestmark = pytest.mark.fast
@@ -68,7 +69,10 @@ def test_golden(size):
     images = jnp.asarray(nhwc(values[f"image{size}"]))
     assert relative_error(dinov2.preprocess(images), nhwc(values[f"resized{size}"])) < 1e-5
     model = build(convert.from_torch(golden_params("dinov2"), **SMALL))
-    assert relative_error(run(model, images), values[f"features{size}"]) < 1e-5
+    for platform in ("cpu", "tpu"):
+        with compiling_for(platform):
+            features = jax.jit(lambda images: model(images))(images)
+        assert relative_error(features, values[f"features{size}"]) < 1e-5, platform
 
 
 def test_uint8_is_the_unit_interval_and_patch_sizes_keep_the_tokens():

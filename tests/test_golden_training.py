@@ -24,6 +24,7 @@ from deco_jax.method.step import Draws, Observed
 from deco_jax.method.times import LogitNormal
 from deco_jax.models import network
 from deco_jax.models.projector import Projector
+from deco_jax.run.sharding import compiling_for
 from tests.helpers import golden, golden_params, nhwc, relative_error
 from tests.test_deco import MODELS
 
@@ -90,11 +91,13 @@ def test_jit_s_objective():
     assert relative_error(loss, more["jit_step/loss"]) < 2e-6
 
 
-def test_gradients():
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_gradients(platform):
     more = golden("more")
     model, params, objective = setup("deco_c2i")
     inputs = step_inputs(more["train/noise"][0], more["train/t"][0])
-    grads, _ = jax.jit(jax.grad(objective, has_aux=True))(params, *inputs)
+    with compiling_for(platform):
+        grads, _ = jax.jit(jax.grad(objective, has_aux=True))(params, *inputs)
     ours = deco.to_torch(model, jax.tree.map(np.asarray, grads["denoiser"]))
     expected = {k.removeprefix("grad/"): v for k, v in more.items() if k.startswith("grad/")}
     assert len(expected) == 8

@@ -36,10 +36,7 @@ class Attention(nnx.Module):
         self.out = Linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        batch, tokens, width = x.shape
-        # [batch, tokens, 3 · width] → 3 × [batch, tokens, heads, head_width]
-        q, k, v = jnp.moveaxis(self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1), 2, 0)
-        return self.out(jax.nn.dot_product_attention(q, k, v).reshape(batch, tokens, width))
+        return self.out.from_heads(jax.nn.dot_product_attention(*self.qkv.to_heads(x, self.num_heads, 3)))
 
 
 class Block(nnx.Module):

@@ -68,18 +68,15 @@ class Attention(nnx.Module):
     @jax.named_scope("attention")
     def __call__(self, x: jax.Array, angles: jax.Array | None, text: jax.Array | None = None) -> jax.Array:
         """x [batch, tokens, width], angles [tokens, head_width / 2], text [batch, length, width] → x's shape."""
-        batch, tokens, width = x.shape
-        # [batch, tokens, 3 · width] → 3 × [batch, tokens, heads, head_width]
-        q, k, v = jnp.moveaxis(self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1), 2, 0)
+        q, k, v = self.qkv.to_heads(x, self.num_heads, 3)
         q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         if text is not None:
-            text_k, text_v = jnp.moveaxis(self.text_kv(text).reshape(batch, text.shape[1], 2, self.num_heads, -1), 2, 0)
+            text_k, text_v = self.text_kv.to_heads(text, self.num_heads, 2)
             k = jnp.concatenate([k, self.k_norm(text_k)], axis=1)
             v = jnp.concatenate([v, text_v], axis=1)
-        x = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)
-        return self.out(x.reshape(batch, tokens, width))
+        return self.out.from_heads(jax.nn.dot_product_attention(q, k, v, implementation=self.implementation))
 
 
 class Block(nnx.Module):

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 
-from deco_jax.run.sharding import gather
+from deco_jax.run.sharding import gather, on_tpu
 
 Dtype = Any
 
@@ -75,7 +75,31 @@ class Linear(nnx.Linear):
         self.kernel.set_metadata(used_as=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # arrays are sharded by jit alone
+        if on_tpu():  # where the rows' axes may lie apart in memory
+            return super().__call__(x)
         return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+    def to_heads(self, x: jax.Array, num_heads: int, parts: int) -> list[jax.Array]:
+        """x [batch, tokens, fan_in] → `parts` arrays [batch, tokens, heads, head_width], which lie side by side in
+        the output."""
+        if not on_tpu():
+            y = self(x).reshape(*x.shape[:-1], parts, num_heads, -1)
+            return [y[..., part, :, :] for part in range(parts)]
+        # A product each, heads apart: one output of all would be copied into the layout that attention takes.
+        kernel = self.kernel[...].astype(self.dtype).reshape(x.shape[-1], parts, num_heads, -1)
+        outputs = [jnp.einsum("bte,ehd->bthd", x, kernel[:, part]) for part in range(parts)]
+        if self.bias is None:
+            return outputs
+        bias = self.bias[...].astype(self.dtype).reshape(parts, num_heads, -1)
+        return [y + bias[part] for part, y in enumerate(outputs)]
+
+    def from_heads(self, x: jax.Array) -> jax.Array:
+        """x [batch, tokens, heads, head_width] → [batch, tokens, fan_out], of all heads' channels."""
+        if not on_tpu():
+            return self(x.reshape(*x.shape[:2], -1))
+        kernel = self.kernel[...].astype(self.dtype).reshape(*x.shape[2:], -1)
+        y = jnp.einsum("bthd,hde->bte", x, kernel)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -172,6 +196,13 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     Args:
         x: [batch, tokens, heads, head_width]; angles: [tokens, head_width / 2].
     """
+    if on_tpu():
+        # x·cos + (x·R)·sin: an axis of two would leave a register's other 126 lanes empty. R swaps the channels of a
+        # pair and changes a sign, so the product is exact in any dtype.
+        swap = np.kron(np.eye(x.shape[-1] // 2), [[0, 1], [-1, 0]])
+        swapped = jnp.matmul(x, jnp.asarray(swap, x.dtype), precision="highest")
+        cos, sin = (jnp.repeat(f(angles), 2, axis=-1)[:, None] for f in (jnp.cos, jnp.sin))
+        return (x.astype(jnp.float32) * cos + swapped.astype(jnp.float32) * sin).astype(x.dtype)
     even, odd = jnp.split(x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2), 2, axis=-1)
     cos, sin = (f(angles)[:, None, :, None] for f in (jnp.cos, jnp.sin))
     turned = jnp.concatenate([even * cos - odd * sin, even * sin + odd * cos], axis=-1)

@@ -11,9 +11,11 @@ docs/scaling.md says what else was tried.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -83,11 +85,36 @@ def each_device(function: Callable[..., Any], mesh: Mesh, arguments: Any, result
             `specs` for parameters, WHOLE for the rest.
         results: the same for what is returned.
     """
+    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else None
+
+    def traced(*parts: Any) -> Any:
+        with compiling_for(platform):
+            return function(*parts)
+
     if mesh.size == 1:
-        return function
+        return traced
     # Without the tracking of what varies between devices: every result is reduced by hand (`mean_over_devices`,
     # `reduce_gradients`), and a model may carry zeros through a scan without declaring on which devices they differ.
-    return jax.shard_map(function, mesh=mesh, in_specs=arguments, out_specs=results, check_vma=False)
+    return jax.shard_map(traced, mesh=mesh, in_specs=arguments, out_specs=results, check_vma=False)
+
+
+_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str | None) -> Iterator[None]:
+    """What is traced in here asks `on_tpu` about this platform; None: the default one."""
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
+
+
+def on_tpu() -> bool:
+    """Whether the program that is being traced is for TPUs, which like other forms of the same sums than CPUs and GPUs:
+    products with constant matrices instead of moves within a register's 128 lanes, and nothing narrower than those."""
+    return (_platform.get() or jax.default_backend()) == "tpu"
 
 
 def gather(parameter: jax.Array, shape: Sequence[int], dtype: Any = None) -> jax.Array:
