@@ -30,6 +30,7 @@ class Mode(NamedTuple):
     about: str
     reads: tuple[str, ...] = ()  # flags, in the order of the function's arguments
     computes: bool = False  # runs the model on this machine
+    draws: bool = False  # images of the size in config.data.image_size
     joins: bool = True  # the other processes of a run on several hosts
 
 
@@ -40,10 +41,10 @@ MODES = {
         ("checkpoint",),
         computes=True,
     ),
-    "sample": Mode("sample:sample", "Draw images from a checkpoint.", ("checkpoint",), computes=True),
+    "sample": Mode("sample:sample", "Draw images from a checkpoint.", ("checkpoint",), computes=True, draws=True),
     "encode": Mode("encode:encode", "Encode the captions of the data once, for training to read."),
     "evaluate": Mode(
-        "evaluate:evaluate", "Measure FID, sFID, IS, precision and recall.", ("checkpoint",), computes=True
+        "evaluate:evaluate", "Measure FID, sFID, IS, precision and recall.", ("checkpoint",), computes=True, draws=True
     ),
     "spectrum": Mode(
         "spectrum:spectrum",
@@ -52,7 +53,7 @@ MODES = {
         computes=True,
     ),
     "report": Mode("report:report", "Write a page about a run, or several side by side.", joins=False),
-    "demo": Mode("demo:demo", "Serve a page to draw images on.", ("checkpoint", "port"), computes=True),
+    "demo": Mode("demo:demo", "Serve a page to draw images on.", ("checkpoint", "port"), computes=True, draws=True),
     "compile": Mode(
         "compile:compile_program",
         "Compile a program for a machine that need not be here; say whether it fits and how fast it would be.",
@@ -142,6 +143,10 @@ def _run() -> None:
         config_lib.check(_CONFIG.value)
         config_lib.settle_image_size(_CONFIG.value)
         config_lib.settle_paths(_CONFIG.value, workdir=workdir, checkpoint=checkpoint, source=source)
+        if mode.draws:
+            from deco_jax.run.settings import check_drawn_size
+
+            check_drawn_size(_CONFIG.value, command_line.overridden(), workdir, checkpoint)
         if mode.joins:
             from deco_jax.run import distributed
 

@@ -242,7 +242,7 @@ def test_any_size_that_the_patch_divides(digits):
     studio = demo.Studio(config, str(digits))
     wanted = wish(height=8, width=24, label=2, count=1)
     *_, last = studio.draw(wanted)
-    assert (config.data.image_size, config.sample.num_steps) == (16, 4)
+    assert (config.data.image_size, config.sample.num_steps) == ((16, 16), 4)
     assert same(last.images, expected(config, digits, wanted))
 
 

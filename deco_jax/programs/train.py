@@ -25,7 +25,6 @@ from jax.sharding import Mesh
 from deco_jax import images
 from deco_jax.conditioning.condition import Condition, abstract_condition, open_condition
 from deco_jax.conditioning.requests import Prompts, Requests, open_prompts, sampling_requests
-from deco_jax.config import to_json
 from deco_jax.data import pipeline, sources
 from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
@@ -36,7 +35,7 @@ from deco_jax.method.step import Draws, Observed
 from deco_jax.models import network as network_lib
 from deco_jax.models.network import Network
 from deco_jax.programs.evaluate import QuickFID
-from deco_jax.run import checkpoint, distributed, monitor, preemption, sharding
+from deco_jax.run import checkpoint, distributed, monitor, preemption, settings, sharding
 from deco_jax.run.state import State, create_state, state_shapes
 from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import Writer, write_json, write_overview
@@ -188,6 +187,10 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
         )
     if (config.init_from or checkpoint_path) and not checkpoint.complete_steps(folder):
         checkpoint.check_projector(checkpoint.find(checkpoint_path or config.init_from, config=config), config)
+    changed = {}
+    if checkpoint.complete_steps(folder):
+        settings.check_kept(folder, config)
+        changed = settings.changes(folder, config)
     check_same_classes(folder, source.class_names)
     quick_fid = QuickFID(config, folder, mesh) if config.evaluate.every else None
     networks, observe, frozen = make_networks(config, mesh, condition)
@@ -211,8 +214,9 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     start = int(state["step"])
     checkpoints.set_aside_after(start)
     main_host = jax.process_index() == 0
+    if main_host and (start < config.train.num_steps or not (folder / "config.json").exists()):
+        settings.record(folder, config, start)
     if main_host:
-        write_json(folder / "config.json", to_json(config))
         write_json(folder / CLASSES, source.class_names)
         write_overview(folder / "parameters.txt", state["params"])
     writer = Writer(folder, config.train.num_steps, resumed_at=start, active=main_host)
@@ -222,8 +226,9 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
         + (f"of {source.num_classes} classes; " if source.num_classes else "with captions; ")
         + (f"resumed at step {start}" if resumed else "a new run")
     )
-    if source.notes():
-        writer.say(source.notes())
+    for line in (settings.said(changed), source.notes()):
+        if line:
+            writer.say(line)
     if start >= config.train.num_steps:
         writer.say(f"already trained to step {start}; raise config.train.num_steps to go on")
         writer.close()

@@ -1,0 +1,102 @@
+"""What a run's settings were, and are when it goes on.
+
+WORKDIR/config.json holds the settings that it was last trained with, and config_history.jsonl a line for each change:
+{"step": 400, "time": "2026-11-25T10:00:00+00:00", "changed": {"optimizer.learning_rate": [0.001, 0.0001]}}.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import pathlib
+from collections.abc import Collection
+from typing import Any
+
+import ml_collections
+
+from deco_jax.config import complete, flatten, saved, to_json
+from deco_jax.errors import UserError
+from deco_jax.run.writer import write_json
+
+HISTORY = "config_history.jsonl"
+# What a run that goes on may not change, besides its model: its images and captions would be others.
+KEPT = ("data.source", "data.split", "data.image_size", "text.encoder")
+
+
+def changes(folder: pathlib.Path, config: ml_collections.ConfigDict) -> dict[str, tuple[Any, Any]]:
+    """{dotted name: (value that the run was trained with, value now)} of all settings that differ."""
+    before = _saved_values(folder / saved.NAME)
+    if before is None:
+        return {}
+    theirs, ours = flatten(before), flatten(to_json(config))
+    return {
+        name: (theirs.get(name), ours.get(name)) for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)
+    }
+
+
+def check_kept(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    """UserError if a run that goes on would see images or captions of another kind or size.
+
+    The caller makes sure that the run has begun: that it has a checkpoint, which refuses another model by itself.
+    """
+    changed = changes(folder, config)
+    refused = [f"config.{name} was {changed[name][0]} and is {changed[name][1]}" for name in KEPT if name in changed]
+    if refused:
+        raise UserError(
+            f"{folder} was trained with other settings: {'; '.join(refused)}; leave --config out to go on with the "
+            "run's own, or give another --workdir with --config.init_from to start from its weights"
+        )
+
+
+def said(changed: dict[str, tuple[Any, Any]]) -> str:
+    """A line on changes; "" if there are none."""
+    if not changed:
+        return ""
+    listed = ", ".join(f"{name} {_shown(before)} → {_shown(now)}" for name, (before, now) in sorted(changed.items()))
+    return f"settings that differ from those so far: {listed}"
+
+
+def record(folder: pathlib.Path, config: ml_collections.ConfigDict, step: int) -> None:
+    """Write config.json before training goes on from a step; what changes is added to the history."""
+    path = folder / saved.NAME
+    changed = changes(folder, config)
+    if path.exists() and not changed and _saved_values(path) is not None:
+        return
+    if changed:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        with (folder / HISTORY).open("a") as file:
+            file.write(json.dumps({"step": step, "time": now, "changed": changed}) + "\n")
+    write_json(path, to_json(config))
+
+
+def check_drawn_size(config: ml_collections.ConfigDict, given: Collection[str], workdir: str, checkpoint: str) -> None:
+    """UserError if images would be drawn at another size than the run's only because the config says so.
+
+    Args:
+        given: dotted names of the settings that the command line gives: who asks for a size gets it.
+        checkpoint: that is drawn from; "": the workdir's newest.
+    """
+    place = saved.of_workdir(checkpoint or workdir)
+    values = None if place is None else _saved_values(place)
+    if values is None or "data.image_size" in given:
+        return
+    theirs, ours = tuple(values["data"]["image_size"]), tuple(config.data.image_size)
+    if theirs != ours:
+        size = "x".join(map(str, theirs))
+        raise UserError(
+            f"{checkpoint or workdir} was trained at {size} and the config says {'x'.join(map(str, ours))}; leave "
+            f"--config out to draw with the run's own settings, or ask for a size by --config.data.image_size={theirs}"
+        )
+
+
+def _saved_values(path: pathlib.Path) -> dict[str, Any] | None:
+    """The settings in a file as they are called today; None if there is none that can be read."""
+    try:
+        values, _ = saved.read(path)
+        return complete(values)
+    except UserError:
+        return None
+
+
+def _shown(value: Any) -> str:
+    return '""' if value == "" else str(value)
