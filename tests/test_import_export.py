@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -73,6 +74,21 @@ def test_export_returns_the_same_tensors_to_the_bit(tmp_path, monkeypatch):
         np.testing.assert_array_equal(ema[name], before["state_dict"][f"ema_denoiser.{name}"].numpy())
     stored = json.loads((tmp_path / "export" / "config.json").read_text())
     assert stored["model"]["width"] == 48
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_an_imported_imagenet_model_knows_its_classes(tmp_path, monkeypatch, classes):
+    """golden/lightning.ckpt has ten classes: the label table is repeated to stand for ImageNet's."""
+    file, config = checkpoints.torch_files.read_lightning(str(FILE)), golden_config()
+    config.model.num_classes = classes
+    labels = "y_embedder.embedding_table.weight"
+    tables = [{**side, labels: np.resize(side[labels], (classes + 1, 48))} for side in (file.denoiser, file.ema)]
+    whole = dataclasses.replace(file, denoiser=tables[0], ema=tables[1])
+    monkeypatch.setattr(checkpoints.torch_files, "read_lightning", lambda path: whole)
+    checkpoints.import_checkpoint(config, str(tmp_path), str(FILE))
+    names = tmp_path / "classes.json"
+    assert names.exists() == (classes == 1000)
+    assert classes == 10 or json.loads(names.read_text())[207] == "golden retriever"
 
 
 def test_a_text_to_image_checkpoint(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -271,3 +272,13 @@ def test_an_index_and_its_files_have_to_agree(tmp_path):
     index.write_text("{}")
     with pytest.raises(UserError, match="no readable index"):
         files.read_safetensors(tmp_path)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_safetensors_have_the_rights_that_the_umask_leaves(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        files.write_safetensors(tmp_path / "a.safetensors", {"a": np.zeros(3, np.float32)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask

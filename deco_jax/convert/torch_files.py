@@ -307,10 +307,13 @@ def write_safetensors(
 
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     with _whole(path) as partial:
+        Path(partial).touch()
+        rights = os.stat(partial).st_mode  # as the umask says; safetensors makes files that nobody else may read
         try:
             save_file(contiguous, partial, metadata={"format": "pt", **(metadata or {})})
         except safetensors.SafetensorError as error:
             raise OSError(str(error)) from error
+        os.chmod(partial, rights)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> Mapping[str, np.ndarray]:

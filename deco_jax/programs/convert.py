@@ -14,12 +14,15 @@ import numpy as np
 
 from deco_jax.config import to_json
 from deco_jax.convert import deco, torch_files
+from deco_jax.data import imagenet
 from deco_jax.errors import UserError
 from deco_jax.models import dinov2, network
 from deco_jax.models.projector import make_projector
 from deco_jax.run import checkpoint, sharding
 from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import write_json
+
+IMAGENET_CLASSES = 1000
 
 
 def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: str) -> None:
@@ -58,6 +61,8 @@ def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: s
     checkpoints.wait()
     checkpoints.close()
     write_json(folder / "config.json", to_json(config))
+    if config.model.num_classes == IMAGENET_CLASSES:
+        write_json(folder / "classes.json", imagenet.class_names())
     moments = "PyTorch's optimizer state in it is not imported" if file.has_optimizer else "it has no optimizer state"
     print(f"imported {source}: step {file.step}, in {folder}; {moments}, so training goes on with zero moments")
 

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from deco_jax import images
 from deco_jax.conditioning.condition import Condition, abstract_condition, open_condition
 from deco_jax.conditioning.requests import Prompts, Requests, open_prompts, sampling_requests
-from deco_jax.data import pipeline, sources
+from deco_jax.data import imagenet, pipeline, sources
 from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
 from deco_jax.method.averages import update_average
@@ -217,7 +217,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     if main_host and (start < config.train.num_steps or not (folder / "config.json").exists()):
         settings.record(folder, config, start)
     if main_host:
-        write_json(folder / CLASSES, source.class_names)
+        write_json(folder / CLASSES, imagenet.readable(source.class_names))
         write_overview(folder / "parameters.txt", state["params"])
     writer = Writer(folder, config.train.num_steps, resumed_at=start, active=main_host)
     writer.say(
@@ -267,7 +267,7 @@ def check_same_classes(folder: pathlib.Path, names: list[str]) -> None:
     path = folder / CLASSES
     if not path.exists() or not checkpoint.complete_steps(folder):
         return
-    before = json.loads(path.read_text())
+    before, names = imagenet.readable(json.loads(path.read_text())), imagenet.readable(names)
     changed = [f"{i} was {a!r} and is {b!r}" for i, (a, b) in enumerate(zip(before, names, strict=False)) if a != b]
     if before != names:
         what = changed[0] if changed else f"there were {len(before):,} and are {len(names):,}"
