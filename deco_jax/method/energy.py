@@ -1,0 +1,123 @@
+"""Blur an image by as much energy as a time allows: the endpoint of the energy-guided path (arXiv 2608.05811).
+
+The endpoint e(t) of an image is its Gaussian blur of standard deviation 3.5·√τ pixels, where τ(t) falls from 1 at
+the noise to 0 at the data so that the blur's missing energy follows a smooth release R(t). Everything is float32.
+
+The blur is circular, so it is diagonal in frequency. A real Fourier basis makes it three products with constant
+matrices a channel instead of complex transforms; energies at ±k stand side by side there and fold into one, which
+leaves a quarter of the frequencies for the bisection.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MAX_BLUR = 3.5  # pixels, at τ = 1
+BISECTIONS = 16
+# Below these a release counts as none or all, and a slope as zero (the published implementation's limits).
+EDGE = 1e-6
+TINY = 1e-12
+
+
+class Endpoint(NamedTuple):
+    """A blurred image and how it changes with time, both float32 [batch, height, width, 3]."""
+
+    image: jax.Array
+    velocity: jax.Array
+
+
+def fourier_basis(side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Build the real orthonormal Fourier basis of signals with `side` values.
+
+    Returns:
+        float64 [side, side], a basis vector a column (the mean, then a cosine and a sine of each frequency), and the
+        frequency of each column in cycles per signal, int [side].
+    """
+    position = np.arange(side)
+    columns, frequency = [np.full(side, 1 / math.sqrt(side))], [0]
+    for k in range(1, side // 2 + 1):
+        angle = 2 * np.pi * k * position / side
+        if 2 * k == side:
+            columns.append(np.cos(angle) / math.sqrt(side))
+            frequency.append(k)
+        else:
+            columns += [np.cos(angle) * math.sqrt(2 / side), np.sin(angle) * math.sqrt(2 / side)]
+            frequency += [k, k]
+    return np.stack(columns, axis=1), np.asarray(frequency)
+
+
+def release(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the share of the energy released at t in [0, 1], R = t³(6t² − 15t + 10), and its derivative."""
+    return t**3 * (6 * t**2 - 15 * t + 10), 30 * t**2 * (1 - t) ** 2
+
+
+def blurred_endpoint(x: jax.Array, t: jax.Array) -> Endpoint:
+    """Blur images x [batch, height, width, 3] as the energy-guided path does at times t [batch] in [0, 1].
+
+    Returns:
+        The endpoint e(t) and its derivative in t (arXiv 2608.05811; 0 where the release stands still).
+    """
+    height, width = x.shape[1:3]
+    (rows, row_k), (columns, column_k) = fourier_basis(height), fourier_basis(width)
+    rate = (math.pi * MAX_BLUR) ** 2
+    # exp(−rate·τ·q) with q = (fy² + fx²)/0.5 is a product of a factor a row and a factor a column.
+    row_q, column_q = 2 * (np.arange(height // 2 + 1) / height) ** 2, 2 * (np.arange(width // 2 + 1) / width) ** 2
+    q = jnp.asarray(row_q[:, None] + column_q, jnp.float32)
+    t = t.astype(jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        basis = [jnp.asarray(matrix, jnp.float32) for matrix in (rows, columns)]
+        spectrum = jnp.einsum("bhwc,hk,wl->bklc", x.astype(jnp.float32), *basis)
+        fold = [jnp.asarray(np.eye(n // 2 + 1)[k], jnp.float32) for n, k in ((height, row_k), (width, column_k))]
+        energy = jnp.einsum("bkl,km,ln->bmn", jnp.sum(spectrum**2, axis=-1), *fold)
+
+        def kept(tau: jax.Array) -> jax.Array:
+            """[batch] → [batch, height//2 + 1, width//2 + 1]."""
+            row, column = (jnp.exp(-rate * tau[:, None] * jnp.asarray(q, jnp.float32)) for q in (row_q, column_q))
+            return row[:, :, None] * column[:, None, :]
+
+        least = kept(jnp.ones_like(t))
+
+        def missing(tau: jax.Array) -> jax.Array:
+            return jnp.sum(energy * (kept(tau) - least) ** 2, axis=(1, 2))
+
+        total = missing(jnp.zeros_like(t))
+        share, slope = release(t)
+
+        def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            low, high = bounds
+            middle = (low + high) / 2
+            more = missing(middle) > share * total
+            return jnp.where(more, middle, low), jnp.where(more, high, middle)
+
+        low, high = jax.lax.fori_loop(0, BISECTIONS, halve, (jnp.zeros_like(t), jnp.ones_like(t)))
+        tau = jnp.where(share <= EDGE, 1.0, jnp.where(share >= 1 - EDGE, 0.0, (low + high) / 2))
+        now = kept(tau)
+        denominator = -2 * rate * jnp.sum(energy * (now - least) * q * now, axis=(1, 2))
+        still = (slope <= 0) | (total <= TINY) | (jnp.abs(denominator) <= TINY)
+        tau_slope = jnp.where(still, 0.0, slope * total / jnp.where(still, 1.0, denominator))
+
+        spread = now[:, row_k][:, :, column_k, None]  # back to a value a basis vector
+        change = -rate * tau_slope[:, None, None] * q * now
+        image = jnp.einsum("bklc,hk,wl->bhwc", spectrum * spread, *basis)
+        velocity = jnp.einsum("bklc,hk,wl->bhwc", spectrum * change[:, row_k][:, :, column_k, None], *basis)
+    return Endpoint(image, velocity)
+
+
+def energy_state(x: jax.Array, noise: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the state x_t = t·e + (1 − t)·ε and its velocity e + t·ė − ε, all [batch, height, width, 3]."""
+    endpoint, s = blurred_endpoint(x, t), t.astype(jnp.float32)[:, None, None, None]
+    return (
+        s * endpoint.image + (1 - s) * noise,
+        endpoint.image + s * endpoint.velocity - noise,
+    )
+
+
+def energy_velocity_of_image(image: jax.Array, x_t: jax.Array, t: jax.Array, floor: float = 0.05) -> jax.Array:
+    """Return the velocity that a predicted clean image stands for at x_t: t·ė(x̂) + (e(x̂) − x_t)/max(1 − t, floor)."""
+    endpoint, s = blurred_endpoint(image, t), t.astype(jnp.float32)[:, None, None, None]
+    return s * endpoint.velocity + (endpoint.image - x_t) / jnp.maximum(1 - s, floor)
