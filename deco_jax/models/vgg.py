@@ -1,0 +1,150 @@
+"""LPIPS on VGG16, the frozen network whose features tell how alike two images look.
+
+Sources: Zhang et al. 2018 (LPIPS, version 0.1); Simonyan & Zisserman 2015 (VGG16).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.nn import initializers
+
+from deco_jax.convert.mapping import VECTOR, Row, one_to_one, to_ours
+from deco_jax.convert.torch_files import read_tensors
+from deco_jax.errors import UserError
+from deco_jax.models.layers import Dtype
+
+# Channels of the convolutions in each group; 2×2 max-pooling stands between groups, a tap ends each one.
+GROUPS: tuple[tuple[int, ...], ...] = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+# Of images in ±1; the published network's own rounding of ImageNet's mean and deviation.
+SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
+SCALE = np.array([0.458, 0.448, 0.450], np.float32)
+EPSILON = 1e-10
+PATCH = 16  # of the students that LPIPS is trained beside; others' images are resized to as many pixels a patch
+
+VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
+LPIPS_URL = "https://github.com/richzhang/PerceptualSimilarity/tree/master/lpips/weights/v0.1 (vgg.pth)"
+
+CONVOLUTION = one_to_one(
+    "[out, in, height, width] to [height, width, in, out]",
+    4,
+    lambda w: w.transpose(2, 3, 1, 0),
+    lambda k: k.transpose(3, 2, 0, 1),
+)
+LINEAR = one_to_one(
+    "[1, channels, 1, 1] to [channels]", 4, lambda w: w.reshape(w.shape[1]), lambda a: a[None, :, None, None]
+)
+
+
+class LPIPS(nnx.Module):
+    """VGG16's convolutions and the five linear layers that weigh their features.
+
+    Args:
+        dtype: compute dtype of the convolutions; norms, differences and sums are float32.
+    """
+
+    def __init__(self, *, dtype: Dtype = jnp.float32, rngs: nnx.Rngs) -> None:
+        self.dtype = dtype
+        he = initializers.variance_scaling(2.0, "fan_in", "normal")
+        widths = [3, *(width for group in GROUPS for width in group)]
+        self.convolutions = nnx.List(
+            nnx.Conv(fan_in, fan_out, (3, 3), padding=1, kernel_init=he, dtype=dtype, rngs=rngs)
+            for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.weights = nnx.List(nnx.Param(jax.random.uniform(rngs.params(), (group[-1],))) for group in GROUPS)
+
+    def taps(self, images: jax.Array, patch_size: int = PATCH) -> list[jax.Array]:
+        """Return the features after the last ReLU of each group, [batch, height, width, channels] each.
+
+        Args:
+            images: [batch, height, width, 3] in ±1.
+            patch_size: of the student. Its images are resized by 16 / patch_size first (bilinear, antialiased).
+        """
+        batch, height, width, _ = images.shape
+        if patch_size != PATCH:
+            shape = (batch, height * PATCH // patch_size, width * PATCH // patch_size, 3)
+            images = jax.image.resize(images, shape, "linear")
+        h = ((images - SHIFT) / SCALE).astype(self.dtype)
+        found, convolution = [], iter(self.convolutions)
+        for number, group in enumerate(GROUPS):
+            if number:
+                h = nnx.max_pool(h, (2, 2), strides=(2, 2))
+            for _ in group:
+                h = jax.nn.relu(next(convolution)(h))
+            found.append(h)
+        return found
+
+    def __call__(self, images: jax.Array, others: jax.Array, patch_size: int = PATCH) -> jax.Array:
+        """Return the distance of each image from its counterpart.
+
+        Args:
+            images, others: [batch, height, width, 3] in ±1.
+            patch_size: see `taps`.
+
+        Returns:
+            float32 [batch], 0 for equal images.
+        """
+        return self.distance(self.taps(images, patch_size), self.taps(others, patch_size))
+
+    def distance(self, taps: list[jax.Array], others: list[jax.Array]) -> jax.Array:
+        """Return the distance of two images' taps: float32 [batch]."""
+        total: jax.Array | float = 0.0
+        for weights, a, b in zip(self.weights, taps, others, strict=True):
+            difference = (_unit(a) - _unit(b)) ** 2
+            total = total + jnp.mean(jnp.sum(difference * weights[...], axis=-1), axis=(1, 2))
+        return jnp.asarray(total)
+
+
+def _unit(features: jax.Array) -> jax.Array:
+    """Divide each position's channels by (their norm + 1e-10), in float32."""
+    x = features.astype(jnp.float32)
+    squares = jnp.sum(x * x, axis=-1, keepdims=True)
+    # Where all channels are 0 the norm has no derivative, and the quotient is 0 whatever it is divided by.
+    norm = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
+    return x / (norm + EPSILON)
+
+
+def vgg_table() -> list[Row]:
+    """Return the rows of torchvision's VGG16, its classifier left out."""
+    rows, index, number = [], 0, 0
+    for group in GROUPS:
+        for _ in group:
+            for torch, ours, transform in (("weight", "kernel", CONVOLUTION), ("bias", "bias", VECTOR)):
+                rows.append(Row(f"features.{index}.{torch}", f"convolutions.{number}.{ours}", transform))
+            index, number = index + 2, number + 1  # a ReLU after each convolution
+        index += 1  # the pooling
+    return rows
+
+
+def lpips_table() -> list[Row]:
+    """Return the rows of the lpips package's `vgg.pth`."""
+    return [Row(f"lin{i}.model.1.weight", f"weights.{i}", LINEAR) for i in range(len(GROUPS))]
+
+
+def from_torch(vgg: Mapping[str, np.ndarray], lpips: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return torchvision's VGG16 and the lpips package's linear layers as parameters of `LPIPS`.
+
+    Raises:
+        UserError: tensors are missing, left over, or of another size.
+    """
+    ignored = tuple(name for name in vgg if name.startswith("classifier."))
+    convolutions = to_ours(vgg_table(), vgg, ignore=ignored, what="the file of VGG16")
+    return convolutions | to_ours(lpips_table(), lpips, what="the file of LPIPS's linear layers")
+
+
+def load_lpips(vgg: str | os.PathLike[str], lpips: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the parameters of `LPIPS` from torchvision's and the lpips package's files.
+
+    Raises:
+        UserError: a path isn't set or a file is missing (with where to get it), damaged, or of another layout.
+    """
+    for what, path, url in (("VGG16's", vgg, VGG_URL), ("LPIPS's linear layers'", lpips, LPIPS_URL)):
+        if not path or not os.path.isfile(path):
+            raise UserError(f"{path or 'no path'}: no {what} weights there; download {url}")
+    return from_torch(read_tensors(vgg), read_tensors(lpips))
