@@ -111,10 +111,7 @@ def blurred_endpoint(x: jax.Array, t: jax.Array) -> Endpoint:
 def energy_state(x: jax.Array, noise: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the state x_t = t·e + (1 − t)·ε and its velocity e + t·ė − ε, all [batch, height, width, 3]."""
     endpoint, s = blurred_endpoint(x, t), t.astype(jnp.float32)[:, None, None, None]
-    return (
-        s * endpoint.image + (1 - s) * noise,
-        endpoint.image + s * endpoint.velocity - noise,
-    )
+    return (s * endpoint.image + (1 - s) * noise, endpoint.image + s * endpoint.velocity - noise)
 
 
 def energy_velocity_of_image(image: jax.Array, x_t: jax.Array, t: jax.Array, floor: float = 0.05) -> jax.Array:

@@ -74,7 +74,12 @@ class DeCo(Trunk):
         )
 
     def __call__(
-        self, images: jax.Array, times: jax.Array, context: jax.Array, aligned_layer: int | None = None
+        self,
+        images: jax.Array,
+        times: jax.Array,
+        context: jax.Array,
+        aligned_layer: int | None = None,
+        keys: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Predict the velocity (or the clean image) of noised images.
 
@@ -83,12 +88,13 @@ class DeCo(Trunk):
             times: [batch] in [0, 1]; 0 is noise, 1 is data.
             context: labels int32 [batch] (num_classes: no class), or text features [batch, length, text_width].
             aligned_layer: blocks after which to take the features that REPA aligns; None: don't.
+            keys: [batch], for dropout while training; None: nothing is dropped.
 
         Returns:
             The prediction, float32 [batch, height, width, 3], and the intermediates by name:
             "low_frequency" [batch, tokens, width], what the decoder is conditioned on (Fig. 4's DiT output), and
             "aligned" [batch, tokens, width] if asked for.
         """
-        h, time, _, aligned = self.hidden(images, times, context, aligned_layer)
+        h, time, _, aligned = self.hidden(images, times, context, aligned_layer, keys)
         features = jax.nn.silu(time[:, None] + h)
         return self.decoder(images, features), intermediates(low_frequency=features, aligned=aligned)

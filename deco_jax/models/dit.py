@@ -11,7 +11,9 @@ two-dimensional RoPE.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +39,38 @@ from deco_jax.models.layers import (
     xavier,
     zeros,
 )
-from deco_jax.schema import at_least, one_of, setting
+from deco_jax.schema import Rule, at_least, one_of, setting
+
+
+class BlockStyle(NamedTuple):
+    """How a transformer's blocks start and whether they have biases.
+
+    kernel_init, bias_init: of all Linear layers; None: PyTorch's default.
+    modulation_init: of the adaptive norm's Linear, kernel and bias; None: like the others.
+    """
+
+    use_bias: bool = False  # of q, k, v and the MLP; attention's output has one in any case
+    kernel_init: Callable | None = None
+    bias_init: Callable | None = None
+    modulation_init: Callable | None = None
+
+
+PLAIN = BlockStyle()
+
+
+class Dropout(NamedTuple):
+    """Zeroes a share of the channels and scales up the others, for each example by its own key.
+
+    rate: in [0, 1); keys: [batch].
+    """
+
+    rate: float
+    keys: jax.Array
+
+    def __call__(self, x: jax.Array, place: int) -> jax.Array:
+        """Drop from x [batch, ...]; `place` tells apart the places in a block."""
+        keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, place), 1 - self.rate, x.shape[1:]))
+        return jnp.where(keep(self.keys), x / (1 - self.rate), 0).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -54,16 +87,18 @@ class Attention(nnx.Module):
         *,
         with_text: bool,
         implementation: Literal["xla", "cudnn"],
+        style: BlockStyle = PLAIN,
         dtype: Dtype,
         rngs: nnx.Rngs,
     ) -> None:
         head_width = width // num_heads
         self.num_heads, self.implementation = num_heads, implementation
-        self.qkv = Linear(width, 3 * width, use_bias=False, dtype=dtype, rngs=rngs)
+        start = {"kernel_init": style.kernel_init, "bias_init": style.bias_init}
+        self.qkv = Linear(width, 3 * width, use_bias=style.use_bias, **start, dtype=dtype, rngs=rngs)
         if with_text:
             self.text_kv = Linear(width, 2 * width, use_bias=False, dtype=dtype, rngs=rngs)
         self.q_norm, self.k_norm = RMSNorm(head_width), RMSNorm(head_width)
-        self.out = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.out = Linear(width, width, **start, dtype=dtype, rngs=rngs)
 
     @jax.named_scope("attention")
     def __call__(self, x: jax.Array, angles: jax.Array | None, text: jax.Array | None = None) -> jax.Array:
@@ -93,24 +128,39 @@ class Block(nnx.Module):
         *,
         with_text: bool = False,
         attention: Literal["xla", "cudnn"] = "xla",
+        style: BlockStyle = PLAIN,
         dtype: Dtype,
         rngs: nnx.Rngs,
     ) -> None:
         self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
         self.attention = Attention(
-            width, num_heads, with_text=with_text, implementation=attention, dtype=dtype, rngs=rngs
+            width, num_heads, with_text=with_text, implementation=attention, style=style, dtype=dtype, rngs=rngs
         )
-        self.mlp = SwiGLU(width, mlp_hidden, dtype=dtype, rngs=rngs)
-        self.modulation = Linear(width, 6 * width, dtype=dtype, rngs=rngs)
+        self.mlp = SwiGLU(
+            width, mlp_hidden, use_bias=style.use_bias, xavier_init=style.kernel_init is xavier, dtype=dtype, rngs=rngs
+        )
+        start = {"kernel_init": style.modulation_init, "bias_init": style.modulation_init}
+        self.modulation = Linear(width, 6 * width, **start, dtype=dtype, rngs=rngs)
 
     @jax.named_scope("blocks")
     def __call__(
-        self, h: jax.Array, condition: jax.Array, angles: jax.Array | None, text: jax.Array | None = None
+        self,
+        h: jax.Array,
+        condition: jax.Array,
+        angles: jax.Array | None,
+        text: jax.Array | None = None,
+        dropout: Dropout | None = None,
     ) -> jax.Array:
-        """h [batch, tokens, width], condition [batch, width] (already activated) → h's shape."""
+        """h [batch, tokens, width], condition [batch, width] (already activated) → h's shape.
+
+        Args:
+            dropout: of attention's output and of the MLP's hidden units; None: nothing is dropped.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(condition)[:, None], 6, axis=-1)
-        h = h + gate1 * self.attention(modulate(self.norm1(h), shift1, scale1), angles, text)
-        return h + gate2 * self.mlp(modulate(self.norm2(h), shift2, scale2))
+        attended = self.attention(modulate(self.norm1(h), shift1, scale1), angles, text)
+        h = h + gate1 * (attended if dropout is None else dropout(attended, 0))
+        drop_hidden = None if dropout is None else functools.partial(dropout, place=1)
+        return h + gate2 * self.mlp(modulate(self.norm2(h), shift2, scale2), drop_hidden)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +176,16 @@ class TrunkSettings:
     text_width: int = setting(0, "Channels of the text features; 0 for class to image.", at_least(0, 2**16))
     text_length: int = setting(0, "Tokens of a caption; longer ones are cut.", at_least(0, 8192))
     text_depth: int = setting(0, "Blocks that refine the text features.", at_least(0, 1024))
+    context_tokens: int = setting(
+        0, "Tokens of the class that join the image's on the way (JiT's in-context conditioning).", at_least(0, 4096)
+    )
+    context_start: int = setting(0, "Blocks before which they join.", at_least(0, 1024))
+    dropout: float = setting(
+        0.0,
+        "Share of the units that training drops in the middle half of the blocks.",
+        Rule(lambda share: 0 <= share < 1, "from 0 to below 1"),
+        computed=True,
+    )
     dtype: str = setting(
         "bfloat16",
         "Precision of the computation; parameters are float32.",
@@ -160,7 +220,12 @@ class Trunk(nnx.Module):
         remat: name of a rematerialisation policy (`layers.REMAT_POLICIES`).
         unroll: blocks a scan iteration.
         attention: "xla" or "cudnn" (GPU, bfloat16).
+        context_tokens: class tokens that join the image's before block `context_start` and leave after the last
+            (in-context conditioning, Li & He 2025, JiT); class-to-image only.
+        dropout: share of the units that training drops in the middle half of the blocks.
     """
+
+    style = PLAIN
 
     def __init__(
         self,
@@ -177,19 +242,23 @@ class Trunk(nnx.Module):
         remat: str = "none",
         unroll: int = 1,
         attention: Literal["xla", "cudnn"] = "xla",
+        context_tokens: int = 0,
+        context_start: int = 0,
+        dropout: float = 0.0,
         rngs: nnx.Rngs,
     ) -> None:
         self.width, self.depth, self.patch_size, self.head_width = width, depth, patch_size, width // num_heads
         self.with_text = text_width > 0
+        self.context_tokens, self.context_start, self.dropout = context_tokens, context_start, dropout
         self.dtype, self.remat, self.unroll = dtype, remat, unroll
         # Class-to-image: two thirds of 4·width, so that the gated MLP costs what a plain one would.
         mlp_hidden = 4 * width if self.with_text else int(2 * 4 * width / 3)
 
         def block(rngs: nnx.Rngs, with_text: bool) -> Block:
-            return Block(width, num_heads, mlp_hidden, with_text=with_text, attention=attention, dtype=dtype, rngs=rngs)
+            options = {"with_text": with_text, "attention": attention, "style": self.style}
+            return Block(width, num_heads, mlp_hidden, **options, dtype=dtype, rngs=rngs)
 
-        self.patch_embed = Linear(3 * patch_size**2, width, kernel_init=xavier, bias_init=zeros, dtype=dtype, rngs=rngs)
-        self.time_embed = TimestepEmbedding(width, dtype=dtype, rngs=rngs)
+        self.make_embeddings(rngs)
         if self.with_text:
             self.text_embed = TextEmbedding(text_width, width, dtype=dtype, rngs=rngs)
             self.text_positions = nnx.Param(jax.random.normal(rngs.params(), (text_length, width)))
@@ -201,9 +270,36 @@ class Trunk(nnx.Module):
                 num_classes + 1, width, embedding_init=initializers.normal(0.02), dtype=dtype, rngs=rngs
             )
         self.blocks = stack(lambda rngs: block(rngs, self.with_text), depth, rngs)
+        if context_tokens:
+            self.context_positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (context_tokens, width)))
+
+    def make_embeddings(self, rngs: nnx.Rngs) -> None:
+        """Make the layers that patches and times enter by."""
+        self.patch_embed = Linear(
+            3 * self.patch_size**2, self.width, kernel_init=xavier, bias_init=zeros, dtype=self.dtype, rngs=rngs
+        )
+        self.time_embed = TimestepEmbedding(self.width, dtype=self.dtype, rngs=rngs)
+
+    def embed(self, patches: jax.Array, rows: int, columns: int) -> jax.Array:
+        """Patches [batch, rows · columns, 3 · patch²] to the first hidden states [batch, rows · columns, width]."""
+        return self.patch_embed(patches)
+
+    def angles(self, rows: int, columns: int) -> np.ndarray:
+        """The rotary embedding's angles of a grid of patches, float32 [rows · columns, head_width / 2]."""
+        if self.with_text:
+            # The reference scales each axis by the other one's length; equal for square images.
+            xs, ys = np.linspace(0, rows, columns), np.linspace(0, columns, rows)
+        else:
+            xs, ys = np.linspace(0, 16, columns), np.linspace(0, 16, rows)
+        return rotary_angles(xs, ys, self.head_width)
 
     def hidden(
-        self, images: jax.Array, times: jax.Array, context: jax.Array, aligned_layer: int | None = None
+        self,
+        images: jax.Array,
+        times: jax.Array,
+        context: jax.Array,
+        aligned_layer: int | None = None,
+        keys: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
         """The low-frequency pathway.
 
@@ -212,6 +308,7 @@ class Trunk(nnx.Module):
             times: [batch] in [0, 1]; 0 is noise.
             context: labels int32 [batch], or text features [batch, text_length, text_width].
             aligned_layer: number of blocks after which to take the features that REPA aligns.
+            keys: [batch], for dropout while training; None: nothing is dropped.
 
         Returns:
             hidden [batch, tokens, width]; time embedding [batch, width]; condition [batch, width];
@@ -219,9 +316,9 @@ class Trunk(nnx.Module):
         """
         _, height, width, _ = images.shape
         patches = patchify(images.astype(self.dtype), self.patch_size)
-        h = self.patch_embed(patches.reshape(*patches.shape[:2], -1))
-        time = self.time_embed(times)
         rows, columns = height // self.patch_size, width // self.patch_size
+        h = self.embed(patches.reshape(*patches.shape[:2], -1), rows, columns)
+        time = self.time_embed(times)
         text = None
         if self.with_text:
             condition = jax.nn.silu(time)
@@ -235,30 +332,50 @@ class Trunk(nnx.Module):
                     remat=self.remat,
                     unroll=self.unroll,
                 )
-            # The reference scales each axis by the other one's length; equal for square images.
-            xs, ys = np.linspace(0, rows, columns), np.linspace(0, columns, rows)
         else:
-            condition = jax.nn.silu(time + self.label_embed(context))
-            xs, ys = np.linspace(0, 16, columns), np.linspace(0, 16, rows)
-        angles = jnp.asarray(rotary_angles(xs, ys, self.head_width))
+            label = self.label_embed(context)
+            condition = jax.nn.silu(time + label)
+        angles = jnp.asarray(self.angles(rows, columns))
+        tokens, aligned = h.shape[1], None
 
-        def run(h: jax.Array, start: int, stop: int | None) -> jax.Array:
-            return run_stack(
+        def run(h: jax.Array, start: int, stop: int) -> jax.Array:
+            drops = keys is not None and self.dropout and self.depth // 4 <= start < self.depth // 4 * 3
+
+            def apply(block: Block, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+                h, index = carry
+                dropout = None
+                if drops:
+                    dropout = Dropout(self.dropout, jax.vmap(lambda key: jax.random.fold_in(key, index))(keys))
+                return block(h, condition, angles, text, dropout), index + 1
+
+            h, _ = run_stack(
                 self.blocks,
-                h,
-                lambda block, h: block(h, condition, angles, text),
+                (h, jnp.asarray(start)),
+                apply,
                 start=start,
                 stop=stop,
                 dtype=self.dtype,
                 remat=self.remat,
                 unroll=self.unroll,
             )
+            return h
 
-        if aligned_layer is None:
-            return run(h, 0, None), time, condition, None
-        # Two scans, so that one layer's output comes out without keeping every layer's.
-        aligned = run(h, 0, aligned_layer)
-        return run(aligned, aligned_layer, None), time, condition, aligned
+        # A scan for each stretch of equal blocks, so that one layer's output comes out without keeping every layer's.
+        stops = {aligned_layer or 0, self.context_start if self.context_tokens else 0, self.depth}
+        if keys is not None and self.dropout:
+            stops |= {self.depth // 4, self.depth // 4 * 3}
+        start = 0
+        for stop in sorted(stops):
+            if stop > start:
+                h = run(h, start, stop)
+            if aligned_layer and stop == aligned_layer:
+                aligned = h[:, -tokens:]
+            if self.context_tokens and stop == self.context_start:
+                first = label[:, None] + self.context_positions[...].astype(self.dtype)
+                h = jnp.concatenate([first, h], axis=1)
+                angles = jnp.pad(angles, ((self.context_tokens, 0), (0, 0)))  # the class has no place in the image
+            start = stop
+        return h[:, -tokens:], time, condition, aligned
 
 
 class TextEmbedding(nnx.Module):
@@ -273,15 +390,23 @@ class TextEmbedding(nnx.Module):
 
 
 class FinalLayer(nnx.Module):
-    """The baseline's head: a modulated, parameter-free layer norm and one Linear to a patch's pixels, zero at first."""
+    """A transformer's head: a modulated norm and one Linear to a patch's pixels, zero at first.
 
-    def __init__(self, width: int, patch_size: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+    Args:
+        norm: a module; None: a layer norm without parameters, as the baseline has it.
+    """
+
+    def __init__(
+        self, width: int, patch_size: int, *, norm: nnx.Module | None = None, dtype: Dtype, rngs: nnx.Rngs
+    ) -> None:
+        self.norm = norm
         self.modulation = Linear(width, 2 * width, kernel_init=zeros, bias_init=zeros, dtype=dtype, rngs=rngs)
         self.linear = Linear(width, 3 * patch_size**2, kernel_init=zeros, bias_init=zeros, dtype=dtype, rngs=rngs)
 
     def __call__(self, h: jax.Array, condition: jax.Array) -> jax.Array:
         shift, scale = jnp.split(self.modulation(condition)[:, None], 2, axis=-1)
-        return self.linear(modulate(normalize(h), shift, scale))
+        norm = normalize if self.norm is None else self.norm
+        return self.linear(modulate(norm(h), shift, scale))
 
 
 class DiT(Trunk):
@@ -295,10 +420,15 @@ class DiT(Trunk):
         self.output = FinalLayer(self.width, self.patch_size, dtype=self.dtype, rngs=rngs)
 
     def __call__(
-        self, images: jax.Array, times: jax.Array, context: jax.Array, aligned_layer: int | None = None
+        self,
+        images: jax.Array,
+        times: jax.Array,
+        context: jax.Array,
+        aligned_layer: int | None = None,
+        keys: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """See `deco.DeCo.__call__`; "low_frequency" is the last block's output."""
-        h, _, condition, aligned = self.hidden(images, times, context, aligned_layer)
+        h, _, condition, aligned = self.hidden(images, times, context, aligned_layer, keys)
         patches = self.output(h, condition).astype(jnp.float32)
         patches = patches.reshape(*patches.shape[:2], self.patch_size**2, 3)
         images = unpatchify(patches, self.patch_size, *images.shape[1:3])

@@ -139,35 +139,56 @@ class LayerNorm(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    """down(silu(gate(x)) · up(x)), without biases."""
+    """down(silu(gate(x)) · up(x)).
 
-    def __init__(self, width: int, hidden: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
-        self.gate = Linear(width, hidden, use_bias=False, dtype=dtype, rngs=rngs)
-        self.up = Linear(width, hidden, use_bias=False, dtype=dtype, rngs=rngs)
-        self.down = Linear(hidden, width, use_bias=False, dtype=dtype, rngs=rngs)
+    Args:
+        xavier_init: start Xavier-uniform with zero biases, gate and up as the one matrix that they are elsewhere.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        use_bias: bool = False,
+        xavier_init: bool = False,
+        dtype: Dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        joined = uniform(math.sqrt(6 / (width + 2 * hidden))) if xavier_init else None
+        single, bias = (xavier, zeros) if xavier_init else (None, None)
+        options = {"use_bias": use_bias, "bias_init": bias, "dtype": dtype, "rngs": rngs}
+        self.gate = Linear(width, hidden, kernel_init=joined, **options)
+        self.up = Linear(width, hidden, kernel_init=joined, **options)
+        self.down = Linear(hidden, width, kernel_init=single, **options)
 
     @jax.named_scope("mlp")
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    def __call__(self, x: jax.Array, drop_hidden: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
+        """x [..., width] → its shape; `drop_hidden` is applied to the hidden units."""
+        hidden = jax.nn.silu(self.gate(x)) * self.up(x)
+        return self.down(hidden if drop_hidden is None else drop_hidden(hidden))
 
 
 class TimestepEmbedding(nnx.Module):
     """Times in [0, 1] to vectors: 256 cosines and sines, then Linear–SiLU–Linear.
 
-    The frequencies are 10^(−k/128), k = 0..127: the period is at most 10 (not the usual 10,000) and the
-    times are not rescaled to 0..1000. Cosines come first.
+    The frequencies are period^(−k/128), k = 0..127. DeCo's period is 10 (not the usual 10,000), and its times are not
+    rescaled to 0..1000. Cosines come first.
     """
 
     WAVES = 128
 
-    def __init__(self, width: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, width: int, *, period: float = 10.0, bias_init: Callable | None = None, dtype: Dtype, rngs: nnx.Rngs
+    ) -> None:
+        self.period = period
         normal = initializers.normal(0.02)
-        self.hidden = Linear(2 * self.WAVES, width, kernel_init=normal, dtype=dtype, rngs=rngs)
-        self.out = Linear(width, width, kernel_init=normal, dtype=dtype, rngs=rngs)
+        self.hidden = Linear(2 * self.WAVES, width, kernel_init=normal, bias_init=bias_init, dtype=dtype, rngs=rngs)
+        self.out = Linear(width, width, kernel_init=normal, bias_init=bias_init, dtype=dtype, rngs=rngs)
 
     def __call__(self, times: jax.Array) -> jax.Array:
         """times [batch] → [batch, width]."""
-        frequencies = jnp.asarray(10.0 ** (-np.arange(self.WAVES) / self.WAVES), jnp.float32)
+        frequencies = jnp.asarray(self.period ** (-np.arange(self.WAVES) / self.WAVES), jnp.float32)
         angles = times.astype(jnp.float32)[:, None] * frequencies
         waves = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
         return self.out(jax.nn.silu(self.hidden(waves)))

@@ -100,9 +100,14 @@ class PixNerd(Trunk):
         )
 
     def __call__(
-        self, images: jax.Array, times: jax.Array, context: jax.Array, aligned_layer: int | None = None
+        self,
+        images: jax.Array,
+        times: jax.Array,
+        context: jax.Array,
+        aligned_layer: int | None = None,
+        keys: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """See `deco.DeCo.__call__`."""
-        h, time, _, aligned = self.hidden(images, times, context, aligned_layer)
+        h, time, _, aligned = self.hidden(images, times, context, aligned_layer, keys)
         features = jax.nn.silu(time[:, None] + h)
         return self.decoder(images, features), intermediates(low_frequency=features, aligned=aligned)

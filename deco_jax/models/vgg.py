@@ -5,6 +5,7 @@ Sources: Zhang et al. 2018 (LPIPS, version 0.1); Simonyan & Zisserman 2015 (VGG1
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -55,7 +56,7 @@ class LPIPS(nnx.Module):
         widths = [3, *(width for group in GROUPS for width in group)]
         self.convolutions = nnx.List(
             nnx.Conv(fan_in, fan_out, (3, 3), padding=1, kernel_init=he, dtype=dtype, rngs=rngs)
-            for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True)
+            for fan_in, fan_out in itertools.pairwise(widths)
         )
         self.weights = nnx.List(nnx.Param(jax.random.uniform(rngs.params(), (group[-1],))) for group in GROUPS)
 
