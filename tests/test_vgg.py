@@ -1,0 +1,75 @@
+"""LPIPS against the published implementation: by weights that a rule makes, and by the real ones where they are."""
+
+import itertools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import golden, relative_error
+
+from deco_jax.errors import UserError
+from deco_jax.models import vgg
+from deco_jax.models.network import functional
+
+NETWORK = functional(lambda rngs: vgg.LPIPS(rngs=rngs))
+
+
+def rule_weights() -> dict:
+    """The rule of tests/golden/beyond.npz: normal convolutions, uniform linear layers, from seed 0."""
+    random = np.random.default_rng(0)
+    widths = [3, *(width for group in vgg.GROUPS for width in group)]
+    convolutions = {}
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
+        kernel = random.normal(0, np.sqrt(2 / (9 * fan_in)), (3, 3, fan_in, fan_out)).astype(np.float32)
+        convolutions[i] = {"kernel": kernel, "bias": np.zeros(fan_out, np.float32)}
+    linear = {i: random.uniform(0, 1, group[-1]).astype(np.float32) for i, group in enumerate(vgg.GROUPS)}
+    return {"convolutions": convolutions, "weights": linear}
+
+
+def check(params: dict, size: int, weights: str) -> None:
+    g = golden("beyond")
+    target = g[f"lpips/{size}/target"]
+
+    def distance(images: jax.Array) -> jax.Array:
+        return NETWORK.apply(params, images, target)
+
+    with jax.default_matmul_precision("highest"):
+        distances, pull = jax.vjp(distance, g[f"lpips/{size}/prediction"])
+        (gradient,) = pull(jnp.ones(3))
+    assert relative_error(distances, g[f"lpips/{size}/{weights}/distance"]) < 1e-5
+    assert relative_error(gradient, g[f"lpips/{size}/{weights}/gradient"]) < 1e-4
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_weights_by_rule(size):
+    check(rule_weights(), size, "rule")
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_published_weights(size):
+    folder = os.environ.get("DECO_JAX_LPIPS")
+    if not folder:
+        pytest.skip("set DECO_JAX_LPIPS to a folder with torchvision's vgg16.pth and the lpips package's vgg.pth")
+    check(vgg.load_lpips(f"{folder}/vgg16.pth", f"{folder}/vgg.pth"), size, "published")
+
+
+def test_equal_images_have_distance_and_gradient_zero():
+    images = jnp.zeros((1, 32, 32, 3))
+    value, gradient = jax.value_and_grad(lambda x: jnp.sum(NETWORK.apply(rule_weights(), x, images)))(images)
+    assert value == 0
+    assert np.all(np.isfinite(gradient))
+    assert not np.any(gradient)
+
+
+def test_small_patches_see_larger_images():
+    """As many VGG pixels a patch as with patches of 16."""
+    shapes = jax.eval_shape(lambda x: vgg.LPIPS(rngs=nnx.Rngs(0)).taps(x, 8), jnp.zeros((1, 32, 48, 3)))
+    assert [shape.shape[1:3] for shape in shapes] == [(64, 96), (32, 48), (16, 24), (8, 12), (4, 6)]
+
+
+def test_a_missing_file_says_where_to_get_it(tmp_path):
+    with pytest.raises(UserError, match="no VGG16's weights there; download https://"):
+        vgg.load_lpips(tmp_path / "vgg16.pth", tmp_path / "vgg.pth")
