@@ -20,14 +20,15 @@ def values(shape: str) -> dict[str, np.ndarray]:
 def test_the_published_implementation(shape):
     g = values(shape)
     endpoint = energy.blurred_endpoint(g["x"], g["t"])
-    state, velocity = energy.energy_state(g["x"], g["noise"], g["t"])
+    path = energy.EnergyPath()
+    state, velocity = path.point(g["x"], g["noise"], g["t"])
     for i in range(len(g["t"])):
         for name, ours in zip(NAMES, (*endpoint, state, velocity), strict=True):
             if np.any(g[name][i]):
                 assert relative_error(ours[i], g[name][i]) < 1e-5, (name, g["t"][i])
             else:
                 assert not np.any(ours[i]), (name, g["t"][i])
-        implied = energy.energy_velocity_of_image(g["x_prediction"], g["state"], g["t"])
+        implied = path.velocity_of(g["x_prediction"], g["state"], g["t"])
         assert relative_error(implied[i], g["velocity_of_x_prediction"][i]) < 1e-5
 
 
@@ -59,7 +60,7 @@ def test_the_velocity_is_the_state_s_derivative(t):
         return t * smooth_endpoint(x, t) + (1 - t) * noise
 
     slope = (state(t + h) - state(t - h)) / (2 * h)
-    _, velocity = energy.energy_state(x[None], noise[None].astype(np.float32), jnp.asarray([t]))
+    _, velocity = energy.EnergyPath().point(x[None], noise[None].astype(np.float32), jnp.asarray([t]))
     assert relative_error(velocity[0], slope) < 1e-3
 
 

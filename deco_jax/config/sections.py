@@ -10,7 +10,9 @@ import dataclasses
 from deco_jax.data.sources import SOURCES
 from deco_jax.data.transforms import image_sides
 from deco_jax.method.losses.frequency import FrequencySettings
+from deco_jax.method.losses.perceptual import PerceptualSettings
 from deco_jax.method.losses.repa import RepaSettings
+from deco_jax.method.paths import PATHS
 from deco_jax.models.network import SETTINGS as MODEL_SETTINGS
 from deco_jax.sampling.samplers import SAMPLERS
 from deco_jax.schema import MAX_INT32, Rule, Setting, above, at_least, between, one_of, setting, settings
@@ -85,7 +87,7 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Loss(FrequencySettings, RepaSettings):
+class Loss(FrequencySettings, RepaSettings, PerceptualSettings):
     """What is minimised. The losses declare their own settings in method/losses."""
 
     label_dropout: float = setting(
@@ -107,6 +109,24 @@ class Teacher:
     path: str = setting("", "Its weights, such as dinov2_vitb14_pretrain.pth.")
     size: str = setting("B", "Its size.", one_of("S", "B", "L"))
     dtype: str = setting("bfloat16", "Precision of its computation.", PRECISION)
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """The way from noise to images."""
+
+    name: str = setting(
+        "linear", "linear: a straight line; energy: towards an image that sharpens on the way.", one_of(*PATHS)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LPIPS:
+    """The network that compares images, read only where loss.lpips_weight is above 0."""
+
+    vgg: str = setting("", "Weights of VGG16: torchvision's vgg16-397923af.pth.")
+    linear: str = setting("", "Its linear layers: vgg.pth of the lpips package, version 0.1.")
+    dtype: str = setting("bfloat16", "Precision of its convolutions.", PRECISION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +262,8 @@ SECTION_CLASSES: dict[str, type] = {
     "optimizer": Optimizer,
     "loss": Loss,
     "teacher": Teacher,
+    "path": Path,
+    "lpips": LPIPS,
     "text": Text,
     "sample": Sample,
     "train": Train,

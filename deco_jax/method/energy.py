@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deco_jax.method.paths import MIN_REMAINING_TIME, Point, per_example
+
 MAX_BLUR = 3.5  # pixels, at τ = 1
 BISECTIONS = 16
 # Below these a release counts as none or all, and a slope as zero (the published implementation's limits).
@@ -108,13 +110,20 @@ def blurred_endpoint(x: jax.Array, t: jax.Array) -> Endpoint:
     return Endpoint(image, velocity)
 
 
-def energy_state(x: jax.Array, noise: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the state x_t = t·e + (1 − t)·ε and its velocity e + t·ė − ε, all [batch, height, width, 3]."""
-    endpoint, s = blurred_endpoint(x, t), t.astype(jnp.float32)[:, None, None, None]
-    return (s * endpoint.image + (1 - s) * noise, endpoint.image + s * endpoint.velocity - noise)
+class EnergyPath:
+    """The path x_t = t·e(t) + (1 − t)·ε, whose endpoint e(t) sharpens from a blur to the image (arXiv 2608.05811)."""
 
+    def point(self, x: jax.Array, noise: jax.Array, t: jax.Array) -> Point:
+        """Return x_t and its velocity e + t·ė − ε."""
+        endpoint, t = blurred_endpoint(x, t), per_example(t, x)
+        return Point(t * endpoint.image + (1 - t) * noise, endpoint.image + t * endpoint.velocity - noise)
 
-def energy_velocity_of_image(image: jax.Array, x_t: jax.Array, t: jax.Array, floor: float = 0.05) -> jax.Array:
-    """Return the velocity that a predicted clean image stands for at x_t: t·ė(x̂) + (e(x̂) − x_t)/max(1 − t, floor)."""
-    endpoint, s = blurred_endpoint(image, t), t.astype(jnp.float32)[:, None, None, None]
-    return s * endpoint.velocity + (endpoint.image - x_t) / jnp.maximum(1 - s, floor)
+    def velocity_of(self, x: jax.Array, state: jax.Array, t: jax.Array) -> jax.Array:
+        """Return t·ė(x) + (e(x) − x_t) / max(1 − t, 0.05)."""
+        t = jnp.broadcast_to(jnp.asarray(t, jnp.float32), x.shape[:1])
+        endpoint, t = blurred_endpoint(x, t), per_example(t, x)
+        return t * endpoint.velocity + (endpoint.image - state) / jnp.maximum(1 - t, MIN_REMAINING_TIME)
+
+    def image_of(self, velocity: jax.Array, state: jax.Array, t: jax.Array) -> jax.Array:
+        """Return x_t + (1 − t)·v̂, where the straight line leads: e + t·(1 − t)·ė, which is blurred at early times."""
+        return state + (1 - per_example(t, state)) * velocity

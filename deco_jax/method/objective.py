@@ -83,7 +83,7 @@ class Method:
         )
         total, terms = jnp.zeros(len(pixels)), {}
         for loss in self.losses:
-            terms[loss.name] = loss(step)
+            terms[loss.name] = loss(step) * draws.counts.get(loss.name, 1.0)
             total = total + loss.weight * terms[loss.name]
         return jnp.mean(total), {name: jnp.mean(values) for name, values in terms.items()}
 
@@ -91,11 +91,13 @@ class Method:
     def draw(self, key: Array, shape: tuple[int, ...]) -> Draws:
         """Draw the random part of a step for image batches of `shape`; depends on the key alone, not on devices."""
         noise_key, time_key, drop_key = jax.random.split(key, 3)
+        times = self.times(time_key, shape[0])
         return Draws(
             noise=jax.random.normal(noise_key, shape),
-            times=self.times(time_key, shape[0]),
+            times=times,
             dropped=jax.random.bernoulli(drop_key, self.label_dropout, (shape[0],)),
             keys=jax.random.split(jax.random.fold_in(key, 1), shape[0]),
+            counts={loss.name: counted(times, loss.min_time) for loss in self.losses if loss.min_time > 0},
         )
 
     def observe(self, frozen: Mapping[str, Params], pixels: Array) -> dict[str, Any]:
@@ -120,6 +122,12 @@ class Method:
         if len(layers) > 1:
             raise UserError(f"the losses align different layers ({', '.join(map(str, sorted(layers)))}); choose one")
         return layers.pop() if layers else None
+
+
+def counted(times: Array, min_time: float) -> Array:
+    """Return how much each example counts, [batch]: all alike from a time on, 0 before it; 1 on average if any does."""
+    late = (times >= min_time).astype(jnp.float32)
+    return late * len(times) / jnp.maximum(jnp.sum(late), 1)
 
 
 def make_method(config: ml_collections.ConfigDict) -> Method:

@@ -66,9 +66,18 @@ class LinearPath:
         return state + (1 - per_example(t, state)) * velocity
 
 
-PATHS: dict[str, Callable[[ml_collections.ConfigDict], Path]] = {"linear": lambda config: LinearPath()}
+def _energy(config: ml_collections.ConfigDict) -> Path:
+    from deco_jax.method.energy import EnergyPath
+
+    return EnergyPath()
+
+
+PATHS: dict[str, Callable[[ml_collections.ConfigDict], Path]] = {
+    "linear": lambda config: LinearPath(),
+    "energy": _energy,
+}
 
 
 def make_path(config: ml_collections.ConfigDict) -> Path:
-    """Build the path that a config describes."""
-    return PATHS["linear"](config)
+    """Build the path that config.path names."""
+    return PATHS[config.path.name](config)

@@ -31,6 +31,10 @@ class Prediction(Protocol):
         """Return the velocity that v̂ is compared with, given the true image and its point on the path."""
         ...
 
+    def image_target(self, x: Array, point: Point, t: Array) -> Array:
+        """Return the image that x̂ is compared with, given the true image and its point on the path."""
+        ...
+
     def weight(self, t: Array) -> Array | float:
         """Return what the squared error of v̂ is multiplied by, [batch] or one for all."""
         ...
@@ -55,6 +59,9 @@ class VPrediction:
     def target(self, x: Array, point: Point, t: Array) -> Array:
         return point.velocity
 
+    def image_target(self, x: Array, point: Point, t: Array) -> Array:
+        return self.path.image_of(point.velocity, point.state, t)
+
     def weight(self, t: Array) -> float:
         return 1.0
 
@@ -77,6 +84,9 @@ class XPrediction:
     def target(self, x: Array, point: Point, t: Array) -> Array:
         # Both sides through the same conversion, so that its floor is in both.
         return self.path.velocity_of(x, point.state, t)
+
+    def image_target(self, x: Array, point: Point, t: Array) -> Array:
+        return x
 
     def weight(self, t: Array) -> float:
         return 1.0

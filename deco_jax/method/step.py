@@ -24,7 +24,9 @@ class Draws(NamedTuple):
     noise: Array  # [batch, height, width, 3], standard normal
     times: Array  # [batch] in (0, 1)
     dropped: Array  # bool [batch]: trained without its label or caption
-    keys: Array | None = None  # [batch], for what else a loss draws
+    keys: Array | None = None  # [batch], for what else is drawn
+    # Loss → how much each example counts, [batch] with the mean 1 over the whole batch; losses without: all the same.
+    counts: Mapping[str, Array] = {}
 
 
 class Observed(NamedTuple):
@@ -83,7 +85,7 @@ class Step:
 
     @functools.cached_property
     def _denoised(self) -> tuple[Array, dict[str, Array]]:
-        return self.trained("denoiser", self.point.state, self.times, self.context, self._layer)
+        return self.trained("denoiser", self.point.state, self.times, self.context, self._layer, self.draws.keys)
 
     @property
     def output(self) -> Array:
@@ -104,6 +106,11 @@ class Step:
     def image(self) -> Array:
         """x̂, float32 [batch, height, width, 3] in about ±1."""
         return self._prediction.image(self.output, self.point.state, self.times)
+
+    @functools.cached_property
+    def true_image(self) -> Array:
+        """What x̂ would be of a perfect network: the clean image, or where the true velocity leads."""
+        return self._prediction.image_target(self.images, self.point, self.times)
 
     @functools.cached_property
     def error(self) -> Array:

@@ -20,6 +20,7 @@ from deco_jax.convert.mapping import VECTOR, Row, one_to_one, to_ours
 from deco_jax.convert.torch_files import read_tensors
 from deco_jax.errors import UserError
 from deco_jax.models.layers import Dtype
+from deco_jax.models.network import FrozenNetwork, functional
 
 # Channels of the convolutions in each group; 2×2 max-pooling stands between groups, a tap ends each one.
 GROUPS: tuple[tuple[int, ...], ...] = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -149,3 +150,39 @@ def load_lpips(vgg: str | os.PathLike[str], lpips: str | os.PathLike[str]) -> di
         if not path or not os.path.isfile(path):
             raise UserError(f"{path or 'no path'}: no {what} weights there; download {url}")
     return from_torch(read_tensors(vgg), read_tensors(lpips))
+
+
+def frozen_lpips(vgg: str, lpips: str, dtype: str, patch_size: int) -> FrozenNetwork:
+    """Return LPIPS as (params, images, others) → float32 [batch], images [batch, height, width, 3] in ±1.
+
+    Args:
+        vgg, lpips: paths of the weights, see `load_lpips`.
+        dtype: that the convolutions are kept and computed in.
+        patch_size: of the student, see `LPIPS.taps`.
+    """
+    kind = jnp.dtype(dtype)
+    network = functional(lambda rngs: LPIPS(dtype=kind, rngs=rngs))
+
+    def keep(tree: Any) -> Any:
+        def kept(path: tuple[Any, ...], leaf: Any) -> Any:
+            return leaf.astype(kind) if path[-1].key == "kernel" else leaf
+
+        return jax.tree_util.tree_map_with_path(kept, tree)
+
+    return FrozenNetwork(
+        lambda params, images, others: network.apply(params, images, others, patch_size),
+        jax.eval_shape(keep, network.shapes),
+        lambda: keep(load_lpips(vgg, lpips)),
+        lambda size: flops(size, patch_size),
+    )
+
+
+def flops(size: tuple[int, int], patch_size: int = PATCH) -> float:
+    """Return the FLOPs of the convolutions on one image of (height, width) pixels."""
+    pixels = size[0] * size[1] * (PATCH / patch_size) ** 2
+    total, fan_in = 0.0, 3
+    for number, group in enumerate(GROUPS):
+        for width in group:
+            total += 2 * 9 * fan_in * width * pixels / 4**number
+            fan_in = width
+    return total

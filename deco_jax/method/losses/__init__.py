@@ -10,11 +10,13 @@ from collections.abc import Callable
 
 import ml_collections
 
-from deco_jax.method.losses import frequency, pixel, repa
+from deco_jax.method.losses import frequency, perceptual, pixel, repa
 from deco_jax.method.losses.loss import Loss
 
 LOSSES: tuple[Callable[[ml_collections.ConfigDict], Loss | None], ...] = (
     pixel.from_config,
     frequency.from_config,
     repa.from_config,
+    perceptual.lpips_from_config,
+    perceptual.dino_from_config,
 )

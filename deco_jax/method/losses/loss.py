@@ -17,6 +17,7 @@ class Loss(Protocol):
     Attributes:
         name: of the unweighted term in the metrics.
         weight: in the objective.
+        min_time: time from which examples count; the mean is over those that do, and 0 where none does.
         layer: blocks after which the denoiser's hidden states are wanted, as `Step.hidden["aligned"]`; None: they
             aren't.
         trained: networks that train along with the denoiser, by name.
@@ -26,6 +27,7 @@ class Loss(Protocol):
 
     name: str
     weight: float = 1.0
+    min_time: float = 0.0
     layer: int | None = None
     trained: Mapping[str, Network] = {}
     frozen: Mapping[str, FrozenNetwork] = {}

@@ -1,0 +1,94 @@
+"""Perceptual losses: the predicted image looks like the true one (PixelGen, arXiv 2602.02493).
+
+LPIPS compares VGG16's features, P-DINO those of the teacher that REPA has. Both see the predicted image x̂, whatever the
+network predicts, and the one that a perfect network would lead to; only examples from `perceptual_min_time` on count,
+since the images of early times are all blur.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import ml_collections
+from jax import Array
+
+from deco_jax.method.losses.loss import Loss
+from deco_jax.method.losses.repa import TEACHER, alignment_loss
+from deco_jax.method.step import Step
+from deco_jax.models import dinov2, vgg
+from deco_jax.models.network import FrozenNetwork
+from deco_jax.schema import at_least, between, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class PerceptualSettings:
+    """The settings of the perceptual losses."""
+
+    lpips_weight: float = setting(
+        0.0, "Weight of LPIPS between predicted and true image; PixelGen's is 0.1; 0: off.", at_least(0, 1e6)
+    )
+    dino_weight: float = setting(
+        0.0,
+        "Weight of 1 - cosine of the teacher's features of predicted and true image; PixelGen's is 0.01; 0: off.",
+        at_least(0, 1e6),
+    )
+    perceptual_min_time: float = setting(
+        0.3, "Time from which examples count in both; noise is 0, the image 1.", between(0, 1)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LPIPSLoss(Loss):
+    """Compares VGG16's features of the predicted and the true image."""
+
+    network: FrozenNetwork
+    weight: float = 0.1
+    min_time: float = 0.3
+    name = "lpips"
+
+    @property
+    def frozen(self) -> Mapping[str, FrozenNetwork]:  # type: ignore[override]
+        return {self.name: self.network}
+
+    def __call__(self, step: Step) -> Array:
+        return step.frozen(self.name, step.image, step.true_image)
+
+
+@dataclasses.dataclass(frozen=True)
+class DINOLoss(Loss):
+    """Compares the teacher's features of the predicted and the clean image."""
+
+    teacher: FrozenNetwork
+    weight: float = 0.01
+    min_time: float = 0.3
+    name = "dino"
+    features = (TEACHER,)
+
+    @property
+    def frozen(self) -> Mapping[str, FrozenNetwork]:  # type: ignore[override]
+        return {TEACHER: self.teacher}
+
+    def __call__(self, step: Step) -> Array:
+        with jax.named_scope("teacher"):
+            predicted = step.frozen(TEACHER, (step.image + 1) / 2)
+        return alignment_loss(predicted, step.features[TEACHER])
+
+
+def lpips_from_config(config: ml_collections.ConfigDict) -> LPIPSLoss | None:
+    """Build the loss of config.loss.lpips_weight with config.lpips; None if it is off."""
+    loss, files = config.loss, config.lpips
+    if not loss.lpips_weight:
+        return None
+    network = vgg.frozen_lpips(files.vgg, files.linear, files.dtype, config.model.patch_size)
+    return LPIPSLoss(network, loss.lpips_weight, loss.perceptual_min_time)
+
+
+def dino_from_config(config: ml_collections.ConfigDict) -> DINOLoss | None:
+    """Build the loss of config.loss.dino_weight with config.teacher; None if it is off."""
+    loss, teacher = config.loss, config.teacher
+    if not loss.dino_weight:
+        return None
+    network = dinov2.teacher(teacher.size, teacher.path, teacher.dtype, config.model.patch_size)
+    return DINOLoss(network, loss.dino_weight, loss.perceptual_min_time)
