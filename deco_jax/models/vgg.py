@@ -137,7 +137,9 @@ def from_torch(vgg: Mapping[str, np.ndarray], lpips: Mapping[str, np.ndarray]) -
     """
     ignored = tuple(name for name in vgg if name.startswith("classifier."))
     convolutions = to_ours(vgg_table(), vgg, ignore=ignored, what="the file of VGG16")
-    return convolutions | to_ours(lpips_table(), lpips, what="the file of LPIPS's linear layers")
+    params = convolutions | to_ours(lpips_table(), lpips, what="the file of LPIPS's linear layers")
+    # Lists of modules have numbers for names.
+    return {name: {int(number): value for number, value in entries.items()} for name, entries in params.items()}
 
 
 def load_lpips(vgg: str | os.PathLike[str], lpips: str | os.PathLike[str]) -> dict[str, Any]:
