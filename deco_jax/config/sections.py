@@ -73,7 +73,22 @@ class Mesh:
 class Optimizer:
     """AdamW and the average of the weights."""
 
-    learning_rate: float = setting(1e-4, "Step size, constant after the warm-up.", above(0, 1000))
+    name: str = setting(
+        "adamw", "adamw, or muon: matrices by Muon, the rest by AdamW at the same rate.", one_of("adamw", "muon")
+    )
+    learning_rate: float = setting(1e-4, "Step size after the warm-up.", above(0, 1000))
+    schedule: str = setting(
+        "constant",
+        "How the learning rate goes on: constant, or falling from decay_start to decay_end as a cosine or a line.",
+        one_of("constant", "cosine", "linear"),
+    )
+    decay_start: int = setting(0, "Step from which it falls.", at_least(0, MAX_INT32))
+    decay_end: int = setting(0, "Step from which it is final_learning_rate.", at_least(0, MAX_INT32))
+    final_learning_rate: float = setting(0.0, "What it falls to.", at_least(0, 1000))
+    stages: str = setting(
+        "", "Later rates and norms to clip to, as STEP:RATE or STEP:RATE:NORM, comma separated; empty: none."
+    )
+    muon_momentum: float = setting(0.95, "Of muon: decay of the matrices' momentum.", MOMENT)
     b1: float = setting(0.9, "Decay of the first moment.", MOMENT)
     b2: float = setting(0.999, "Decay of the second moment.", MOMENT)
     eps: float = setting(1e-8, "Added to the denominator of the update.", above(0, 1))

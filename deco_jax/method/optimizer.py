@@ -1,23 +1,124 @@
-"""AdamW as the paper uses it, with optional clipping and warm-up."""
+"""How gradients become steps: AdamW as the paper uses it, or Muon; clipping, and learning rates that change."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import ml_collections
 import optax
+from jax import Array
+from optax.contrib import MuonDimensionNumbers
+
+from deco_jax.errors import UserError
+
+Schedule = Callable[[Any], Any]  # steps done → value
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """The optax chain of config.optimizer: clip by global norm (0: off), then AdamW at a constant rate after warm-up.
+    """Build the optimizer of config.optimizer: clip by global norm (0: off), then AdamW or Muon.
 
-    Decay, if any, is on every parameter, as torch.optim.AdamW does by default.
+    Decay, if any, is on every parameter, as torch.optim.AdamW does by default. The state's structure depends on
+    config.optimizer.name alone, so that a run can be resumed with other settings.
+
+    Raises:
+        UserError: config.optimizer.stages can't be read.
     """
-    rate = optax.constant_schedule(config.learning_rate)
-    if config.warmup_steps:
-        # Step 1 already moves: (i + 1) / warmup.
-        rate = optax.linear_schedule(
-            config.learning_rate / config.warmup_steps, config.learning_rate, max(1, config.warmup_steps - 1)
+    stages = parse_stages(config.stages)
+    rate = learning_rate(config)
+    moments = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
+    if config.name == "muon":
+        step = optax.contrib.muon(
+            rate,
+            beta=config.muon_momentum,
+            weight_decay=config.weight_decay,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            adam_weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=matrices,
         )
-    # The state's structure is the same for all settings, so that a run can be resumed with others.
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    adamw = optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay)
-    return optax.chain(clip, adamw)
+    else:
+        step = optax.adamw(rate, **moments, weight_decay=config.weight_decay)
+    if not any(clip for *_, clip in stages):
+        return optax.chain(optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(), step)
+    limits = [config.clip_norm, *(config.clip_norm if clip is None else clip for *_, clip in stages)]
+    return _clipped_by_stage(step, limits, [start for start, *_ in stages])
+
+
+def learning_rate(config: ml_collections.ConfigDict) -> Schedule:
+    """Build the learning rate by steps done.
+
+    It rises linearly over warmup_steps and stays; with a schedule of cosine or linear it then falls to
+    final_learning_rate from step decay_start to decay_end. From the step of a stage on, that stage's rate holds.
+    """
+    peak, final = config.learning_rate, config.final_learning_rate
+    start, length = config.decay_start, max(1, config.decay_end - config.decay_start)
+    stages = parse_stages(config.stages)
+
+    def rate(count: Any) -> Array:
+        count = jnp.asarray(count, jnp.float32)
+        done = jnp.clip((count - start) / length, 0.0, 1.0)
+        share = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + jnp.cos(jnp.pi * done)) / 2}[config.schedule]
+        # Step 1 already moves: (i + 1) / warmup.
+        warmed = jnp.minimum(1.0, (count + 1) / max(1, config.warmup_steps))
+        value = warmed * (final + (peak - final) * share)
+        for step, stage_rate, _ in stages:
+            value = jnp.where(count >= step, stage_rate, value)
+        return value
+
+    return rate
+
+
+def parse_stages(stages: str) -> list[tuple[int, float, float | None]]:
+    """Read config.optimizer.stages: (first step, learning rate, clip norm or None for the general one), ascending.
+
+    Raises:
+        UserError: an entry can't be read, or the steps don't ascend.
+    """
+    number = r"\d*\.?\d+(?:e[-+]?\d+)?"
+    found: list[tuple[int, float, float | None]] = []
+    for entry in filter(None, (part.strip() for part in stages.split(","))):
+        match = re.fullmatch(rf"(\d+):({number})(?::({number}))?", entry)
+        if not match or (found and int(match[1]) <= found[-1][0]):
+            raise UserError(
+                f"config.optimizer.stages: {entry!r} is not a stage; write STEP:LEARNING_RATE or "
+                "STEP:LEARNING_RATE:CLIP_NORM, with ascending steps, such as 800000:1e-5:0.5"
+            )
+        found.append((int(match[1]), float(match[2]), None if match[3] is None else float(match[3])))
+    return found
+
+
+def matrices(params: Any) -> Any:
+    """Say which parameters Muon orthogonalises: kernels, by their last two axes (a stack's blocks each by itself).
+
+    Embeddings and vectors have None, and go with AdamW, with optax's Nesterov momentum.
+    """
+
+    def axes(path: tuple[Any, ...], leaf: Array) -> MuonDimensionNumbers | None:
+        is_kernel = getattr(path[-1], "key", None) == "kernel"
+        return MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if is_kernel else None
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _clipped_by_stage(
+    step: optax.GradientTransformation, limits: list[float], starts: list[int]
+) -> optax.GradientTransformation:
+    """Clip by the limit of the stage; the state is that of `optax.chain(clip, step)`, whose steps it counts by."""
+
+    def init(params: Any) -> Any:
+        return (optax.EmptyState(), step.init(params))
+
+    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        _, inner = state
+        count = optax.tree.get_all_with_path(inner, "count")[0][1]
+        limit = jnp.asarray(limits)[jnp.sum(count >= jnp.asarray(starts))]
+        norm = optax.tree.norm(gradients)
+        scale = jnp.where((limit > 0) & (norm > limit), limit / norm, 1.0)
+        gradients, inner = step.update(jax.tree.map(lambda g: g * scale, gradients), inner, params)
+        return gradients, (optax.EmptyState(), inner)
+
+    return optax.GradientTransformation(init, update)

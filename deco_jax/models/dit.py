@@ -255,8 +255,16 @@ class Trunk(nnx.Module):
         mlp_hidden = 4 * width if self.with_text else int(2 * 4 * width / 3)
 
         def block(rngs: nnx.Rngs, with_text: bool) -> Block:
-            options = {"with_text": with_text, "attention": attention, "style": self.style}
-            return Block(width, num_heads, mlp_hidden, **options, dtype=dtype, rngs=rngs)
+            return Block(
+                width,
+                num_heads,
+                mlp_hidden,
+                with_text=with_text,
+                attention=attention,
+                style=self.style,
+                dtype=dtype,
+                rngs=rngs,
+            )
 
         self.make_embeddings(rngs)
         if self.with_text:

@@ -272,15 +272,15 @@ def gather_parameters(parameters: Any, *, stacks: bool) -> Any:
 
 def run_stack(
     blocks: nnx.Module,
-    x: jax.Array,
-    apply: Callable[[Any, jax.Array], jax.Array],
+    x: Any,
+    apply: Callable[[Any, Any], Any],
     *,
     start: int = 0,
     stop: int | None = None,
     dtype: Dtype = jnp.float32,
     remat: str = "none",
     unroll: int = 1,
-) -> jax.Array:
+) -> Any:
     """x through blocks start..stop of a stack, one `lax.scan`.
 
     Matrices are cast to the compute dtype before the scan: once a step instead of once a block and pass. Vectors (norm
@@ -290,6 +290,7 @@ def run_stack(
 
     Args:
         blocks: from `stack`.
+        x: an array, or a tree of them.
         apply: (block, x) → x.
         remat: a name in REMAT_POLICIES.
         unroll: blocks a loop iteration.
@@ -311,7 +312,7 @@ def run_stack(
     def whole(variable: nnx.Variable) -> nnx.Variable:
         return variable.replace(checkpoint_name(gather(variable.get_value(), block_shape(variable)), GATHERED))
 
-    def body(x: jax.Array, block: nnx.Module) -> tuple[jax.Array, None]:
+    def body(x: Any, block: nnx.Module) -> tuple[Any, None]:
         return apply(jax.tree.map(whole, block, is_leaf=is_variable) if split else block, x), None
 
     policy = REMAT_POLICIES[remat]
