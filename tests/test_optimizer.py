@@ -55,7 +55,7 @@ def test_clipping_by_stage_is_optax_s_with_each_norm():
 
 def test_muon_takes_each_block_of_a_stack_by_itself():
     """Against optax's own Muon on unstacked matrices; vectors and embeddings go with AdamW."""
-    keys = iter(jax.random.split(jax.random.key(0), 9))
+    keys = iter(jax.random.split(jax.random.key(0), 12))
     params = {
         "blocks": {"kernel": jax.random.normal(next(keys), (3, 6, 4)), "bias": jnp.ones((3, 4))},
         "label_embed": {"embedding": jax.random.normal(next(keys), (5, 4))},

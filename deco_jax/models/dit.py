@@ -67,7 +67,7 @@ class Dropout(NamedTuple):
     rate: float
     keys: jax.Array
 
-    def __call__(self, x: jax.Array, place: int) -> jax.Array:
+    def drop(self, x: jax.Array, place: int) -> jax.Array:
         """Drop from x [batch, ...]; `place` tells apart the places in a block."""
         keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, place), 1 - self.rate, x.shape[1:]))
         return jnp.where(keep(self.keys), x / (1 - self.rate), 0).astype(x.dtype)
@@ -93,7 +93,7 @@ class Attention(nnx.Module):
     ) -> None:
         head_width = width // num_heads
         self.num_heads, self.implementation = num_heads, implementation
-        start = {"kernel_init": style.kernel_init, "bias_init": style.bias_init}
+        start: dict[str, Any] = {"kernel_init": style.kernel_init, "bias_init": style.bias_init}
         self.qkv = Linear(width, 3 * width, use_bias=style.use_bias, **start, dtype=dtype, rngs=rngs)
         if with_text:
             self.text_kv = Linear(width, 2 * width, use_bias=False, dtype=dtype, rngs=rngs)
@@ -139,7 +139,7 @@ class Block(nnx.Module):
         self.mlp = SwiGLU(
             width, mlp_hidden, use_bias=style.use_bias, xavier_init=style.kernel_init is xavier, dtype=dtype, rngs=rngs
         )
-        start = {"kernel_init": style.modulation_init, "bias_init": style.modulation_init}
+        start: dict[str, Any] = {"kernel_init": style.modulation_init, "bias_init": style.modulation_init}
         self.modulation = Linear(width, 6 * width, **start, dtype=dtype, rngs=rngs)
 
     @jax.named_scope("blocks")
@@ -158,8 +158,10 @@ class Block(nnx.Module):
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(condition)[:, None], 6, axis=-1)
         attended = self.attention(modulate(self.norm1(h), shift1, scale1), angles, text)
-        h = h + gate1 * (attended if dropout is None else dropout(attended, 0))
-        drop_hidden = None if dropout is None else functools.partial(dropout, place=1)
+        drop_hidden = None
+        if dropout is not None:
+            attended, drop_hidden = dropout.drop(attended, 0), functools.partial(dropout.drop, place=1)
+        h = h + gate1 * attended
         return h + gate2 * self.mlp(modulate(self.norm2(h), shift2, scale2), drop_hidden)
 
 
