@@ -17,7 +17,7 @@ import ml_collections
 
 from deco_jax.conditioning.encoders import encoder_sizes
 from deco_jax.data.transforms import image_sides
-from deco_jax.models import dinov2
+from deco_jax.models import dinov2, vgg
 from deco_jax.models.decoder import POSITION_FEATURES
 from deco_jax.models.qwen3 import Sizes
 from deco_jax.sampling import guidance, samplers
@@ -92,13 +92,18 @@ def training(config: ml_collections.ConfigDict) -> float:
     if config.loss.repa_weight:
         height, width = image_sides(size)
         total += 3 * projector(model.width, config.teacher.size, height * width // model.patch_size**2)
+    # A perceptual loss's network sees the predicted image, and gradients pass through it.
+    if config.loss.lpips_weight:
+        total += 3 * vgg.flops(image_sides(size), model.patch_size)  # and the true image
+    if config.loss.dino_weight:
+        total += 2 * dinov2.flops(config.teacher.size, model.patch_size, *image_sides(size))
     return total + frozen(config)
 
 
 def frozen(config: ml_collections.ConfigDict) -> float:
     """FLOPs on one training image of the networks that aren't trained: REPA's teacher, the text encoder; 0 without."""
     total, model = 0.0, config.model
-    if config.loss.repa_weight:
+    if config.loss.repa_weight or config.loss.dino_weight:
         total += dinov2.flops(config.teacher.size, model.patch_size, *image_sides(config.data.image_size))
     if model.text_width and config.text.encoder == "qwen3" and not config.text.features:
         total += text_encoder(encoder_sizes(config), model.text_length)

@@ -38,12 +38,14 @@ RULES: tuple[tuple[str, int | None], ...] = (
     (r"decoder/", None),  # the pixel decoder's own layers: some kilobytes
     (r"(qkv|text_kv|gate|up|query|key|value)/kernel$", -2),  # [depth, width, ...]
     (r"(attention/out|down|modulation)/kernel$", -1),  # [depth, ..., width]
-    (r"(patch_embed|time_embed/\w+|text_embed/proj)/kernel$", -1),
-    (r"(label_embed/embedding|encoder/embed/embedding|text_positions)$", -1),
+    (r"(patch_embed|patch_reduce|time_embed/\w+|text_embed/proj)/kernel$", -1),
+    (r"(label_embed/embedding|encoder/embed/embedding|text_positions|context_positions)$", -1),
     (r"output/linear/kernel$", -2),
     (r"projector/\w+/kernel$", -2),
     (r"teacher/blocks/mlp_in/kernel$", -2),
     (r"teacher/(blocks/mlp_out/kernel|positions)$", -1),
+    (r"lpips/convolutions/\d+/kernel$", -1),
+    (r"lpips/weights/\d+$", None),
     (r"(bias|scale\d?|class_token|null)$", None),
     (r"(^|/)(step|skipped|count|mini_step|gradient_step)$", None),
 )
