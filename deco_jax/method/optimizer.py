@@ -27,6 +27,7 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
     Raises:
         UserError: config.optimizer.stages can't be read.
     """
+    config = _completed(config)
     stages = parse_stages(config.stages)
     rate = learning_rate(config)
     moments = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
@@ -54,6 +55,7 @@ def learning_rate(config: ml_collections.ConfigDict) -> Schedule:
     It rises linearly over warmup_steps and stays; with a schedule of cosine or linear it then falls to
     final_learning_rate from step decay_start to decay_end. From the step of a stage on, that stage's rate holds.
     """
+    config = _completed(config)
     peak, final = config.learning_rate, config.final_learning_rate
     start, length = config.decay_start, max(1, config.decay_end - config.decay_start)
     stages = parse_stages(config.stages)
@@ -70,6 +72,19 @@ def learning_rate(config: ml_collections.ConfigDict) -> Schedule:
         return value
 
     return rate
+
+
+def _completed(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """AdamW's settings alone are enough: what they lack is as the paper has it."""
+    paper = {
+        "name": "adamw",
+        "schedule": "constant",
+        "stages": "",
+        "decay_start": 0,
+        "decay_end": 0,
+        "final_learning_rate": 0.0,
+    }
+    return ml_collections.ConfigDict({**paper, **config.to_dict()})
 
 
 def parse_stages(stages: str) -> list[tuple[int, float, float | None]]:
