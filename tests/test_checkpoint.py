@@ -232,7 +232,7 @@ def test_sampling_reads_the_average_alone(workdir, state):
     path = checkpoint.find(workdir)
     for item in ("params", "optimizer", "counters"):
         shutil.rmtree(path / item)
-    assert_same(checkpoint.load_average(path, networks["denoiser"].shapes, config, mesh), state["ema"])
+    assert_same(checkpoint.load_average(path, networks["denoiser"].shapes, config, mesh), state["averages"]["ema"])
     with pytest.raises(UserError, match=r"can't be read: .*; choose another"):
         checkpoint.load_params(path, {"denoiser": networks["denoiser"].shapes}, config, mesh)
 

@@ -47,7 +47,7 @@ def random_checkpoint(workdir, config):
     else:
         params["label_embed"]["embedding"] *= 10
     checkpoints = checkpoint.Checkpoints(workdir, 1)
-    state = {"step": np.int32(1), "skipped": np.int32(0), "params": {"denoiser": params}, "ema": params}
+    state = {"step": np.int32(1), "skipped": np.int32(0), "params": {"denoiser": params}, "averages": {"ema": params}}
     checkpoints.save(1, state, config)
     checkpoints.wait()
     checkpoints.close()

@@ -75,7 +75,7 @@ for name, case in cases.items():
         request = {
             key: jax.ShapeDtypeStruct((rows,), "int32", sharding=placed) for key in ("index", "context")
         }
-        sampler = generator.lower(state["ema"], request, jax.ShapeDtypeStruct((), "int32"))
+        sampler = generator.lower(state["averages"]["ema"], request, jax.ShapeDtypeStruct((), "int32"))
         (folder / "sampler.hlo").write_text(sampler.compile().as_text())
         config.model.dtype = "bfloat16"
         networks, observe, frozen = train.abstract_networks(config, mesh, condition)

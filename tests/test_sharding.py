@@ -79,7 +79,7 @@ for name, (data, fsdp, parts) in meshes.items():
         batch = place()
     batches.close()
     generator = generate.make_generator(networks["denoiser"], config, mesh)
-    images = np.concatenate(list(generate.generate_images(generator, state["ema"], requests, 8, mesh)))
+    images = np.concatenate(list(generate.generate_images(generator, state["averages"]["ema"], requests, 8, mesh)))
     np.save(folder / f"{name}.npy", images)
     result[name] = {"held": list(held.values()), "total": total, "rows": split, "losses": losses}
     if name == "fsdp8":
@@ -170,7 +170,7 @@ def test_every_leaf_has_a_rule(name, caplog):
     assert split > 0
     # Averages and moments lie where their parameters do.
     by_end = {sharding.path_name(path): placed.spec for path, placed in parameters}
-    for path, placed in jax.tree.leaves_with_path({k: shardings[k] for k in ("ema", "opt_state")}):
+    for path, placed in jax.tree.leaves_with_path({k: shardings[k] for k in ("averages", "opt_state")}):
         ends = [spec for end, spec in by_end.items() if sharding.path_name(path).endswith(end.partition("/")[2])]
         assert placed.spec in (ends or [PartitionSpec()]), path
 

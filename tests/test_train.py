@@ -73,7 +73,7 @@ def assert_equal_trees(a, b):
 
 def test_state_after_steps(run):
     """The step counter, the EMA of each step's weights, donation, no compilation, nothing moved from or to hosts."""
-    params, average = on_host(run.state["params"]["denoiser"]), on_host(run.state["ema"])
+    params, average = on_host(run.state["params"]["denoiser"]), on_host(run.state["averages"]["ema"])
     assert_equal_trees(params, average)
     first = int(run.state["step"])
     before = run.state
@@ -89,7 +89,7 @@ def test_state_after_steps(run):
     average = jax.tree.map(lambda a, p: 0.9 * a + 0.1 * p, average, on_host(run.state["params"]["denoiser"]))
     assert int(run.state["step"]) == first + 4
     assert int(metrics["skipped"]) == 0
-    assert_close_trees(run.state["ema"], average, 1e-6)
+    assert_close_trees(run.state["averages"]["ema"], average, 1e-6)
     assert (
         relative_error(params["blocks"]["attention"]["qkv"]["kernel"], average["blocks"]["attention"]["qkv"]["kernel"])
         > 1e-4
@@ -112,7 +112,7 @@ def test_a_step_that_is_not_finite_changes_nothing(run):
         assert not np.isfinite(metrics["loss"])
         assert int(metrics["skipped"]) == int(run.state["skipped"]) == count
     after = on_host(run.state)
-    for name in ("params", "ema", "opt_state"):
+    for name in ("params", "averages", "opt_state"):
         assert_equal_trees(after[name], before[name])
     assert after["step"] == before["step"] + 2
 

@@ -98,7 +98,12 @@ class Optimizer:
     accumulate_steps: int = setting(
         1, "Parts that a batch is worked through in, one after the other, to save memory.", at_least(1, 2**16)
     )
-    ema_decay: float = setting(0.9999, "Decay of the moving average of the weights per step.", between(0, 1))
+    ema_decay: float = setting(
+        0.9999, "Decay per step of the moving average of the weights that is called ema.", between(0, 1)
+    )
+    averages: str = setting(
+        "", "More averages of the weights, each in training and in checkpoints: short=0.9996,long=0.99995."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +184,7 @@ class Sample:
     )
     classes: str = setting("", "Class to image: numbers or names of the classes to draw, comma separated; empty: all.")
     same_noise: bool = setting(False, "Class to image: the k-th image of every class starts from the same noise.")
+    average: str = setting("ema", "The average of the weights that images are drawn from.")
     batch_size: int = setting(64, "Images drawn at once, over all devices.", at_least(1, 2**16))
     num_steps: int = setting(100, "Steps of the sampler.", at_least(1, 10_000))
     sampler: str = setting("euler", "How the differential equation is solved.", one_of(*SAMPLERS))

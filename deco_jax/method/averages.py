@@ -1,6 +1,7 @@
 """Exponential moving averages of the weights, by name.
 
-`config.optimizer.averages` is a list such as "short=0.9996,k500=500kimg" beside the average called "ema".
+`config.optimizer.averages` is a list such as "short=0.9996,long=0.99995" beside the average called "ema". A new kind of
+average is a class with a `decay` and the `read` of its entries, and its name in `KINDS`.
 """
 
 from __future__ import annotations
@@ -10,14 +11,11 @@ import re
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from deco_jax.errors import UserError
 
 EMA = "ema"  # the name of the average that every run has
-# The average reaches back over at most this share of the run so far (Karras et al. 2022, "EMA ramp-up").
-RAMP_UP = 0.05
 
 
 class Average(Protocol):
@@ -30,25 +28,27 @@ class Average(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Decay:
-    """The same factor at every step."""
+    """The same factor at every step, from 0 to 1."""
 
     factor: float
+    example = "short=0.9996"
+
+    @classmethod
+    def read(cls, value: str) -> Decay | None:
+        """Read the value of an entry; None if it is not of this kind."""
+        factor = number(value)
+        return cls(factor) if factor is not None and 0 <= factor <= 1 else None
 
     def decay(self, images: Array, batch: int) -> float:
         return self.factor
 
 
-@dataclasses.dataclass(frozen=True)
-class HalfLife:
-    """0.5^(batch / min(1000 · kimg, 0.05 · images)): halves what is older than so many thousand images.
+KINDS = (Decay,)
 
-    Source: EDM (Karras et al. 2022), training configuration.
-    """
 
-    kimg: float
-
-    def decay(self, images: Array, batch: int) -> Array:
-        return 0.5 ** (batch / jnp.minimum(1000.0 * self.kimg, RAMP_UP * images.astype(jnp.float32)))
+def number(text: str) -> float | None:
+    """Read a number of an entry; None if it is none."""
+    return float(text) if re.fullmatch(r"\d*\.?\d+(e-?\d+)?", text) else None
 
 
 def update_average(average: Any, params: Any, decay: Array | float) -> Any:
@@ -57,24 +57,23 @@ def update_average(average: Any, params: Any, decay: Array | float) -> Any:
 
 
 def parse_averages(ema_decay: float, more: str = "") -> dict[str, Average]:
-    """Read the averages of a config: "ema" by `ema_decay`, and `more`, "NAME=DECAY" or "NAME=…kimg" by commas.
+    """Read the averages of a config: "ema" by `ema_decay`, and `more`, NAME=VALUE by commas.
 
     Raises:
         UserError: an entry can't be read, or a name is given twice.
     """
     found: dict[str, Average] = {EMA: Decay(ema_decay)}
     for entry in filter(None, (part.strip() for part in more.split(","))):
-        match = re.fullmatch(r"([a-z][a-z0-9_]*)=(\d*\.?\d+(?:e-?\d+)?)(kimg)?", entry)
-        value = float(match[2]) if match else -1.0
-        if match is None or (value <= 0 if match[3] else not 0 <= value <= 1):
+        name, _, value = entry.partition("=")
+        read = [kind.read(value) for kind in KINDS]
+        average = next((each for each in read if each is not None), None)
+        if average is None or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise UserError(
-                f"config.optimizer.averages: {entry!r} is not an average; write NAME=DECAY with a decay from 0 to 1, "
-                "such as short=0.9996, or NAME=HALFLIFE, such as k500=500kimg"
+                f"config.optimizer.averages: {entry!r} is not an average; write a name of small letters and a value, "
+                f"such as {' or '.join(kind.example for kind in KINDS)}"
             )
-        if match[1] in found:
-            raise UserError(
-                f"config.optimizer.averages names {match[1]!r} twice"
-                + ("; its decay is config.optimizer.ema_decay" if match[1] == EMA else "")
-            )
-        found[match[1]] = HalfLife(value) if match[3] else Decay(value)
+        if name in found:
+            instead = "; set the decay of that one by config.optimizer.ema_decay" if name == EMA else ""
+            raise UserError(f"config.optimizer.averages names {name!r} twice{instead}")
+        found[name] = average
     return found

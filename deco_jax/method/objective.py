@@ -143,6 +143,6 @@ def make_method(config: ml_collections.ConfigDict) -> Method:
         prediction=make_prediction(config),
         times=LogitNormal(loss.time_mean, loss.time_std, loss.time_shift),
         losses=tuple(each for each in found if each is not None),
-        averages=parse_averages(config.optimizer.ema_decay),
+        averages=parse_averages(config.optimizer.ema_decay, config.optimizer.averages),
         label_dropout=loss.label_dropout,
     )

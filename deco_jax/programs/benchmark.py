@@ -24,6 +24,7 @@ from deco_jax.conditioning.condition import Condition, open_condition
 from deco_jax.conditioning.requests import even_labels
 from deco_jax.data import sources
 from deco_jax.data.transforms import image_sides
+from deco_jax.method.objective import make_method
 from deco_jax.method.optimizer import make_optimizer
 from deco_jax.programs.train import abstract_networks, lower_observe, lower_train_step, open_batches
 from deco_jax.run import distributed, hardware, monitor, sharding
@@ -109,7 +110,7 @@ def time_training(
         lambda leaf: jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)(), shapes
     )
     optimizer = make_optimizer(config.optimizer)
-    state = jax.block_until_ready(create_state(config.seed, networks, optimizer, mesh))
+    state = jax.block_until_ready(create_state(config.seed, networks, optimizer, mesh, make_method(config).averages))
     batch = random_batch(config, mesh, condition)
     add("build", [time.monotonic() - began])
 

@@ -28,6 +28,7 @@ from deco_jax import flops
 from deco_jax.conditioning.condition import Condition, abstract_condition
 from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
+from deco_jax.method.objective import make_method
 from deco_jax.method.optimizer import make_optimizer
 from deco_jax.models import inception
 from deco_jax.models import network as network_lib
@@ -137,11 +138,11 @@ def lower_training(config: ml_collections.ConfigDict, mesh: Mesh) -> Lowered:
     condition = abstract_condition(config, mesh)
     networks, observe, frozen = abstract_networks(config, mesh, condition)
     optimizer = make_optimizer(config.optimizer)
-    state = state_shapes(networks, optimizer, mesh)
+    state = state_shapes(networks, optimizer, mesh, make_method(config).averages)
     batch = batch_shapes(config, mesh, condition)
     held = {
         "parameters": state["params"],
-        "average": state["ema"],
+        "average": state["averages"],
         "optimizer": state["opt_state"],
         "state": state,
         "teacher": frozen.get("teacher", {}),

@@ -55,7 +55,7 @@ def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: s
 
     folder = pathlib.Path(workdir)
     make_workdir(folder)
-    state = {"step": np.int32(file.step), "skipped": np.int32(0), "params": params, "ema": average}
+    state = {"step": np.int32(file.step), "skipped": np.int32(0), "params": params, "averages": {"ema": average}}
     checkpoints = checkpoint.Checkpoints(folder, config.train.keep_checkpoints)
     checkpoints.save(file.step, jax.tree.map(_float32, state), config)
     checkpoints.wait()
@@ -73,10 +73,10 @@ def _float32(array: np.ndarray) -> np.ndarray:
 
 
 def export_checkpoint(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str = "") -> None:
-    """Write a checkpoint in the official layout, and its EMA weights as safetensors with the config beside them.
+    """Write a checkpoint in the official layout, and one average of its weights, config.sample.average, as safetensors.
 
-    Leaves WORKDIR/export/{deco.ckpt, ema.safetensors, config.json}; the names in the safetensors file are the
-    official ones.
+    Leaves WORKDIR/export/{deco.ckpt, ema.safetensors (or the average's name), config.json}; the names in the
+    safetensors file are the official ones.
 
     Raises:
         UserError: there is no checkpoint, or it is another model's.
@@ -97,13 +97,14 @@ def export_checkpoint(config: ml_collections.ConfigDict, workdir: str, checkpoin
     ema = deco.to_torch(config.model, average)
     projector = deco.projector_to_torch(params["projector"]) if "projector" in params else {}
     step = checkpoint.load_step(where)
-    torch_files.write_safetensors(folder / "ema.safetensors", ema, {"step": str(step)})
+    weights = f"{config.sample.average}.safetensors"
+    torch_files.write_safetensors(folder / weights, ema, {"step": str(step)})
     write_json(folder / "config.json", stored)
     torch_files.write_lightning(
         folder / "deco.ckpt",
         torch_files.Checkpoint(deco.to_torch(config.model, params["denoiser"]), ema, projector, step=step),
     )
-    print(f"exported {where} to {folder}: deco.ckpt, ema.safetensors, config.json")
+    print(f"exported {where} to {folder}: deco.ckpt, {weights}, config.json")
 
 
 def _on_host(tree: Any) -> Any:

@@ -28,7 +28,7 @@ from deco_jax.conditioning.requests import Prompts, Requests, open_prompts, samp
 from deco_jax.data import imagenet, pipeline, sources
 from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
-from deco_jax.method.averages import update_average
+from deco_jax.method.averages import EMA, update_average
 from deco_jax.method.objective import make_method
 from deco_jax.method.optimizer import make_optimizer
 from deco_jax.method.step import Draws, Observed
@@ -118,10 +118,16 @@ def make_train_step(
             norm = optax.tree.norm(grads)
             updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
             params = optax.apply_updates(state["params"], updates)
-            ema = update_average(state["ema"], params["denoiser"], config.optimizer.ema_decay)
+            seen = (state["step"] + 1).astype(jnp.float32) * len(batch["image"])
+            averages = {
+                name: update_average(
+                    state["averages"][name], params["denoiser"], average.decay(seen, len(batch["image"]))
+                )
+                for name, average in method.averages.items()
+            }
 
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-            changed = {"params": params, "ema": ema, "opt_state": opt_state}
+            changed = {"params": params, "averages": averages, "opt_state": opt_state}
             kept = {name: state[name] for name in changed}
             new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
         new_state["step"] = state["step"] + 1
@@ -195,7 +201,13 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     quick_fid = QuickFID(config, folder, mesh) if config.evaluate.every else None
     networks, observe, frozen = make_networks(config, mesh, condition)
     optimizer = make_optimizer(config.optimizer)
-    shapes = state_shapes(networks, optimizer, mesh)
+    averages = make_method(config).averages
+    if config.sample.average not in averages:
+        raise UserError(
+            f"config.sample.average={config.sample.average!r} is not an average that this run keeps; choose from "
+            f"{', '.join(averages)}, or add it to config.optimizer.averages"
+        )
+    shapes = state_shapes(networks, optimizer, mesh, averages)
     requests = grid_requests(config, condition, frozen, prompts) if config.train.sample_every else None
     for written in (folder, *([pathlib.Path(config.evaluate.cache)] if quick_fid and config.evaluate.cache else [])):
         make_workdir(written)
@@ -208,7 +220,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     resumed = state is not None
     if state is None:
         with distributed.stage("creating the state"):
-            state = create_state(config.seed, networks, optimizer, mesh)
+            state = create_state(config.seed, networks, optimizer, mesh, averages)
             if config.init_from:
                 state = start_from(config, state, mesh)
     start = int(state["step"])
@@ -362,11 +374,13 @@ def run(
             if quick_fid is not None and quick_fid.due(step):
                 # After the save: it takes minutes, and what goes wrong in it must not cost the steps before.
                 with compilations.expected():
-                    writer.add(step, "fid", quick_fid(generator, state["ema"], condition, frozen))
+                    averaged = state["averages"][config.sample.average]
+                    writer.add(step, "fid", quick_fid(generator, averaged, condition, frozen))
                 since = time.monotonic()
             if requests is not None and (step % config.train.sample_every == 0 or step == total):
                 with contextlib.nullcontext() if sampled else compilations.expected():
-                    grid = sample_grid(generator, state["ema"], requests, config, mesh)
+                    averaged = state["averages"][config.sample.average]
+                    grid = sample_grid(generator, averaged, requests, config, mesh)
                 sampled = True
                 writer.write_image(step, "samples", grid, folder / "samples" / f"step_{step:08d}.png")
                 writer.say(f"wrote {folder / 'samples' / f'step_{step:08d}.png'}")
@@ -472,12 +486,19 @@ def grid_requests(
 
 
 def start_from(config: ml_collections.ConfigDict, state: State, mesh: Mesh) -> State:
-    """A new run's state with the weights of the checkpoint config.init_from, its EMA and, if asked, its moments."""
+    """A new run's state with the weights of the checkpoint config.init_from, its averages and, if asked, its moments.
+
+    An average that it hasn't starts from its "ema".
+    """
     where = checkpoint.find(config.init_from)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state["params"])
     params = checkpoint.load_params(where, shapes, config, mesh)
-    ema = checkpoint.load_average(where, shapes["denoiser"], config, mesh)
-    started = {**state, "params": params, "ema": ema}
+    there = checkpoint.average_names(where)
+    averages = {
+        name: checkpoint.load_average(where, shapes["denoiser"], config, mesh, name if name in there else EMA)
+        for name in state["averages"]
+    }
+    started = {**state, "params": params, "averages": averages}
     if config.init_optimizer:
         shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state["opt_state"]

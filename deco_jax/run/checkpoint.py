@@ -1,8 +1,8 @@
 """Checkpoints by Orbax: written in the background, atomically; read back onto any mesh.
 
-    workdir/checkpoints/STEP/{counters, params, ema, optimizer, config}
+    workdir/checkpoints/STEP/{counters, params, ema, average_NAME for each other average, optimizer, config}
 
-Sampling reads `ema` alone. A checkpoint imported from the official code has no `optimizer`. All of it is plain
+Sampling reads one average alone. A checkpoint imported from the official code has no `optimizer`. All of it is plain
 dictionaries of arrays, readable without this package.
 """
 
@@ -30,11 +30,13 @@ from jax.sharding import Mesh
 
 from deco_jax import config as config_lib
 from deco_jax.errors import UserError
+from deco_jax.method.averages import EMA
 from deco_jax.run import checksums, distributed, lock
 from deco_jax.run.sharding import state_shardings
 from deco_jax.run.state import State
 
 FOLDER = "checkpoints"
+AVERAGE_ITEM = "average_"
 
 
 class Checkpoints:
@@ -150,7 +152,7 @@ def _save_args(state: State, config: ml_collections.ConfigDict) -> ocp.args.Comp
     items = {
         "counters": {key: state[key] for key in ("step", "skipped")},
         "params": state["params"],
-        "ema": state["ema"],
+        **{_average_item(name): tree for name, tree in state["averages"].items()},
     }
     if "opt_state" in state:
         items["optimizer"] = _without_empty(serialization.to_state_dict(state["opt_state"]))
@@ -172,9 +174,34 @@ def _restore_state(path: pathlib.Path, shapes: State) -> State:
     return {
         **counters,
         "params": _read(path / "params", shapes["params"]),
-        "ema": _read(path / "ema", shapes["ema"]),
+        "averages": _restore_averages(path, shapes["averages"]),
         "opt_state": _restore_optimizer(path, shapes["opt_state"]),
     }
+
+
+def _average_item(name: str) -> str:
+    """The name of an average's part of a checkpoint; that of "ema" is as old as checkpoints are."""
+    return name if name == EMA else f"{AVERAGE_ITEM}{name}"
+
+
+def average_names(path: pathlib.Path) -> list[str]:
+    """The averages in a checkpoint, "ema" first."""
+    others = sorted(entry.name for entry in path.glob(f"{AVERAGE_ITEM}*") if entry.is_dir())
+    return [EMA, *(name.removeprefix(AVERAGE_ITEM) for name in others)]
+
+
+def _restore_averages(path: pathlib.Path, shapes: dict[str, Any]) -> dict[str, Any]:
+    there = average_names(path)
+    for name in shapes:
+        if name not in there:
+            logging.warning("%s has no average %r; it starts from %r", path, name, EMA)
+    if left := [name for name in there if name not in shapes]:
+        logging.warning(
+            "%s has averages that config.optimizer.averages no longer names, and that end here: %s",
+            path,
+            ", ".join(left),
+        )
+    return {name: _read(path / _average_item(name if name in there else EMA), tree) for name, tree in shapes.items()}
 
 
 def _restore_optimizer(path: pathlib.Path, shapes: Any) -> Any:
@@ -305,13 +332,24 @@ def check_projector(path: pathlib.Path, config: ml_collections.ConfigDict) -> No
         )
 
 
-def load_average(path: pathlib.Path, shapes: Any, config: ml_collections.ConfigDict, mesh: Mesh) -> Any:
-    """The EMA weights of a checkpoint, on the mesh.
+def load_average(
+    path: pathlib.Path, shapes: Any, config: ml_collections.ConfigDict, mesh: Mesh, name: str | None = None
+) -> Any:
+    """An average of the weights in a checkpoint, on the mesh.
+
+    Args:
+        name: of the average; None: config.sample.average.
 
     Raises:
-        UserError: it is another model's, or damaged.
+        UserError: the checkpoint has no such average, is another model's, or damaged.
     """
-    return _load(path, "ema", shapes, config, mesh)
+    name = config.sample.average if name is None else name
+    if name not in average_names(path):
+        raise UserError(
+            f"{path} has no average {name!r} of the weights; choose --config.sample.average from "
+            + ", ".join(average_names(path))
+        )
+    return _load(path, _average_item(name), shapes, config, mesh)
 
 
 def load_step(path: pathlib.Path) -> int:

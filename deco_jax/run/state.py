@@ -3,12 +3,13 @@
 step       int32, steps done
 skipped    int32, steps in a row whose loss or gradient was not finite and that changed nothing
 params     {"denoiser": ..., "projector": ...}  (the projector only with REPA)
-ema        the denoiser's moving average; what samples are drawn from
+averages   {"ema": ..., other names: ...}, moving averages of the denoiser; what samples are drawn from
 opt_state  optax's
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -16,28 +17,36 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from deco_jax.method.averages import EMA
 from deco_jax.models.network import Network
 from deco_jax.run.sharding import state_shardings
 
 State = dict[str, Any]
 
 
-def initial_state(key: jax.Array, networks: dict[str, Network], optimizer: optax.GradientTransformation) -> State:
+def initial_state(
+    key: jax.Array,
+    networks: dict[str, Network],
+    optimizer: optax.GradientTransformation,
+    averages: Iterable[str] = (EMA,),
+) -> State:
     """The state before the first step; each network is drawn from its own key."""
     params = {name: network.init(jax.random.fold_in(key, i)) for i, (name, network) in enumerate(networks.items())}
     return {
         "step": jnp.zeros((), jnp.int32),
         "skipped": jnp.zeros((), jnp.int32),
         "params": params,
-        # A copy: donated buffers must not be shared.
-        "ema": jax.tree.map(jnp.copy, params["denoiser"]),
+        # Copies: donated buffers must not be shared.
+        "averages": {name: jax.tree.map(jnp.copy, params["denoiser"]) for name in averages},
         "opt_state": optimizer.init(params),
     }
 
 
-def state_shapes(networks: dict[str, Network], optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
+def state_shapes(
+    networks: dict[str, Network], optimizer: optax.GradientTransformation, mesh: Mesh, averages: Iterable[str] = (EMA,)
+) -> State:
     """ShapeDtypeStructs with shardings of the whole state; nothing is allocated."""
-    shapes = jax.eval_shape(lambda key: initial_state(key, networks, optimizer), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: initial_state(key, networks, optimizer, averages), jax.random.key(0))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -45,8 +54,14 @@ def state_shapes(networks: dict[str, Network], optimizer: optax.GradientTransfor
     )
 
 
-def create_state(seed: int, networks: dict[str, Network], optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
+def create_state(
+    seed: int,
+    networks: dict[str, Network],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    averages: Iterable[str] = (EMA,),
+) -> State:
     """A new state, each leaf made where it will live: no device ever holds all of it."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(networks, optimizer, mesh))
-    make = jax.jit(lambda key: initial_state(key, networks, optimizer), out_shardings=shardings)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(networks, optimizer, mesh, averages))
+    make = jax.jit(lambda key: initial_state(key, networks, optimizer, averages), out_shardings=shardings)
     return make(jax.random.key(seed))
