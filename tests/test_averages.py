@@ -18,7 +18,10 @@ from tests.helpers import run_main
 from tests.runs import NO_SAMPLES, SMOKE, succeed
 
 
-@pytest.mark.parametrize("name, entry, batch", [("ema", "", 64), ("short", "short=0.9", 64)])
+@pytest.mark.parametrize(
+    "name, entry, batch",
+    [("ema", "", 64), ("short", "short=0.9", 64), ("k1", "k1=1.5kimg", 64), ("k2", "k2=0.1kimg", 8)],
+)
 def test_decays(name, entry, batch):
     """500 updates of one number against float64."""
     average = parse_averages(0.99, entry)[name]
@@ -32,6 +35,9 @@ def test_decays(name, entry, batch):
 
 
 def reference_decay(entry: str, images: int, batch: int) -> float:
+    if entry.endswith("kimg"):
+        kimg = float(entry.partition("=")[2].removesuffix("kimg"))
+        return 0.5 ** (batch / min(1000 * kimg, 0.05 * images))
     return {"": 0.99, "short=0.9": 0.9}[entry]
 
 
@@ -40,7 +46,9 @@ def reference_decay(entry: str, images: int, batch: int) -> float:
     [
         ("short", "'short' is not an average; write a name of small letters and a value, such as short=0.9996"),
         ("short=1.5", "not an average"),
-        ("short=fast", "not an average"),
+        ("short=fast", "such as short=0.9996 or k500=500kimg"),
+        ("short=kimg", "not an average"),
+        ("short=0kimg", "not an average"),
         ("Bad Name=0.9", "not an average"),
         ("a=0.9,a=0.8", "names 'a' twice"),
         ("ema=0.5", "set the decay of that one by config.optimizer.ema_decay"),

@@ -102,7 +102,7 @@ class Optimizer:
         0.9999, "Decay per step of the moving average of the weights that is called ema.", between(0, 1)
     )
     averages: str = setting(
-        "", "More averages of the weights, each in training and in checkpoints: short=0.9996,long=0.99995."
+        "", "More averages of the weights by name, with a decay or a half-life in images: short=0.9996,k500=500kimg."
     )
 
 

@@ -1,6 +1,6 @@
 """Exponential moving averages of the weights, by name.
 
-`config.optimizer.averages` is a list such as "short=0.9996,long=0.99995" beside the average called "ema". A new kind of
+`config.optimizer.averages` is a list such as "short=0.9996,k500=500kimg" beside the average called "ema". A new kind of
 average is a class with a `decay` and the `read` of its entries, and its name in `KINDS`.
 """
 
@@ -11,11 +11,13 @@ import re
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from deco_jax.errors import UserError
 
 EMA = "ema"  # the name of the average that every run has
+RAMP_UP = 0.05  # at most this share of the run so far is a half-life: early weights fade
 
 
 class Average(Protocol):
@@ -43,7 +45,27 @@ class Decay:
         return self.factor
 
 
-KINDS = (Decay,)
+@dataclasses.dataclass(frozen=True)
+class HalfLife:
+    """0.5^(batch / min(1000 · kimg, 0.05 · images)): halves what is older than so many thousand images.
+
+    Source: EDM (Karras et al. 2022), training configuration.
+    """
+
+    kimg: float
+    example = "k500=500kimg"
+
+    @classmethod
+    def read(cls, value: str) -> HalfLife | None:
+        """Read the value of an entry; None if it is not of this kind."""
+        kimg = number(value.removesuffix("kimg")) if value.endswith("kimg") else None
+        return cls(kimg) if kimg else None
+
+    def decay(self, images: Array, batch: int) -> Array:
+        return 0.5 ** (batch / jnp.minimum(1000.0 * self.kimg, RAMP_UP * images))
+
+
+KINDS = (Decay, HalfLife)
 
 
 def number(text: str) -> float | None:
