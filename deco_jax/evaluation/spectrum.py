@@ -16,7 +16,7 @@ def block_energy(maps: jax.Array, block: int = BLOCK) -> jax.Array:
 
     Args:
         maps: [batch, height, width, channels], any range. Sides that `block` does not divide are reflect-padded at the
-          bottom and on the right.
+            bottom and on the right.
         block: side of a tile.
 
     Returns:

@@ -38,7 +38,7 @@ def block_dct(images: Array, block: int = 8, colour: np.ndarray | None = None) -
 
     Args:
         images: [batch, height, width, channels], any range. Sides that `block` does not divide are reflect-padded at
-          the bottom and on the right.
+            the bottom and on the right.
         block: side of a tile, in pixels.
         colour: [channels_out, channels], applied to each pixel first (e.g. `RGB_TO_YCBCR`).
 
