@@ -1,8 +1,10 @@
-"""The compiler flag that the program sets for itself."""
+"""The compiler flags that the program sets for itself."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -28,3 +30,24 @@ def test_only_where_it_is_known_and_not_set(monkeypatch, jaxlib, before, after):
     monkeypatch.setattr(hardware, "version", lambda package: {"jaxlib": jaxlib}[package])
     hardware.set_xla_flags()
     assert os.environ["XLA_FLAGS"] == after
+
+
+@pytest.mark.parametrize("devices, platforms, found", [(["/dev/nvidia0"], "", True), (["/dev/nvidia0"], "cpu", False)])
+def test_a_gpus_flags_are_set_where_there_is_one(monkeypatch, devices, platforms, found):
+    monkeypatch.setattr(hardware.glob, "glob", lambda pattern: devices)
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_latency_hiding_scheduler=false")
+    monkeypatch.setattr(hardware, "version", lambda package: "0.11.2")
+    hardware.set_xla_flags()
+    flags = os.environ["XLA_FLAGS"].split()
+    assert flags[0] == "--xla_gpu_enable_latency_hiding_scheduler=false"  # as the user says
+    assert sum("latency_hiding" in flag for flag in flags) == 1
+    assert any("combine_threshold" in flag for flag in flags) == found
+
+
+def test_this_jaxlib_knows_the_gpus_flags():
+    """XLA reads all of them as it starts, whatever the device, and ends the process at one that it doesn't know."""
+    flags = " ".join(f"{name}={value}" for name, value in hardware._GPU_FLAGS.items())
+    code = "import jax; jax.numpy.ones(1).block_until_ready()"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, timeout=120)

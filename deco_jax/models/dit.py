@@ -195,15 +195,18 @@ class TrunkSettings:
         computed=True,
     )
     remat: str = setting(
-        "full",
+        "auto",
         "What is recomputed in the backward pass. none: fastest, most memory; dots: all but matrix products; "
-        "full: slowest, least memory.",
-        one_of(*REMAT_POLICIES),
+        "full: slowest, least memory; auto: the first of these whose compiled step fits.",
+        one_of("auto", *REMAT_POLICIES),
         computed=True,
     )
     unroll: int = setting(1, "Blocks that are unrolled in the scan over them.", at_least(1, 1024), computed=True)
     attention: str = setting(
-        "xla", "Implementation of attention; cudnn needs an NVIDIA GPU.", one_of("xla", "cudnn"), computed=True
+        "auto",
+        "Implementation of attention. cudnn needs an NVIDIA GPU and bfloat16; auto: cudnn where it can be, else xla.",
+        one_of("auto", "xla", "cudnn"),
+        computed=True,
     )
 
 

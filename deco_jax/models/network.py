@@ -16,6 +16,7 @@ from deco_jax.models.deco import DeCo, DeCoSettings
 from deco_jax.models.dit import DiT, TrunkSettings
 from deco_jax.models.layers import gather_parameters, is_variable
 from deco_jax.models.pixnerd import PixNerd, PixNerdSettings
+from deco_jax.run import choices
 
 MODELS: dict[str, Callable[..., nnx.Module]] = {"deco": DeCo, "dit": DiT, "pixnerd": PixNerd}
 # Each model's section of the config; see `deco_jax.schema`.
@@ -96,4 +97,9 @@ def build(model: Mapping[str, Any]) -> Network:
     """
     arguments = {key: value for key, value in dict(model).items() if key not in ("name", "prediction")}
     arguments["dtype"] = jnp.dtype(arguments["dtype"])
+    arguments["attention"] = choices.attention(arguments["attention"], arguments["dtype"])
+    if (
+        arguments["remat"] == choices.AUTO
+    ):  # training has settled it by now; without a gradient there is nothing to keep
+        arguments["remat"] = "none"
     return functional(lambda rngs: MODELS[model["name"]](**arguments, rngs=rngs))

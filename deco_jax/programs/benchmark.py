@@ -26,8 +26,8 @@ from deco_jax.data import sources
 from deco_jax.data.transforms import image_sides
 from deco_jax.method.objective import make_method
 from deco_jax.method.optimizer import make_optimizer
-from deco_jax.programs.train import abstract_networks, lower_observe, lower_train_step, open_batches
-from deco_jax.run import distributed, hardware, monitor, sharding
+from deco_jax.programs.train import abstract_networks, choose_remat, lower_observe, lower_train_step, open_batches
+from deco_jax.run import choices, distributed, hardware, monitor, sharding
 from deco_jax.run.state import create_state
 from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import write_json
@@ -66,7 +66,7 @@ def benchmark(config: ml_collections.ConfigDict, workdir: str, import_seconds: f
         "batch_size": config.data.batch_size,
         "dtype": config.model.dtype,
         "remat": config.model.remat,
-        "attention": config.model.attention,
+        "attention": choices.attention(config.model.attention, config.model.dtype),
         "teacher": bool(config.loss.repa_weight),
         "jax": jax.__version__,
         "rows": {},
@@ -80,6 +80,10 @@ def benchmark(config: ml_collections.ConfigDict, workdir: str, import_seconds: f
     say(f"{config.benchmark.warmup} runs to warm up, {config.benchmark.repeats} timed; median, min, max")
     say(f"  {HEADER}")
     add("import", [import_seconds])
+    config, remat = choose_remat(config, mesh, condition)
+    if remat is not None:
+        say(remat.note)
+    report["remat"] = config.model.remat
     report["train_step_bytes"] = time_training(config, mesh, condition, add, time.monotonic() - began)
     time_forward(config, mesh, condition, add)
     time_input(config, mesh, source, condition, add)

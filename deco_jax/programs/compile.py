@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from deco_jax import flops
-from deco_jax.conditioning.condition import Condition, abstract_condition
+from deco_jax.conditioning.condition import abstract_condition
 from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
 from deco_jax.method.objective import make_method
@@ -33,10 +33,11 @@ from deco_jax.method.optimizer import make_optimizer
 from deco_jax.models import inception
 from deco_jax.models import network as network_lib
 from deco_jax.programs.benchmark import any_contexts
-from deco_jax.programs.train import abstract_networks, lower_train_step
+from deco_jax.programs.train import abstract_networks, batch_shapes, lower_train_step
 from deco_jax.run import estimate as estimate_lib
 from deco_jax.run import hardware, monitor, sharding
 from deco_jax.run import program as program_lib
+from deco_jax.run.choices import AUTO, Refused, compile_or_refused, policies
 from deco_jax.run.hardware import device_memory
 from deco_jax.run.state import state_shapes
 from deco_jax.run.workdir import make_workdir
@@ -210,6 +211,12 @@ def compile_report(config: ml_collections.ConfigDict, mesh: Mesh, what: str = "t
     device = mesh.devices.flat[0]
     chip = hardware.chip_of(device)
     memory = device_memory(device, mesh)
+    if config.model.remat == AUTO:  # the cheapest that fits, as training chooses it
+        for policy in policies(memory) if what == "train" else ("none",):
+            settled = compile_report(with_settings(config, {"model.remat": policy}), mesh, what)
+            if settled["fits"] is not False:
+                break
+        return settled
     model = config.model
     began = time.monotonic()
     lowered = LOWER[what](config, mesh)
@@ -235,7 +242,7 @@ def compile_report(config: ml_collections.ConfigDict, mesh: Mesh, what: str = "t
         "seconds_to_lower": round(time.monotonic() - began, 2),
     }
     began = time.monotonic()
-    compiled = compile_or_peak(lowered.program)
+    compiled = compile_or_refused(lowered.program)
     if isinstance(compiled, Refused):
         report["compiler_says"] = compiled.message
         report["bytes"] |= {"arguments": None, "temporaries": None, "peak": compiled.peak}
@@ -253,38 +260,15 @@ def compile_report(config: ml_collections.ConfigDict, mesh: Mesh, what: str = "t
     return report
 
 
-class Refused(NamedTuple):
-    """The compiler's answer to a program that doesn't fit."""
-
-    message: str
-    peak: float | None  # bytes that it would need, if it says so
-
-
-def compile_or_peak(program: jax.stages.Lowered) -> jax.stages.Compiled | Refused:
-    """Compile; a TPU's compiler refuses a program that doesn't fit into the chip's memory."""
-    try:
-        return program.compile()
-    except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error).lower():
-            raise
-        used = re.search(r"Used ([\d.]+)([KMG]) of", str(error))
-        peak = float(used[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[used[2]] if used else None
-        return Refused(str(error)[:500], peak)
+def with_settings(config: ml_collections.ConfigDict, values: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """A copy with some settings, by dotted key, replaced."""
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict(dict(values))
+    return changed
 
 
 def num_params(config: ml_collections.ConfigDict) -> int:
     return network_lib.build(config.model).num_params
-
-
-def batch_shapes(
-    config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """A global batch as ShapeDtypeStructs with shardings."""
-    samples = {"image": ((*image_sides(config.data.image_size), 3), jnp.uint8), **condition.inputs}
-    size, placed = config.data.batch_size, sharding.batch_sharding(mesh)
-    return {
-        name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=placed) for name, (shape, dtype) in samples.items()
-    }
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -9,7 +9,6 @@ The order is by XLA's model of the chip, which knows TPUs alone; elsewhere it is
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import pathlib
@@ -23,6 +22,7 @@ import ml_collections
 from deco_jax.config import flatten, to_json
 from deco_jax.models.layers import REMAT_POLICIES
 from deco_jax.run import sharding
+from deco_jax.run.choices import AUTO, CHEAPEST_FIRST
 
 Row = dict[str, Any]
 TRIED = ("mesh.data", "mesh.fsdp", "model.remat", "model.unroll", "data.batch_size")
@@ -63,6 +63,8 @@ def search_settings(
     settings = flatten(config.to_dict())
     first = {name: settings[name] for name in TRIED}
     first |= resolved(first, len(devices))
+    if first["model.remat"] == AUTO:
+        first["model.remat"] = CHEAPEST_FIRST[-1]  # every policy has its turn
     for stage in (meshes, policies, batches, policies):
         start = best(shown.values()) or {"batch": first["data.batch_size"], **first}
         measure(stage({name: start[name] for name in TRIED}, len(devices)))
@@ -108,11 +110,9 @@ def batches(start: dict[str, Any], devices: int) -> Iterator[dict[str, Any]]:
 
 def compiled(config: ml_collections.ConfigDict, values: dict[str, Any], devices: list[jax.Device]) -> Row:
     """The report's figures with some settings replaced; "error" where the program can't be made."""
-    from deco_jax.programs.compile import compile_report
+    from deco_jax.programs.compile import compile_report, with_settings
 
-    tried = copy.deepcopy(config)
-    tried.unlock()
-    tried.update_from_flattened_dict(values)
+    tried = with_settings(config, values)
     try:
         report = compile_report(tried, sharding.make_mesh(tried.mesh.data, tried.mesh.fsdp, devices))
     except Exception as error:  # one combination that some layer can't do is a row, and not the end of the search

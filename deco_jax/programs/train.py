@@ -35,7 +35,7 @@ from deco_jax.method.step import Draws, Observed
 from deco_jax.models import network as network_lib
 from deco_jax.models.network import Network
 from deco_jax.programs.evaluate import QuickFID
-from deco_jax.run import checkpoint, distributed, monitor, preemption, settings, sharding
+from deco_jax.run import checkpoint, choices, distributed, hardware, monitor, preemption, settings, sharding
 from deco_jax.run.state import State, create_state, state_shapes
 from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import Writer, write_json, write_overview
@@ -157,6 +157,40 @@ def lower_train_step(
     return step.lower(state, batch, frozen)
 
 
+def batch_shapes(
+    config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """A global batch as ShapeDtypeStructs with shardings."""
+    samples = {"image": ((*image_sides(config.data.image_size), 3), jnp.uint8), **condition.inputs}
+    size, placed = config.data.batch_size, sharding.batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=placed) for name, (shape, dtype) in samples.items()
+    }
+
+
+def choose_remat(
+    config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition
+) -> tuple[ml_collections.ConfigDict, choices.Remat | None]:
+    """The config with config.model.remat=auto settled, and how; as it is, and None, where it says a policy itself."""
+    if config.model.remat != choices.AUTO:
+        return config, None
+
+    def settled(policy: str) -> ml_collections.ConfigDict:
+        changed = config.copy_and_resolve_references()
+        changed.model.remat = policy
+        return changed
+
+    def compile_with(policy: str) -> jax.stages.Compiled | choices.Refused:
+        networks, observe, frozen = abstract_networks(settled(policy), mesh, condition)
+        optimizer = make_optimizer(config.optimizer)
+        shapes = state_shapes(networks, optimizer, mesh), batch_shapes(config, mesh, condition), frozen
+        return choices.compile_or_refused(lower_train_step(networks, optimizer, config, observe, mesh, *shapes))
+
+    with distributed.stage("choosing what to recompute in the backward pass"):
+        chosen = choices.remat(compile_with, hardware.device_memory(mesh.local_devices[0], mesh))
+    return settled(chosen.name), chosen
+
+
 def lower_observe(observe: Observer, mesh: Mesh, frozen: dict[str, Any], batch: Batch) -> jax.stages.Lowered:
     """A step's frozen networks by themselves, to be compiled."""
     placed = sharding.specs(mesh, frozen)
@@ -199,7 +233,8 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
         changed = settings.changes(folder, config)
     check_same_classes(folder, source.class_names)
     quick_fid = QuickFID(config, folder, mesh) if config.evaluate.every else None
-    networks, observe, frozen = make_networks(config, mesh, condition)
+    settled, remat = choose_remat(config, mesh, condition)
+    networks, observe, frozen = make_networks(settled, mesh, condition)
     optimizer = make_optimizer(config.optimizer)
     averages = make_method(config).averages
     if config.sample.average not in averages:
@@ -238,7 +273,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
         + (f"of {source.num_classes} classes; " if source.num_classes else "with captions; ")
         + (f"resumed at step {start}" if resumed else "a new run")
     )
-    for line in (settings.said(changed), source.notes()):
+    for line in (settings.said(changed), source.notes(), remat.note if remat else ""):
         if line:
             writer.say(line)
     if start >= config.train.num_steps:
@@ -267,6 +302,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
                 watch,
                 requests,
                 quick_fid,
+                remat.compiled if remat else None,
             )
     finally:
         batches.close()
@@ -305,8 +341,9 @@ def run(
     watch: preemption.Watch,
     requests: Requests | None,
     quick_fid: QuickFID | None = None,
+    compiled: jax.stages.Compiled | None = None,
 ) -> None:
-    """The loop of `train`, with everything made."""
+    """The loop of `train`, with everything made; `compiled` is the training step, if it is compiled already."""
     start, total = int(state["step"]), config.train.num_steps
     generator = generate.make_generator(networks["denoiser"], config, mesh)
     unreadable = unreadable_ahead = 0  # in this host's batches so far, and in the one it has read ahead
@@ -320,12 +357,13 @@ def run(
 
     with distributed.stage("reading the first batch"):
         placed = read()
-    writer.say("compiling the training step ...")
-    began = time.monotonic()
-    # Compiled once, for these shapes: another shape or sharding later is an error, not a silent recompilation.
-    with distributed.stage("compiling the training step"):
-        compiled = lower_train_step(networks, optimizer, config, observe, mesh, state, placed, frozen).compile()
-    writer.say(f"compiled in {time.monotonic() - began:.1f} s")
+    if compiled is None:
+        writer.say("compiling the training step ...")
+        began = time.monotonic()
+        # Compiled once, for these shapes: another shape or sharding later is an error, not a silent recompilation.
+        with distributed.stage("compiling the training step"):
+            compiled = lower_train_step(networks, optimizer, config, observe, mesh, state, placed, frozen).compile()
+        writer.say(f"compiled in {time.monotonic() - began:.1f} s")
     writer.start_clock()
 
     pending: list[Metrics] = []  # of the steps since the last look, still on the device

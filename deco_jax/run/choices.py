@@ -1,0 +1,95 @@
+"""What the program decides by itself: config.model.remat=auto and config.model.attention=auto."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from deco_jax.run import distributed, monitor
+
+AUTO = "auto"
+# From the fastest to the one that needs least memory; names in `models.layers.REMAT_POLICIES`.
+CHEAPEST_FIRST = ("none", "dots", "full")
+# Of a GPU's memory, as the compiler doesn't count cuDNN's and cuBLAS's workspaces nor what lies between arrays.
+GPU_SHARE = 0.92
+
+
+def attention(name: str, dtype: DTypeLike, platform: str | None = None) -> str:
+    """The implementation that "auto" stands for; other names stand for themselves.
+
+    cuDNN's fused attention on NVIDIA's GPUs in bfloat16, which it needs; XLA's elsewhere. On TPUs too: a flash kernel
+    spares memory traffic that 256 tokens of 16 heads don't have much of, and none was measured to pay.
+
+    Args:
+        platform: "gpu", "tpu" or "cpu"; that of this machine if None.
+    """
+    if name != AUTO:
+        return name
+    on_gpu = (platform or jax.default_backend()) == "gpu"
+    return "cudnn" if on_gpu and jnp.dtype(dtype) == jnp.bfloat16 else "xla"
+
+
+class Refused(NamedTuple):
+    """A compiler's answer to a program that doesn't fit."""
+
+    message: str
+    peak: float | None  # bytes that it would need, if it says so
+
+
+def compile_or_refused(program: jax.stages.Lowered) -> jax.stages.Compiled | Refused:
+    """Compile; a TPU's compiler refuses a program that doesn't fit into the chip's memory."""
+    try:
+        return program.compile()
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error).lower():
+            raise
+        used = re.search(r"Used ([\d.]+)([KMG]) of", str(error))
+        peak = float(used[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[used[2]] if used else None
+        return Refused(str(error)[:500], peak)
+
+
+class Remat(NamedTuple):
+    """A rematerialisation policy that was chosen."""
+
+    name: str
+    compiled: jax.stages.Compiled | None  # the step with it, if it had to be compiled for this
+    note: str  # in words, why
+
+
+def remat(
+    compile_with: Callable[[str], jax.stages.Compiled | Refused], memory: float | None, platform: str | None = None
+) -> Remat:
+    """The fastest policy whose compiled program fits into a device's memory, on all hosts.
+
+    Args:
+        compile_with: (policy) → the training step, compiled with it.
+        memory: bytes of a device; None, as for a CPU: nothing is compiled, and every activation is kept.
+    """
+    if memory is None:
+        return Remat("none", None, "remat none: this device doesn't say how much memory it has")
+    usable = memory * (GPU_SHARE if (platform or jax.default_backend()) == "gpu" else 1.0)
+    tried = []
+    for name in CHEAPEST_FIRST:
+        compiled = compile_with(name)
+        if isinstance(compiled, Refused):
+            peak, fits = compiled.peak, False
+        else:
+            peak = float(monitor.program_bytes(compiled)["peak"])
+            fits = peak <= usable
+        needs = "does not compile" if peak is None else f"needs {peak / 2**30:.2f}"
+        tried.append(f"{name} {needs}")
+        if distributed.all_hosts(fits) or name == CHEAPEST_FIRST[-1]:
+            break
+    verdict = "" if fits else ", too much by the compiler's count"
+    note = f"remat {name}{verdict}: of {usable / 2**30:.2f} GiB per device, {', '.join(tried)}"
+    return Remat(name, None if isinstance(compiled, Refused) else compiled, note)
+
+
+def policies(memory: float | None) -> Iterator[str]:
+    """What to try, in this order, for a machine with so many bytes per device."""
+    yield from CHEAPEST_FIRST if memory is not None else CHEAPEST_FIRST[:1]
