@@ -9,9 +9,9 @@ import pytest
 
 from configs import quickstart
 from deco_jax.errors import UserError
+from deco_jax.method import training
 from deco_jax.method.averages import parse_averages, update_average
 from deco_jax.method.optimizer import make_optimizer
-from deco_jax.programs import train
 from deco_jax.run import checkpoint, sharding
 from deco_jax.run.state import create_state, state_shapes
 from tests.helpers import run_main
@@ -65,7 +65,7 @@ def test_each_is_trained_stored_and_restored(tmp_path):
     config.optimizer.averages = "short=0.5,still=1"
     config.optimizer.ema_decay, config.optimizer.warmup_steps = 0.9, 0
     mesh = sharding.make_mesh(1, 1)
-    networks, observe, _ = train.abstract_networks(config, mesh)
+    networks, observe, _ = training.abstract_networks(config, mesh)
     optimizer = make_optimizer(config.optimizer)
     names = ("ema", "short", "still")
     state = create_state(0, networks, optimizer, mesh, names)
@@ -75,7 +75,7 @@ def test_each_is_trained_stored_and_restored(tmp_path):
         "image": draw.integers(0, 256, (16, 16, 16, 3), dtype=np.uint8),
         "label": draw.integers(0, 10, 16, dtype=np.int32),
     }
-    step = train.lower_train_step(
+    step = training.lower_train_step(
         networks, optimizer, config, observe, mesh, state, sharding.place_batch(mesh, batch), {}
     ).compile()
     expected = {name: first for name in names}

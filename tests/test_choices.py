@@ -10,6 +10,7 @@ import pytest
 from configs import imagenet256, quickstart
 from deco_jax.conditioning.condition import abstract_condition
 from deco_jax.config import default_config
+from deco_jax.method import training
 from deco_jax.programs import compile as compile_lib
 from deco_jax.programs import train
 from deco_jax.run import choices, hardware, sharding
@@ -92,7 +93,7 @@ def test_a_step_is_compiled_with_the_policy_that_fits_its_device(monkeypatch):
     condition = abstract_condition(config, mesh)
     for name, memory in {"full": peak["full"], "dots": peak["dots"], "none": peak["none"]}.items():
         monkeypatch.setattr(hardware, "device_memory", lambda device, mesh, memory=memory: memory)
-        settled, choice = train.choose_remat(config, mesh, condition)
+        settled, choice = training.choose_remat(config, mesh, condition)
         assert settled.model.remat == choice.name == name
     assert config.model.remat == "auto"  # saved as it was given: another machine may choose otherwise
     monkeypatch.setattr(compile_lib, "device_memory", lambda device, mesh: peak["dots"])
@@ -103,7 +104,7 @@ def test_what_names_a_policy_is_left_alone():
     config = imagenet256.get_config("smoke")
     config.model.remat = "dots"
     mesh = sharding.make_mesh(1, 1)
-    assert train.choose_remat(config, mesh, abstract_condition(config, mesh)) == (config, None)
+    assert training.choose_remat(config, mesh, abstract_condition(config, mesh)) == (config, None)
 
 
 def test_both_are_the_default():

@@ -76,7 +76,7 @@ from configs import imagenet256
 from deco_jax.programs import compile
 from deco_jax.run import sharding
 from deco_jax.method.optimizer import make_optimizer
-from deco_jax.programs.train import abstract_networks
+from deco_jax.method.training import abstract_networks
 from deco_jax.run.state import state_shapes
 config = imagenet256.get_config()
 sizes = []

@@ -35,7 +35,7 @@ import jax
 from deco_jax.conditioning.condition import abstract_condition
 from deco_jax.method.optimizer import make_optimizer
 from deco_jax.programs import compile as compile_lib
-from deco_jax.programs import train
+from deco_jax.method import training
 from deco_jax.run import sharding
 from deco_jax.run.state import state_shapes
 from deco_jax.sampling import generate
@@ -52,11 +52,11 @@ for name, case in cases.items():
     config.teacher.dtype = config.text.dtype = "float32"  # a CPU gathers no bfloat16
     mesh = sharding.make_mesh(*case["mesh"])
     condition = abstract_condition(config, mesh)
-    networks, observe, frozen = train.abstract_networks(config, mesh, condition)
+    networks, observe, frozen = training.abstract_networks(config, mesh, condition)
     optimizer = make_optimizer(config.optimizer)
     state = state_shapes(networks, optimizer, mesh)
     batch = compile_lib.batch_shapes(config, mesh, condition)
-    step = train.lower_train_step(networks, optimizer, config, observe, mesh, state, batch, frozen)
+    step = training.lower_train_step(networks, optimizer, config, observe, mesh, state, batch, frozen)
     (folder / f"{name}.hlo").write_text(step.compile().as_text())
     trees = {"params": state["params"], **{k: v for k, v in frozen.items() if k in ("teacher", "encoder")}}
     parameters = [
@@ -78,8 +78,8 @@ for name, case in cases.items():
         sampler = generator.lower(state["averages"]["ema"], request, jax.ShapeDtypeStruct((), "int32"))
         (folder / "sampler.hlo").write_text(sampler.compile().as_text())
         config.model.dtype = "bfloat16"
-        networks, observe, frozen = train.abstract_networks(config, mesh, condition)
-        step = train.lower_train_step(networks, optimizer, config, observe, mesh, state, batch, frozen)
+        networks, observe, frozen = training.abstract_networks(config, mesh, condition)
+        step = training.lower_train_step(networks, optimizer, config, observe, mesh, state, batch, frozen)
         (folder / "bfloat16.mlir").write_text(step.as_text())
 """
 

@@ -37,7 +37,7 @@ import jax, numpy as np
 from deco_jax.run import checkpoint, sharding
 from deco_jax.conditioning.requests import class_requests, even_labels
 from deco_jax.sampling import generate
-from deco_jax.programs import train
+from deco_jax.method import training
 from deco_jax.data import pipeline, sources
 from deco_jax.models import network
 from deco_jax.method.optimizer import make_optimizer
@@ -58,7 +58,7 @@ config.model.decoder_chunk = 128
 for name, (data, fsdp, parts) in meshes.items():
     config.optimizer.accumulate_steps = parts
     mesh = sharding.make_mesh(data, fsdp)
-    networks, observe, _ = train.abstract_networks(config, mesh)
+    networks, observe, _ = training.abstract_networks(config, mesh)
     optimizer = make_optimizer(config.optimizer)
     wide = {"denoiser": network.build({**config.model.to_dict(), "width": 256, "depth": 4})}
     state, held = create_state(0, wide, optimizer, mesh), {}
@@ -71,7 +71,7 @@ for name, (data, fsdp, parts) in meshes.items():
     place = lambda: sharding.place_batch(mesh, {k: v for k, v in next(batches).items() if k != "unreadable"})
     batch = place()
     split = len({shard.device for shard in batch["image"].addressable_shards})
-    step = train.lower_train_step(networks, optimizer, config, observe, mesh, state, batch, {}).compile()
+    step = training.lower_train_step(networks, optimizer, config, observe, mesh, state, batch, {}).compile()
     losses = []
     for _ in range(20):
         state, metrics = step(state, batch, {})

@@ -23,11 +23,12 @@ from deco_jax.convert import qwen3 as convert
 from deco_jax.data import features as features_lib
 from deco_jax.data import pipeline, sources
 from deco_jax.errors import UserError
+from deco_jax.method import training
 from deco_jax.method.objective import make_method
 from deco_jax.method.step import Draws, Observed
 from deco_jax.models.network import Network
 from deco_jax.models.qwen3 import Qwen3
-from deco_jax.programs import encode, train
+from deco_jax.programs import encode
 from deco_jax.run import sharding
 from tests.helpers import relative_error
 from tests.texts import SIZES, hard_captions, write_encoder, write_tokenizer
@@ -331,7 +332,7 @@ def test_without_an_encoder_only_prompts_are_refused(stored):
 def test_dropped_captions_become_the_empty_prompt():
     config, seen = small_config(), {}
 
-    def apply(params, x_t, times, context, aligned_layer):
+    def apply(params, x_t, times, context, aligned_layer, keys):
         seen["context"] = np.asarray(context)
         return jnp.zeros_like(x_t), {}
 
@@ -353,7 +354,7 @@ def test_frozen_weights_are_arguments_of_the_step(folder):
     """Not constants of the program, which would hold a copy of them."""
     config, mesh = small_config(folder), sharding.make_mesh(1, 1)
     known = condition.open_condition(config, mesh, sources.open_source(config.data))
-    networks, observe, frozen = train.make_networks(config, mesh, known)
+    networks, observe, frozen = training.make_networks(config, mesh, known)
     assert frozen.keys() == {"encoder", "null"}
     batch = {name: jnp.zeros((2, *shape), dtype) for name, (shape, dtype) in known.inputs.items()}
     batch["image"] = jnp.zeros((2, 32, 32, 3), jnp.uint8)

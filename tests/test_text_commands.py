@@ -15,6 +15,7 @@ from configs import t2i_256
 from deco_jax.conditioning import condition
 from deco_jax.conditioning import requests as requests_lib
 from deco_jax.data import sources
+from deco_jax.method import training
 from deco_jax.method.optimizer import make_optimizer
 from deco_jax.models import network as network_lib
 from deco_jax.programs import evaluate, train
@@ -134,7 +135,7 @@ def test_the_next_stage_takes_weights_averages_and_moments(run):
     config, mesh = t2i_256.get_config("smoke"), sharding.make_mesh(1, 1)
     config.model.text_width, config.text.encoder = 40, "qwen3"
     config.init_from = str(folder)
-    networks, _, _ = train.abstract_networks(config, mesh)
+    networks, _, _ = training.abstract_networks(config, mesh)
     optimizer = make_optimizer(config.optimizer)
     checkpoints = checkpoint.Checkpoints(folder, 3)
     before = checkpoints.restore(state_shapes(networks, optimizer, mesh), config)

@@ -10,12 +10,12 @@ import optax
 import pytest
 
 from configs import quickstart
+from deco_jax.method import training
 from deco_jax.method.averages import update_average
 from deco_jax.method.objective import make_method
 from deco_jax.method.optimizer import make_optimizer
 from deco_jax.method.step import Draws, Observed
 from deco_jax.models.network import Network
-from deco_jax.programs import train
 from deco_jax.run import monitor, sharding
 from deco_jax.run.state import create_state
 from tests.helpers import relative_error
@@ -40,11 +40,11 @@ class Run:
 
     def __init__(self, config: ml_collections.ConfigDict, optimizer: optax.GradientTransformation | None = None):
         self.mesh = sharding.make_mesh(1, 1)
-        self.networks, self.observe, _ = train.abstract_networks(config, self.mesh)
+        self.networks, self.observe, _ = training.abstract_networks(config, self.mesh)
         self.optimizer = optimizer or make_optimizer(config.optimizer)
         self.state = create_state(config.seed, self.networks, self.optimizer, self.mesh)
         self.batch = sharding.place_batch(self.mesh, random_batch(config.data.batch_size))
-        self.compiled = train.lower_train_step(
+        self.compiled = training.lower_train_step(
             self.networks, self.optimizer, config, self.observe, self.mesh, self.state, self.batch, {}
         ).compile()
 
@@ -192,7 +192,7 @@ def test_dropped_labels_become_the_null_class():
     config = small_config()
     seen = {}
 
-    def apply(params, x_t, times, labels, aligned_layer):
+    def apply(params, x_t, times, labels, aligned_layer, keys):
         seen.update(x_t=x_t, times=times, labels=labels)
         return jnp.zeros_like(x_t), {}
 
@@ -218,7 +218,7 @@ def test_dropped_labels_become_the_null_class():
 def test_each_step_draws_anew(run):
     """The same weights and batch give another loss at another step, and the same at the same."""
     step = jax.jit(
-        lambda state: train.make_train_step(run.networks, run.optimizer, small_config(), run.observe)(
+        lambda state: training.make_train_step(run.networks, run.optimizer, small_config(), run.observe)(
             state, run.batch, {}
         )[1]
     )

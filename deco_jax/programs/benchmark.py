@@ -26,7 +26,8 @@ from deco_jax.data import sources
 from deco_jax.data.transforms import image_sides
 from deco_jax.method.objective import make_method
 from deco_jax.method.optimizer import make_optimizer
-from deco_jax.programs.train import abstract_networks, choose_remat, lower_observe, lower_train_step, open_batches
+from deco_jax.method.training import abstract_networks, choose_remat, lower_observe, lower_train_step
+from deco_jax.programs.train import open_batches
 from deco_jax.run import choices, distributed, hardware, monitor, sharding
 from deco_jax.run.state import create_state
 from deco_jax.run.workdir import make_workdir

@@ -30,10 +30,10 @@ from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
 from deco_jax.method.objective import make_method
 from deco_jax.method.optimizer import make_optimizer
+from deco_jax.method.training import abstract_networks, batch_shapes, lower_train_step
 from deco_jax.models import inception
 from deco_jax.models import network as network_lib
 from deco_jax.programs.benchmark import any_contexts
-from deco_jax.programs.train import abstract_networks, batch_shapes, lower_train_step
 from deco_jax.run import estimate as estimate_lib
 from deco_jax.run import hardware, monitor, sharding
 from deco_jax.run import program as program_lib

@@ -1,0 +1,218 @@
+"""The training step over the mesh: the objective's gradient, the optimizer, the averages.
+
+What is minimised is `method.objective`'s sum over the losses. The context is labels, or the frozen text encoder's
+features of captions.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh
+
+from deco_jax.conditioning.condition import Condition, abstract_condition
+from deco_jax.data.transforms import image_sides
+from deco_jax.method.averages import update_average
+from deco_jax.method.objective import make_method
+from deco_jax.method.optimizer import make_optimizer
+from deco_jax.method.step import Draws, Observed
+from deco_jax.models import network as network_lib
+from deco_jax.models.network import Network
+from deco_jax.run import choices, distributed, hardware, sharding
+from deco_jax.run.state import State, state_shapes
+
+Metrics = dict[str, jax.Array]
+Batch = dict[str, jax.Array]
+
+
+# (frozen arrays by name, batch) → Observed
+Observer = Callable[[dict[str, Any], Batch], Observed]
+
+
+# Keeps the noise of training apart from that of samples, whose keys are those of the seed and their index, below this.
+TRAINING = 2**31
+
+
+def make_train_step(
+    networks: dict[str, Network],
+    optimizer: optax.GradientTransformation,
+    config: ml_collections.ConfigDict,
+    observe: Observer,
+    mesh: Mesh | None = None,
+) -> Callable[[State, Batch, dict[str, Any]], tuple[State, Metrics]]:
+    """(state, batch, frozen) → (state, metrics), to be jitted with the state donated.
+
+    `frozen` are the arrays that `observe` needs: weights of the teacher and of the text encoder, null features.
+
+    A step whose loss or gradient is not finite changes no weight; it is counted in state["skipped"].
+
+    Args:
+        mesh: None: one device.
+    """
+    method = make_method(config)
+    gradient = jax.value_and_grad(functools.partial(method.objective, networks=networks), has_aux=True)
+    accumulate = config.optimizer.accumulate_steps
+
+    def of_rows(params: Any, batch: Batch, draws: Draws, frozen: dict[str, Any]) -> tuple[Any, Any]:
+        (loss, parts), grads = gradient(params, batch["image"], draws, observe(frozen, batch), frozen)
+        return {"loss": loss, **parts}, grads
+
+    def loss_and_gradient(params: Any, batch: Batch, draws: Draws, frozen: dict[str, Any]) -> tuple[Any, Any]:
+        """Of all the rows that are given: a device's share of the batch."""
+        if accumulate == 1:
+            return of_rows(params, batch, draws, frozen)
+        # Part i takes every accumulate-th row, so that each device works on its own rows in every part.
+        parts = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(-1, accumulate, *a.shape[1:]), 0, 1), (batch, draws))
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            part_batch, part_draws = part
+            return jax.tree.map(jnp.add, total, of_rows(params, part_batch, part_draws, frozen)), None
+
+        batch, draws = jax.tree.map(lambda a: a[0], parts)
+        zeros = jax.tree.map(
+            lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(of_rows, params, batch, draws, frozen)
+        )
+        summed, _ = jax.lax.scan(add, zeros, parts)
+        return jax.tree.map(lambda a: a / accumulate, summed)
+
+    def over_mesh(params: Any, batch: Batch, draws: Draws, frozen: dict[str, Any]) -> tuple[Any, Any]:
+        if mesh is None:
+            return loss_and_gradient(params, batch, draws, frozen)
+        placed = sharding.specs(mesh, params)
+
+        def local(*arguments: Any) -> tuple[Any, Any]:
+            metrics, grads = loss_and_gradient(*arguments)
+            return sharding.mean_over_devices(metrics, mesh), sharding.reduce_gradients(grads, placed, mesh)
+
+        arguments = (placed, sharding.BATCH, sharding.BATCH, sharding.specs(mesh, frozen))
+        return sharding.each_device(local, mesh, arguments, (sharding.WHOLE, placed))(params, batch, draws, frozen)
+
+    def train_step(state: State, batch: Batch, frozen: dict[str, Any]) -> tuple[State, Metrics]:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), TRAINING), state["step"])
+        draws = method.draw(key, batch["image"].shape)
+        metrics, grads = over_mesh(state["params"], batch, draws, frozen)
+
+        with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(grads)
+            updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+            params = optax.apply_updates(state["params"], updates)
+            seen = (state["step"] + 1).astype(jnp.float32) * len(batch["image"])
+            averages = {
+                name: update_average(
+                    state["averages"][name], params["denoiser"], average.decay(seen, len(batch["image"]))
+                )
+                for name, average in method.averages.items()
+            }
+
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+            changed = {"params": params, "averages": averages, "opt_state": opt_state}
+            kept = {name: state[name] for name in changed}
+            new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
+        new_state["step"] = state["step"] + 1
+        new_state["skipped"] = jnp.where(finite, 0, state["skipped"] + 1)
+        return new_state, {**metrics, "gradient_norm": norm, "skipped": new_state["skipped"]}
+
+    return train_step
+
+
+def lower_train_step(
+    networks: dict[str, Network],
+    optimizer: optax.GradientTransformation,
+    config: ml_collections.ConfigDict,
+    observe: Observer,
+    mesh: Mesh,
+    state: State,
+    batch: dict[str, Any],
+    frozen: dict[str, Any],
+) -> jax.stages.Lowered:
+    """`make_train_step` for a state, batch and frozen arrays (or their shapes with shardings), to be compiled."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = jax.jit(
+        make_train_step(networks, optimizer, config, observe, mesh),
+        donate_argnums=0,
+        out_shardings=(shardings, sharding.replicated(mesh)),
+    )
+    return step.lower(state, batch, frozen)
+
+
+def batch_shapes(
+    config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """A global batch as ShapeDtypeStructs with shardings."""
+    samples = {"image": ((*image_sides(config.data.image_size), 3), jnp.uint8), **condition.inputs}
+    size, placed = config.data.batch_size, sharding.batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=placed) for name, (shape, dtype) in samples.items()
+    }
+
+
+def choose_remat(
+    config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition
+) -> tuple[ml_collections.ConfigDict, choices.Remat | None]:
+    """The config with config.model.remat=auto settled, and how; as it is, and None, where it says a policy itself."""
+    if config.model.remat != choices.AUTO:
+        return config, None
+
+    def settled(policy: str) -> ml_collections.ConfigDict:
+        changed = config.copy_and_resolve_references()
+        changed.model.remat = policy
+        return changed
+
+    def compile_with(policy: str) -> jax.stages.Compiled | choices.Refused:
+        networks, observe, frozen = abstract_networks(settled(policy), mesh, condition)
+        optimizer = make_optimizer(config.optimizer)
+        shapes = state_shapes(networks, optimizer, mesh), batch_shapes(config, mesh, condition), frozen
+        return choices.compile_or_refused(lower_train_step(networks, optimizer, config, observe, mesh, *shapes))
+
+    with distributed.stage("choosing what to recompute in the backward pass"):
+        chosen = choices.remat(compile_with, hardware.device_memory(mesh.local_devices[0], mesh))
+    return settled(chosen.name), chosen
+
+
+def lower_observe(observe: Observer, mesh: Mesh, frozen: dict[str, Any], batch: Batch) -> jax.stages.Lowered:
+    """A step's frozen networks by themselves, to be compiled."""
+    placed = sharding.specs(mesh, frozen)
+    # What stands for no condition is the same everywhere; the rest has a row for each example.
+    results: Any = (sharding.BATCH, sharding.WHOLE, sharding.BATCH)
+    local = sharding.each_device(lambda *arguments: tuple(observe(*arguments)), mesh, (placed, sharding.BATCH), results)
+    return jax.jit(local).lower(frozen, batch)
+
+
+def make_networks(
+    config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition
+) -> tuple[dict[str, Network], Observer, dict[str, Any]]:
+    """The networks that train, and the frozen ones: as a function, and their weights on the mesh."""
+    networks, observe, shapes = abstract_networks(config, mesh, condition)
+    frozen = {
+        name: jax.device_put(network.load(), jax.tree.map(lambda leaf: leaf.sharding, shapes[name]))
+        for name, network in make_method(config).frozen.items()
+    }
+    return networks, observe, frozen | condition.load()
+
+
+def abstract_networks(
+    config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition | None = None
+) -> tuple[dict[str, Network], Observer, dict[str, Any]]:
+    """`make_networks` without reading a file: the frozen weights are ShapeDtypeStructs with shardings.
+
+    Args:
+        condition: by default one that is known by its shapes alone.
+    """
+    condition = condition or abstract_condition(config, mesh)
+    method = make_method(config)
+    networks = {"denoiser": network_lib.build(config.model.to_dict())} | method.trained
+    weights = {name: network.shapes for name, network in method.frozen.items()}
+    shapes = dict(condition.shapes) | sharding.placed_shapes(mesh, weights)
+
+    def observe(frozen: dict[str, Any], batch: Batch) -> Observed:
+        return Observed(
+            condition.context(frozen, batch), condition.null(frozen), method.observe(frozen, batch["image"])
+        )
+
+    return networks, observe, shapes
