@@ -15,9 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
+from deco_jax.convert.mapping import to_torch
 from deco_jax.data.pipeline import train_batches
 from deco_jax.data.source import Source
+from deco_jax.models import vgg
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -75,6 +78,27 @@ def run_main(
         env={**os.environ, **(env or {})},
         **options,
     )
+
+
+def lpips_params() -> dict[str, Any]:
+    """Parameters of `vgg.LPIPS` by the rule of tests/golden/beyond.npz: normal convolutions, uniform linear layers."""
+    random = np.random.default_rng(0)
+    widths = [3, *(width for group in vgg.GROUPS for width in group)]
+    convolutions = {}
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
+        kernel = random.normal(0, np.sqrt(2 / (9 * fan_in)), (3, 3, fan_in, fan_out)).astype(np.float32)
+        convolutions[i] = {"kernel": kernel, "bias": np.zeros(fan_out, np.float32)}
+    linear = {i: random.uniform(0, 1, group[-1]).astype(np.float32) for i, group in enumerate(vgg.GROUPS)}
+    return {"convolutions": convolutions, "weights": linear}
+
+
+def lpips_files(folder: pathlib.Path) -> list[str]:
+    """Write `lpips_params` in the layouts that users have; the settings that name the files."""
+    params, arguments = lpips_params(), []
+    for name, table, part in (("vgg", vgg.vgg_table(), "convolutions"), ("linear", vgg.lpips_table(), "weights")):
+        safetensors.numpy.save_file(to_torch(table, {part: params[part]}), folder / f"{name}.safetensors")
+        arguments.append(f"--config.lpips.{name}={folder / name}.safetensors")
+    return arguments
 
 
 @contextlib.contextmanager

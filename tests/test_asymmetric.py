@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from helpers import golden
 
 from deco_jax.method import asymmetric
+from tests.helpers import golden
 
 PATCH = 4
 

@@ -16,18 +16,21 @@ from deco_jax import config as config_lib
 from deco_jax.data.transforms import image_sides
 from deco_jax.programs import sample
 from deco_jax.sampling import generate
-from tests.helpers import ROOT
+from tests.helpers import ROOT, lpips_files
 from tests.runs import SMOKE, rows, signal_when, steps, succeed, two_steps
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_smoke_trains_and_samples(tmp_path, name):
+def test_smoke_trains_and_samples(tmp_path, tmp_path_factory, name):
     command = [f"--config=configs/{name}.py:smoke", f"--workdir={tmp_path}"]
     config = importlib.import_module(f"configs.{name}").get_config("smoke")
     with config.unlocked():
         config.sample.npz = True
+    if config.loss.lpips_weight:
+        command += lpips_files(tmp_path_factory.mktemp("lpips"))
+        config.update_from_flattened_dict(dict(part.removeprefix("--config.").split("=") for part in command[2:]))
     total, log_every = config.train.num_steps, config.train.log_every
     height, width = image_sides(config.data.image_size)
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden, relative_error
 
 from deco_jax.method import energy
+from tests.helpers import golden, relative_error
 
 NAMES = ("endpoint", "endpoint_velocity", "state", "velocity")
 

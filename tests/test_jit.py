@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden, relative_error
 
 from deco_jax.convert.mapping import to_ours, to_torch
 from deco_jax.models import jit
 from deco_jax.models.network import functional
+from tests.helpers import golden, relative_error
 
 SMALL = {"width": 48, "depth": 4, "num_heads": 4, "patch_size": 4, "num_classes": 10}
 OFFICIAL = {

@@ -1,6 +1,5 @@
 """LPIPS against the published implementation: by weights that a rule makes, and by the real ones where they are."""
 
-import itertools
 import os
 
 import jax
@@ -8,25 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import golden, relative_error
 
 from deco_jax.errors import UserError
 from deco_jax.models import vgg
 from deco_jax.models.network import functional
+from tests.helpers import golden, lpips_params, relative_error
 
 NETWORK = functional(lambda rngs: vgg.LPIPS(rngs=rngs))
-
-
-def rule_weights() -> dict:
-    """The rule of tests/golden/beyond.npz: normal convolutions, uniform linear layers, from seed 0."""
-    random = np.random.default_rng(0)
-    widths = [3, *(width for group in vgg.GROUPS for width in group)]
-    convolutions = {}
-    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
-        kernel = random.normal(0, np.sqrt(2 / (9 * fan_in)), (3, 3, fan_in, fan_out)).astype(np.float32)
-        convolutions[i] = {"kernel": kernel, "bias": np.zeros(fan_out, np.float32)}
-    linear = {i: random.uniform(0, 1, group[-1]).astype(np.float32) for i, group in enumerate(vgg.GROUPS)}
-    return {"convolutions": convolutions, "weights": linear}
 
 
 def check(params: dict, size: int, weights: str) -> None:
@@ -45,7 +32,7 @@ def check(params: dict, size: int, weights: str) -> None:
 
 @pytest.mark.parametrize("size", [32, 64])
 def test_weights_by_rule(size):
-    check(rule_weights(), size, "rule")
+    check(lpips_params(), size, "rule")
 
 
 @pytest.mark.parametrize("size", [32, 64])
@@ -58,7 +45,7 @@ def test_published_weights(size):
 
 def test_equal_images_have_distance_and_gradient_zero():
     images = jnp.zeros((1, 32, 32, 3))
-    value, gradient = jax.value_and_grad(lambda x: jnp.sum(NETWORK.apply(rule_weights(), x, images)))(images)
+    value, gradient = jax.value_and_grad(lambda x: jnp.sum(NETWORK.apply(lpips_params(), x, images)))(images)
     assert value == 0
     assert np.all(np.isfinite(gradient))
     assert not np.any(gradient)
