@@ -30,6 +30,7 @@ class Mode(NamedTuple):
     about: str
     reads: tuple[str, ...] = ()  # flags, in the order of the function's arguments
     computes: bool = False  # runs the model on this machine
+    trains: bool = False  # so that it needs the memory for it
     draws: bool = False  # images of the size in config.data.image_size
     joins: bool = True  # the other processes of a run on several hosts
 
@@ -40,6 +41,7 @@ MODES = {
         "Train. Started again in the same workdir, it goes on from the newest checkpoint.",
         ("checkpoint",),
         computes=True,
+        trains=True,
     ),
     "sample": Mode("sample:sample", "Draw images from a checkpoint.", ("checkpoint",), computes=True, draws=True),
     "encode": Mode("encode:encode", "Encode the captions of the data once, for training to read."),
@@ -61,7 +63,11 @@ MODES = {
         joins=False,
     ),
     "benchmark": Mode(
-        "benchmark:benchmark", "Time training, sampling and reading of data.", ("import_seconds",), computes=True
+        "benchmark:benchmark",
+        "Time training, sampling and reading of data.",
+        ("import_seconds",),
+        computes=True,
+        trains=True,
     ),
     "import": Mode("convert:import_checkpoint", "Read an official PyTorch checkpoint.", ("source",)),
     "export": Mode("convert:export_checkpoint", "Write a checkpoint as PyTorch's and as safetensors.", ("checkpoint",)),
@@ -160,8 +166,10 @@ def _run() -> None:
             )
         if mode.computes:
             from deco_jax.run.hardware import check_attention
+            from deco_jax.run.memory import check_memory
 
             check_attention(_CONFIG.value.model.attention)
+            check_memory(_CONFIG.value, mode.trains)
         module, _, function = mode.program.partition(":")
         program = getattr(importlib.import_module(f"deco_jax.programs.{module}"), function)
         given: dict[str, Any] = {
@@ -179,6 +187,8 @@ def _run() -> None:
         print("interrupted; the same command goes on from what is saved", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            command_line.fail(f"{error.filename or workdir} is too long for a path; choose a shorter one")
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         command_line.fail(f"writing to {workdir} failed: {error.strerror}; free space there and start again")

@@ -118,6 +118,15 @@ MACHINE = [
     # A file system that takes no folders, not even from root.
     (["--workdir=/proc/run"], "/proc/run can't be written"),
     (["--workdir=/proc/run", "--mode=sample", "--checkpoint={run}"], "/proc/run/samples can't be written"),
+    (["--config.data.batch_size=1048576", "--config.data.image_size=8192"], "needs at least .* GiB on each device"),
+    (["--mode=sample", "--config.model.width=65536", "--config.model.depth=1024"], r"weights [\d,.]+, a batch"),
+    (["--workdir={tmp}/{name}"], "aaa is too long for a path; choose a shorter one"),
+    (["--workdir={tmp}/{name}", "--mode=sample", "--checkpoint={run}"], "aaa is too long for a path|can't be"),
+    (["--config.init_from={tmp}/{name}"], "aaa is too long for a path"),
+    (["--config.data.source=image_folder", "--config.data.path={path}"], "too long for a path|no such"),
+    (["--checkpoint={path}"], "aaa is too long for a path"),
+    (["--workdir=~nobodyatall/run"], "~nobodyatall/run: there is no user nobodyatall with a home folder"),
+    (["--config.teacher.path=~nobodyatall/w.pth"], "config.teacher.path=~nobodyatall/w.pth: there is no user"),
     (["--mode=encode"], "for text-to-image models, and config.model.text_width is 0"),
     (["--config.data.source=captioned_digits"], "the data has captions, the model 10 classes"),
 ]
@@ -150,11 +159,14 @@ def says_what_is_wrong(code: int, stderr: str, says: str) -> None:
 
 
 # Runs each command line in a fork of one interpreter that has imported everything: seconds instead of minutes.
+LONG = {"name": "a" * 300, "path": "/" + "a/" * 3000}  # longer than file systems take
+
 RUN_ALL = """
 import json, os, sys, traceback
 from absl import app
 from deco_jax import main
 from deco_jax.programs import sample, train
+from deco_jax.run import lock
 results = []
 for arguments in json.load(sys.stdin):
     read, write = os.pipe()
@@ -171,6 +183,7 @@ for arguments in json.load(sys.stdin):
         except BaseException:
             traceback.print_exc()
         sys.stderr.flush()
+        lock._release_all()  # as at the end of a process
         os._exit(code)
     os.close(write)
     with os.fdopen(read) as stderr:
@@ -204,7 +217,7 @@ def outcomes(tmp_path_factory):
     commands = []
     for case, (arguments, _) in zip(folders, CASES, strict=True):
         (case / "empty").mkdir(parents=True)
-        filled = [argument.format(tmp=case / "empty", data=data, run=run) for argument in arguments]
+        filled = [argument.format(tmp=case / "empty", data=data, run=run, **LONG) for argument in arguments]
         commands.append([f"--workdir={case / 'run'}", *filled])
     subprocess.run(
         [sys.executable, "-c", RUN_ALL, folder / "results"],

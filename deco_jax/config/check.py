@@ -44,13 +44,22 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def settle_paths(config: ml_collections.ConfigDict, **flags: str) -> None:
-    """Put the home folder for a leading ~ in settings; UserError for a path that is a URL, in a flag or a setting."""
+    """Put the home folder for a leading ~ or ~user in settings.
+
+    Raises:
+        UserError: a flag or a setting is a URL, or names a user who isn't there.
+    """
     named = {f"--{name}": value for name, value in flags.items()}
     named |= {f"config.{key}": value for key, value in flatten(config.to_dict()).items()}
     for name, value in named.items():
         if isinstance(value, str) and re.match(r"[a-z][a-z0-9+.-]*://", value):
             raise UserError(f"{name}={value} is no path of this machine; mount it (gcsfuse, s3fs) and give that path")
-        if isinstance(value, str) and value.startswith("~/") and name.startswith("config."):
+        user = re.match(r"~(\w[\w.-]*)?(/|$)", value) if isinstance(value, str) else None
+        if user is None:
+            continue
+        if os.path.expanduser(value) == value:
+            raise UserError(f"{name}={value}: there is no user {user[1]} with a home folder; give the whole path")
+        if name.startswith("config."):
             config.update_from_flattened_dict({name.removeprefix("config."): os.path.expanduser(value)})
 
 

@@ -1,0 +1,87 @@
+"""What a run needs at the very least, by arithmetic, before anything is allocated.
+
+It is a lower bound: what is refused here can't work, and what passes may still not fit; --mode=compile knows exactly.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from deco_jax.errors import UserError
+from deco_jax.method.averages import parse_averages
+from deco_jax.models import network
+from deco_jax.run.hardware import device_memory
+from deco_jax.run.sharding import make_mesh
+
+GIB = 2**30
+FLOAT32 = 4  # bytes
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def check_memory(config: ml_collections.ConfigDict, training: bool) -> None:
+    """UserError if the model, or a batch of it, can't fit into the memory of the devices here.
+
+    Args:
+        training: else images are drawn.
+    """
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    device = jax.local_devices()[0]
+    available = device_memory(device, mesh) or host_memory() / len(jax.local_devices())
+    fsdp = mesh.shape["fsdp"]
+    need = training_bytes(config, mesh.size, fsdp) if training else drawing_bytes(config, mesh.size, fsdp)
+    total = sum(need.values())
+    if total <= available:
+        return
+    parts = ", ".join(f"{name} {bytes_ / GIB:,.1f}" for name, bytes_ in need.items())
+    smaller = "config.data.batch_size" if training else "config.sample.batch_size"
+    raise UserError(
+        f"this needs at least {total / GIB:,.1f} GiB on each device ({parts}) and a {device.device_kind} here has "
+        f"{available / GIB:,.1f}; make {smaller}, config.data.image_size or the model smaller"
+        + (", or raise config.mesh.fsdp or config.optimizer.accumulate_steps" if training else "")
+    )
+
+
+def training_bytes(config: ml_collections.ConfigDict, devices: int, fsdp: int) -> dict[str, float]:
+    """Bytes on each device that a training step can't do without, by what they are for."""
+    model = config.model
+    averages = len(parse_averages(config.optimizer.ema_decay, config.optimizer.get("averages", "")))
+    arrays = 1 + 1 + 2 + averages  # weights, gradients, Adam's two moments, averages
+    height, width = config.data.image_size
+    images = config.data.batch_size / devices
+    at_once = images / config.optimizer.accumulate_steps
+    pixels, tokens = height * width * 3, (height // model.patch_size) * (width // model.patch_size)
+    # Even where everything is recomputed, the backward pass starts from each block's input.
+    saved = at_once * tokens * model.width * model.depth * jnp.dtype(model.dtype).itemsize
+    return {
+        "weights and optimizer": num_params(config) * FLOAT32 * arrays / fsdp,
+        # The uint8 images; the noise, the state and the output of the part that is worked on.
+        "a batch": images * pixels + at_once * pixels * FLOAT32 * 3 + saved,
+    }
+
+
+def drawing_bytes(config: ml_collections.ConfigDict, devices: int, fsdp: int) -> dict[str, float]:
+    """Bytes on each device that drawing a batch can't do without."""
+    height, width = config.data.image_size
+    states = config.sample.batch_size / devices * height * width * 3 * FLOAT32
+    return {"weights": num_params(config) * FLOAT32 / fsdp, "a batch": 2 * states}
+
+
+def num_params(config: ml_collections.ConfigDict) -> int:
+    """Parameters of the denoiser, from shapes alone."""
+    shapes = network.build(config.model.to_dict()).shapes
+    return sum(int(np.prod(leaf.shape, dtype=object)) for leaf in jax.tree.leaves(shapes))
+
+
+def host_memory() -> float:
+    """Bytes of memory that this process may use at most: the host's, or its container's."""
+    memory = float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES")
+    for path in map(pathlib.Path, CGROUP_LIMITS):
+        if path.is_file() and (limit := path.read_text().strip()).isdigit():
+            memory = min(memory, float(limit))
+    return memory
