@@ -188,7 +188,7 @@ def _run() -> None:
         sys.exit(130)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            command_line.fail(f"{error.filename or workdir} is too long for a path; choose a shorter one")
+            command_line.fail(f"{str(error.filename or workdir)[:80]}... is too long for a path; choose a shorter one")
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         command_line.fail(f"writing to {workdir} failed: {error.strerror}; free space there and start again")
