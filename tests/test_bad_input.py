@@ -121,7 +121,7 @@ MACHINE = [
     (["--config.data.batch_size=1048576", "--config.data.image_size=8192"], "needs at least .* GiB on each device"),
     (["--mode=sample", "--config.model.width=65536", "--config.model.depth=1024"], r"weights [\d,.]+, a batch"),
     (["--workdir={tmp}/{name}"], "is too long for a path; choose a shorter one"),
-    (["--workdir={tmp}/{name}", "--mode=sample", "--checkpoint={run}"], "is too long for a path"),
+    (["--workdir={tmp}/{name}", "--mode=sample", "--checkpoint={run}"], "samples can't be written: File name too long"),
     (["--config.init_from={tmp}/{name}"], "is too long for a path"),
     (["--config.data.source=image_folder", "--config.data.path={path}"], "too long for a path|no such"),
     (["--checkpoint={path}"], "is too long for a path"),
