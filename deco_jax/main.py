@@ -186,12 +186,16 @@ def _run() -> None:
     except KeyboardInterrupt:  # before or between what can be saved
         print("interrupted; the same command goes on from what is saved", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
+    except Exception as error:
+        from deco_jax.run import storage
+
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             command_line.fail(f"{str(error.filename or workdir)[:80]}... is too long for a path; choose a shorter one")
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        command_line.fail(f"writing to {workdir} failed: {error.strerror}; free space there and start again")
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            command_line.fail(f"writing to {workdir} failed: {error.strerror}; free space there and start again")
+        if line := storage.refusal(error):
+            command_line.fail(line)
+        raise
 
 
 def cli() -> None:

@@ -29,6 +29,7 @@ from deco_jax.data.features import caption_hash
 from deco_jax.errors import UserError
 from deco_jax.models import network as network_lib
 from deco_jax.models.qwen3 import Qwen3, Sizes
+from deco_jax.run import storage
 
 PADDING_TOKEN = "<|endoftext|>"
 BYTE_PADDING = BYTE_WIDTH - 1
@@ -63,7 +64,11 @@ def open_encoder(config: ml_collections.ConfigDict) -> Encoder:
     Raises:
         UserError: files are missing (with where to get them) or damaged.
     """
-    length, width, path = config.model.text_length, config.model.text_width, os.path.expanduser(config.text.path)
+    length, width, path = (
+        config.model.text_length,
+        config.model.text_width,
+        os.fspath(storage.local(os.path.expanduser(config.text.path))),
+    )
     if config.text.encoder == "bytes":
         identity = json.dumps(["bytes", length, width])
         return Encoder(

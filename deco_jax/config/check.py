@@ -17,6 +17,7 @@ from deco_jax.config.values import flatten
 from deco_jax.config.words import suggestion
 from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
+from deco_jax.run import storage
 from deco_jax.schema import Setting, wrong
 
 BYTE_WIDTH = 257  # what a caption's bytes can be, and padding
@@ -52,8 +53,11 @@ def settle_paths(config: ml_collections.ConfigDict, **flags: str) -> None:
     named = {f"--{name}": value for name, value in flags.items()}
     named |= {f"config.{key}": value for key, value in flatten(config.to_dict()).items()}
     for name, value in named.items():
-        if isinstance(value, str) and re.match(r"[a-z][a-z0-9+.-]*://", value):
-            raise UserError(f"{name}={value} is no path of this machine; mount it (gcsfuse, s3fs) and give that path")
+        if isinstance(value, str) and re.match(r"[a-z][a-z0-9+.-]*://", value) and not storage.is_remote(value):
+            raise UserError(
+                f"{name}={value} is neither a path nor in a bucket that is read here ({', '.join(storage.SCHEMES)}); "
+                "mount it and give that path"
+            )
         user = re.match(r"~(\w[\w.-]*)?(/|$)", value) if isinstance(value, str) else None
         if user is None:
             continue

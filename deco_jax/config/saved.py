@@ -16,6 +16,7 @@ import ml_collections
 from deco_jax.config.sections import MODEL, SECTIONS
 from deco_jax.config.values import flatten, make_config, nest, renamed, unknown
 from deco_jax.errors import UserError
+from deco_jax.run import storage
 
 NAME = "config.json"
 
@@ -44,7 +45,7 @@ def read(path: str | pathlib.Path) -> tuple[dict[str, Any], list[str]]:
         UserError: it can't be read, or is no saved config.
     """
     try:
-        values = json.loads(pathlib.Path(path).read_text())
+        values = json.loads(storage.path(path).read_text())
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -60,7 +61,7 @@ def read(path: str | pathlib.Path) -> tuple[dict[str, Any], list[str]]:
 
 def of_workdir(folder: str | pathlib.Path) -> pathlib.Path | None:
     """The saved config of a run's workdir, of its folder of checkpoints, or of one of them; None if there is none."""
-    folder = pathlib.Path(folder)
+    folder = storage.path(folder)
     for place in (folder / NAME, folder / "config" / "metadata", folder.parent / NAME):
         # Not Path.is_file(), which raises where a name is too long.
         if os.path.isfile(place) and (place.parent != folder.parent or folder.name == "checkpoints"):

@@ -13,6 +13,7 @@ from deco_jax.convert.mapping import TRANSPOSE, VECTOR, Row, Transform, fused, o
 from deco_jax.convert.torch_files import read_tensors
 from deco_jax.errors import UserError
 from deco_jax.models.dinov2 import GRID, PATCH, sizes
+from deco_jax.run import storage
 
 META_LAYOUT, HF_LAYOUT = "meta", "huggingface"
 META_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vit{0}14/dinov2_vit{0}14_pretrain.pth"
@@ -128,9 +129,10 @@ def check_teacher(path: str | os.PathLike[str] | None, size: str) -> Path:
     where = f"download {META_URL.format(size.lower())} or huggingface.co/{HF_NAMES[size]} (model.safetensors)"
     if not path:
         raise UserError(f"REPA needs the weights of DINOv2 ViT-{size}/14, and no path to them is set; {where}")
-    if not Path(path).exists():
+    path = storage.local(path)
+    if not path.exists():
         raise UserError(f"{path}: no DINOv2 weights there; {where}")
-    return Path(path)
+    return path
 
 
 def load_teacher(path: str | os.PathLike[str] | None, size: str = "B", *, dtype: Any = np.float32) -> dict[str, Any]:

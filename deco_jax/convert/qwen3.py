@@ -14,6 +14,7 @@ from deco_jax.convert.mapping import MATRIX, TRANSPOSE, VECTOR, Row, to_ours
 from deco_jax.convert.torch_files import read_safetensors, with_prefix_removed
 from deco_jax.errors import UserError
 from deco_jax.models.qwen3 import Sizes
+from deco_jax.run import storage
 
 # The output layer, tied to the embedding or its own: hidden states are taken before it.
 IGNORED = ("lm_head.weight",)
@@ -126,9 +127,9 @@ def check_encoder(folder: str | os.PathLike[str] | None) -> Sizes:
     """
     if not folder:
         raise UserError(f"text-to-image needs Qwen3's folder, and config.text.path is empty; {WHERE}")
-    if not Path(folder).is_dir():
+    if not storage.local(folder).is_dir():
         raise UserError(f"{folder}: no such folder, and Qwen3's weights should be there; {WHERE}")
-    return read_sizes(folder)
+    return read_sizes(storage.local(folder))
 
 
 def load_encoder(folder: str | os.PathLike[str] | None, *, dtype: Any = None) -> tuple[Sizes, dict[str, Any]]:
@@ -145,4 +146,4 @@ def load_encoder(folder: str | os.PathLike[str] | None, *, dtype: Any = None) ->
     """
     sizes = check_encoder(folder)
     assert folder is not None
-    return sizes, from_torch(sizes, read_safetensors(folder), dtype=dtype, what=str(folder))
+    return sizes, from_torch(sizes, read_safetensors(storage.local(folder)), dtype=dtype, what=str(folder))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import collections
 import hashlib
+import io
 import os
 import stat
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from deco_jax.data.captioned_pairs import (
 )
 from deco_jax.data.source import IMAGE_SUFFIXES, Source, printable
 from deco_jax.errors import UserError
+from deco_jax.run import storage
 
 # From here on it pays to start processes for reading headers: their own work is then what takes the time.
 MANY_PAIRS_OF_FILES = 20_000
@@ -72,7 +75,9 @@ class CaptionedFolder(Source):
         return os.path.join(self._root, folder, os.fsdecode(self._names[start : self._ends[index]]))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self._path(index), "label": 0, "caption": self.caption(index)}
+        path = self._path(index)
+        image = storage.read(path) if storage.is_remote(path) else path
+        return {"image": image, "label": 0, "caption": self.caption(index)}
 
     def caption(self, index: int) -> str:
         return _read_caption(self._path(index))
@@ -89,6 +94,8 @@ class CaptionedFolder(Source):
 
 def _read_caption(image_path: str) -> str:
     path = os.path.splitext(image_path)[0] + ".txt"
+    if storage.is_remote(path):
+        return parse_caption(storage.read(path)[: MAX_CAPTION_BYTES + 1], is_json=False)
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_CAPTION_BYTES:
         raise ValueError(f"{path} is no file of at most {MAX_CAPTION_BYTES} bytes")
@@ -104,7 +111,13 @@ def _index_folders(root: str, num_workers: int) -> dict[str, Shard]:
     except OSError as error:
         raise UserError(f"cannot list the images in {root}: {error}; check path and permissions") from error
     files = [os.path.join(root, folder, name) for folder, names in folders.items() for name in names]
-    stamps = iter(map_in_chunks(_stamp, files, 0))
+    stamps: Iterator[bytes]
+    if storage.is_remote(root):
+        stamp_of = storage.tree(root)
+        names_below = [os.path.join(folder, name) for folder, names in folders.items() for name in names]
+        stamps = (f"{stamp_of.get(name, 'gone')}\n".encode() for name in names_below)
+    else:
+        stamps = iter(map_in_chunks(_stamp, files, 0))
     keys, stale = {}, []
     for folder, names in folders.items():
         digest = hashlib.blake2b(digest_size=16)
@@ -156,15 +169,22 @@ def _stamp(path: str) -> bytes:
 def _look_at_pair(path: str) -> tuple[int, int] | str:
     """(width, height) of an image with a good caption, or why it can't be used."""
     try:
+        if storage.is_remote(path):
+            data = storage.read(path)
+            size = header_size(io.BytesIO(data), len(data))
+            return size if isinstance(size, str) else _with_caption(path, size)
         if not os.path.isfile(path):  # opening a pipe would wait forever
             return BROKEN
         with open(path, "rb") as file:
             size = header_size(file, os.fstat(file.fileno()).st_size)
     except OSError:
         return BROKEN
-    if isinstance(size, tuple):
-        try:
-            _read_caption(path)
-        except (OSError, ValueError):
-            return BAD_CAPTION
+    return size if isinstance(size, str) else _with_caption(path, size)
+
+
+def _with_caption(path: str, size: tuple[int, int]) -> tuple[int, int] | str:
+    try:
+        _read_caption(path)
+    except (OSError, ValueError):
+        return BAD_CAPTION
     return size

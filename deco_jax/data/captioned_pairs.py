@@ -24,7 +24,7 @@ from PIL import Image
 
 from deco_jax.data.workers import follow_main
 from deco_jax.errors import UserError
-from deco_jax.run import files
+from deco_jax.run import files, storage
 
 MAX_PIXELS = 89_478_485  # where PIL begins to suspect a decompression bomb
 MAX_IMAGE_BYTES = 2**30
@@ -101,6 +101,9 @@ def select_large(
 
 def walk(root: str, folder: str = "") -> Iterator[tuple[str, list[str]]]:
     """Each folder with its sorted files, the hidden ones left out."""
+    if storage.is_remote(root):
+        yield from storage.walk(root)
+        return
     names: list[str] = []
     folders: list[str] = []
     with os.scandir(os.path.join(root, folder)) as entries:
@@ -134,9 +137,10 @@ class PairIndex:
 
     def __init__(self, root: str, kind: str, pair: np.dtype) -> None:
         self._kind, self._pair = kind, pair
-        folder, name = (root, "") if os.path.isdir(root) else os.path.split(root)
+        folder, name = (root, "") if storage.path(root).is_dir() else os.path.split(root)
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        place = hashlib.sha256(os.fsencode(f"{kind} {os.path.realpath(root)}")).hexdigest()[:32]
+        where = root if storage.is_remote(root) else os.path.realpath(root)
+        place = hashlib.sha256(os.fsencode(f"{kind} {where}")).hexdigest()[:32]
         self._paths = [
             os.path.join(folder, f".{name}{'.' if name else ''}{kind}.index.npz"),
             os.path.join(cache, "deco_jax", f"{place}.index.npz"),
@@ -177,7 +181,7 @@ class PairIndex:
     def _load(self, path: str) -> dict[str, Shard]:
         try:
             # np.load would leave a file open that is not what it seems.
-            with open(path, "rb") as opened, np.load(opened) as file:
+            with storage.path(path).open("rb") as opened, np.load(opened) as file:
                 table, pairs, names = json.loads(file["table"].tobytes()), file["pairs"], file["names"].tobytes()
             counts, sizes = [row[2] for row in table["shards"]], [row[3] for row in table["shards"]]
             if table["rules"] != self._rules() or pairs.dtype != self._pair:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from deco_jax.data.source import Source
 from deco_jax.errors import UserError
-from deco_jax.run import files
+from deco_jax.run import files, storage
 
 SHARD_BYTES = 2**28
 # So many captions, evenly spread, are compared before a training starts; the others when they are read.
@@ -55,7 +56,7 @@ class Features:
     """
 
     def __init__(self, folder: str | pathlib.Path, key: dict[str, Any]) -> None:
-        self.folder = pathlib.Path(folder).expanduser()
+        self.folder = storage.path(os.path.expanduser(folder))
         path = self.folder / "store.json"
         try:
             stored = json.loads(path.read_text())
@@ -90,7 +91,7 @@ class Features:
         if name not in self._open:
             path = self.folder / f"{name}.npy"
             try:
-                self._open[name] = np.load(path, mmap_mode="r")
+                self._open[name] = storage.open_rows(path)
             except (OSError, ValueError) as error:
                 raise UserError(f"{path} can't be read ({str(error).splitlines()[0]}); {REMEDY}") from error
         return self._open[name]
@@ -119,7 +120,7 @@ class Features:
     @property
     def null(self) -> np.ndarray:
         """uint16 [length, width]: the empty prompt's."""
-        return np.load(self.folder / "null.npy")
+        return np.asarray(storage.load_array(self.folder / "null.npy"))
 
     def indices(self, shard: int) -> range:
         """Of the captions in a shard."""
@@ -156,7 +157,7 @@ class Features:
 
 def create(folder: str | pathlib.Path, key: dict[str, Any]) -> None:
     """Start a store for `key`, with its encoder; one that is there already is left as it is."""
-    folder = pathlib.Path(folder)
+    folder = storage.path(folder)
     path = folder / "store.json"
     if path.exists():
         return

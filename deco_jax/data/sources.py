@@ -20,6 +20,7 @@ from deco_jax.data.source import IMAGE_SUFFIXES, Source, printable
 from deco_jax.data.transforms import image_sides
 from deco_jax.data.webdataset import WebDataset
 from deco_jax.errors import UserError
+from deco_jax.run import storage
 
 # The last three have captions instead of classes.
 SOURCES = ("digits", "image_folder", "tfds", "captioned_digits", "captioned_folder", "webdataset")
@@ -78,6 +79,9 @@ class ImageFolder(Source):
     def __init__(self, root: str) -> None:
         self._root = root
         try:
+            if storage.is_remote(root):
+                self.class_names, listings = _list_remote(root)
+                return self._arrange(listings)
             with os.scandir(root) as entries:
                 self.class_names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
             folders = [os.path.join(root, name) for name in self.class_names]
@@ -86,12 +90,16 @@ class ImageFolder(Source):
                 listings = list(pool.map(_list_images, folders))
         except OSError as error:
             raise UserError(f"cannot list the images in {root}: {error}; check path and permissions") from error
+        self._arrange(listings)
+
+    def _arrange(self, listings: list[tuple[bytes, np.ndarray]]) -> None:
+        root = self._root
         if not listings:
             raise UserError(f"{root} has no class folders; put the images into {os.path.join(root, '<class>')}/")
         if not any(counts := [len(ends) for _, ends in listings]):
             raise UserError(f"{root} has class folders without images ({', '.join(IMAGE_SUFFIXES)}); check the path")
         if 0 in counts:
-            empty = folders[counts.index(0)]
+            empty = os.path.join(root, self.class_names[counts.index(0)])
             raise UserError(f"the class folder {empty} holds no images; fill it, or remove it if it is not a class")
         # One buffer of names instead of a million strings: workers get a copy of it.
         self._names = b"".join(names for names, _ in listings)
@@ -103,7 +111,8 @@ class ImageFolder(Source):
         return len(self._ends)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self._path(index), "label": self._label(index)}
+        path = self._path(index)
+        return {"image": storage.read(path) if storage.is_remote(path) else path, "label": self._label(index)}
 
     def _label(self, index: int) -> int:
         return int(np.searchsorted(self._class_ends, index, side="right"))
@@ -140,6 +149,21 @@ def _list_images(folder: str) -> tuple[bytes, np.ndarray]:
     return b"".join(names), np.cumsum([len(name) for name in names], dtype=np.int64)
 
 
+def _list_remote(root: str) -> tuple[list[str], list[tuple[bytes, np.ndarray]]]:
+    """The classes under a folder of a bucket, and of each what `_list_images` says."""
+    classes: dict[str, list[bytes]] = {}
+    with storage.answering(root):
+        names = list(storage.tree(root))
+    for name in names:
+        first, _, rest = name.partition("/")
+        if rest and not any(part.startswith(".") for part in name.split("/")):
+            found = classes.setdefault(first, [])
+            if rest.lower().endswith(IMAGE_SUFFIXES):
+                found.append(os.fsencode(rest))
+    listings = [sorted(classes[name]) for name in sorted(classes)]
+    return sorted(classes), [(b"".join(n), np.cumsum([len(name) for name in n], dtype=np.int64)) for n in listings]
+
+
 class Tfds(Source):
     """A dataset that TensorFlow Datasets prepared as ArrayRecords, with features `image` and `label`.
 
@@ -150,7 +174,7 @@ class Tfds(Source):
 
     def __init__(self, path: str, split: str = "train") -> None:
         self._split = split
-        self._folder = path if os.path.isdir(path) else _prepare(path)
+        self._folder = path if storage.path(path).is_dir() else _prepare(path)
         try:
             features = self._builder.info.features
             self.class_names = list(features["label"].names)
@@ -244,7 +268,10 @@ def open_source(data: Any) -> Source:
     if data.source == "tfds":
         return Tfds(path, split or "train")
     root = os.path.join(path, split) if split else path
-    if not os.path.isdir(root) and not (data.source == "webdataset" and os.path.isfile(root)):
+    with storage.answering(root):
+        where = storage.path(root)
+        there = where.is_dir() or (data.source == "webdataset" and where.is_file())
+    if not there:
         raise UserError(f"no such folder: {root}; set --config.data.path (and --config.data.split, its subfolder)")
     if data.source == "image_folder":
         return ImageFolder(root)

@@ -9,8 +9,8 @@ import os
 import re
 import tarfile
 import threading
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -35,8 +35,10 @@ from deco_jax.data.captioned_pairs import (
 )
 from deco_jax.data.source import IMAGE_SUFFIXES, Source, printable
 from deco_jax.errors import UserError
+from deco_jax.run import storage
 
 MAX_OPEN_TARS = 64  # per process
+MAX_BETWEEN = 2**16  # bytes of a bucket's tar that are read for nothing, to save a request
 # From here on it pays to start processes for reading headers: their own work is then what takes the time.
 MANY_BYTES_OF_TARS = 2**30
 
@@ -94,8 +96,20 @@ class WebDataset(Source):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         tar, pair = self._tar(index), self._pairs[index]
+        if storage.is_remote(tar) and (sample := self._read_together(tar, pair)):
+            return sample
         image = self._files.read(tar, int(pair["image_at"]), int(pair["image_size"]))
         return {"image": image, "label": 0, "caption": self.caption(index)}
+
+    def _read_together(self, tar: str, pair: np.void) -> dict[str, Any] | None:
+        """A sample in one request, where little lies between its image and its caption."""
+        spans = [(int(pair[f"{part}_at"]), int(pair[f"{part}_size"])) for part in ("image", "caption")]
+        start, end = min(at for at, _ in spans), max(at + size for at, size in spans)
+        if end - start > sum(size for _, size in spans) + MAX_BETWEEN:
+            return None
+        data = self._files.read(tar, start, end - start)
+        image, caption = (data[at - start : at - start + size] for at, size in spans)
+        return {"image": image, "label": 0, "caption": parse_caption(caption, bool(pair["json"]))}
 
     def caption(self, index: int) -> str:
         pair = self._pairs[index]
@@ -123,18 +137,18 @@ def _index_tars(root: str, num_workers: int) -> dict[str, Shard]:
     """Relative path → what is in the archive, for all archives under root; "" for root itself."""
     index = PairIndex(root, "webdataset", TAR_PAIR)
     try:
-        if os.path.isdir(root):
+        if storage.path(root).is_dir():
             files = [os.path.join(folder, name) for folder, names in walk(root) for name in names]
             names = sorted(name for name in files if name.lower().endswith(".tar"))
         else:
             names = [""]
         paths = {name: os.path.join(root, name) if name else root for name in names}
-        status = {name: os.stat(path) for name, path in paths.items()}
+        stamps = {name: stamp_of(path) for name, path in paths.items()}
         if not names:
             raise UserError(f"{root} holds no .tar archive; check data.path")
-        keys = {name: f"{s.st_size} {s.st_mtime_ns}" for name, s in status.items()}
+        keys = {name: key for name, (_, key) in stamps.items()}
         stale = [name for name in names if not index.knows(name, keys[name])]
-        many = sum(status[name].st_size for name in stale) > MANY_BYTES_OF_TARS
+        many = sum(stamps[name][0] for name in stale) > MANY_BYTES_OF_TARS
         with worker_pool(min(num_workers, len(stale)) if many else 0) as pool:
             looked_at = pool.map(look_into_tar, [paths[name] for name in stale])
             for done, (name, (pairs, skipped)) in enumerate(zip(stale, looked_at, strict=True), 1):
@@ -144,6 +158,15 @@ def _index_tars(root: str, num_workers: int) -> dict[str, Shard]:
     except OSError as error:
         raise UserError(f"cannot read the archives in {root}: {error}; check path and permissions") from error
     return index.finish(names)
+
+
+def stamp_of(path: str) -> tuple[int, str]:
+    """Bytes of a file, and what changes when it does."""
+    if storage.is_remote(path):
+        stamp = storage.stamp(path)
+        return int(stamp.partition(" ")[0]), stamp
+    status = os.stat(path)
+    return status.st_size, f"{status.st_size} {status.st_mtime_ns}"
 
 
 class _Group:
@@ -165,8 +188,8 @@ def look_into_tar(path: str) -> tuple[np.ndarray, dict[str, int]]:
     skipped: collections.Counter[str] = collections.Counter()
     groups: dict[str, _Group] = {}
 
-    with open(path, "rb") as file:
-        descriptor = file.fileno()
+    with open_tar(path) as file:
+        read = file.read_at
 
         def finish(group: _Group) -> None:
             if not group.has_image:
@@ -175,7 +198,7 @@ def look_into_tar(path: str) -> tuple[np.ndarray, dict[str, int]]:
             for suffix in (".txt", ".json"):
                 at, size = group.captions.get(suffix, (0, 0))
                 try:
-                    parse_caption(os.pread(descriptor, size, at), suffix == ".json")
+                    parse_caption(read(size, at), suffix == ".json")
                 except (OSError, ValueError):
                     continue
                 rows.extend((*image, at, size, suffix == ".json") for image in group.images)
@@ -190,7 +213,7 @@ def look_into_tar(path: str) -> tuple[np.ndarray, dict[str, int]]:
             group, last = groups.setdefault(key, _Group()), key
             if suffix in IMAGE_SUFFIXES:
                 group.has_image = True
-                found = header_size(io.BufferedReader(_Part(descriptor, at, size)), size)
+                found = header_size(io.BufferedReader(_Part(read, at, size)), size)
                 if isinstance(found, str):
                     skipped[found] += 1
                 else:
@@ -204,9 +227,10 @@ def look_into_tar(path: str) -> tuple[np.ndarray, dict[str, int]]:
     return np.array(rows, TAR_PAIR), {reason: count for reason, count in skipped.items() if count}
 
 
-def _members(file: BinaryIO, skipped: collections.Counter[str]) -> Iterator[tuple[str, str, int, int]]:
+def _members(file: Any, skipped: collections.Counter[str]) -> Iterator[tuple[str, str, int, int]]:
     """(key, suffix, position, bytes) of the images and captions in a tar, as far as it is whole."""
-    end = os.fstat(file.fileno()).st_size
+    end = file.seek(0, os.SEEK_END)
+    file.seek(0)
     try:
         archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  closed below; the file is the caller's
     except Exception:  # on damaged headers tarfile raises nearly anything
@@ -237,15 +261,48 @@ def _members(file: BinaryIO, skipped: collections.Counter[str]) -> Iterator[tupl
                 # What the end of the file cuts off has nothing in it.
                 yield key, suffix, member.offset_data, member.size if member.offset_data + member.size <= end else 0
         # A header that makes no sense ends tarfile's reading in silence; the proper end is empty.
-        if any(os.pread(file.fileno(), 512, archive.offset)):
+        if any(file.read_at(512, archive.offset)):
             skipped[DAMAGED] += 1
+
+
+class _Tar(io.FileIO):
+    """A tar on this machine; `read_at` leaves the position alone."""
+
+    def read_at(self, size: int, start: int) -> bytes:
+        return os.pread(self.fileno(), size, start)
+
+
+class _RemoteTar:
+    """A tar in a bucket, read in blocks by one thread; as a file it is what tarfile needs."""
+
+    def __init__(self, path: str) -> None:
+        self._file = storage.open_blocks(path)
+        self.read, self.seek, self.tell = self._file.read, self._file.seek, self._file.tell
+
+    def read_at(self, size: int, start: int) -> bytes:
+        at = self.tell()
+        try:
+            self.seek(start)
+            return self.read(size)
+        finally:
+            self.seek(at)
+
+    def __enter__(self) -> _RemoteTar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def open_tar(path: str) -> _Tar | _RemoteTar:
+    return _RemoteTar(path) if storage.is_remote(path) else _Tar(path)
 
 
 class _Part(io.RawIOBase):
     """`size` bytes of a file from `start` on, as a file of their own."""
 
-    def __init__(self, descriptor: int, start: int, size: int) -> None:
-        self._descriptor, self._start, self._size, self._at = descriptor, start, size, 0
+    def __init__(self, read: Callable[[int, int], bytes], start: int, size: int) -> None:
+        self._read_at, self._start, self._size, self._at = read, start, size, 0
 
     def readable(self) -> bool:
         return True
@@ -259,7 +316,7 @@ class _Part(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         count = max(0, min(len(buffer), self._size - self._at))
-        data = os.pread(self._descriptor, count, self._start + self._at)
+        data = self._read_at(count, self._start + self._at)
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
@@ -273,6 +330,8 @@ class _OpenFiles:
         self._lock = threading.Lock()
 
     def read(self, path: str, start: int, size: int) -> bytes:
+        if storage.is_remote(path):
+            return storage.read_range(path, start, size)
         with self._lock:
             file = self._files.pop(path, None) or _File(path)
             self._files[path] = file

@@ -6,7 +6,6 @@ so its images/s and the step's say which of the two a run would wait for.
 
 from __future__ import annotations
 
-import pathlib
 import statistics
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from deco_jax.method.objective import make_method
 from deco_jax.method.optimizer import make_optimizer
 from deco_jax.method.training import abstract_networks, choose_remat, lower_observe, lower_train_step
 from deco_jax.programs.train import open_batches
-from deco_jax.run import choices, distributed, hardware, monitor, sharding
+from deco_jax.run import choices, distributed, hardware, monitor, sharding, storage
 from deco_jax.run.state import create_state
 from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import write_json
@@ -48,7 +47,7 @@ def benchmark(config: ml_collections.ConfigDict, workdir: str, import_seconds: f
     sharding.check_batch(mesh, config.data.batch_size, "config.data.batch_size", config.optimizer.accumulate_steps)
     source = sources.open_source(config.data)
     condition = open_condition(config, mesh, source)
-    make_workdir(pathlib.Path(workdir))
+    make_workdir(storage.path(workdir))
     main_host = jax.process_index() == 0
 
     def say(text: str) -> None:
@@ -91,7 +90,7 @@ def benchmark(config: ml_collections.ConfigDict, workdir: str, import_seconds: f
     memory = monitor.peak_memory()
     report["peak_memory_bytes"] = memory
     if main_host:
-        path = pathlib.Path(workdir) / "benchmark.json"
+        path = storage.path(workdir) / "benchmark.json"
         write_json(path, report)
         parts = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in report["train_step_bytes"].items())
         say(f"GiB of a device, by the compiled training step: {parts}")

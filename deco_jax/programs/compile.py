@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import os
-import pathlib
 import re
 import time
 from collections.abc import Mapping
@@ -35,7 +34,7 @@ from deco_jax.models import inception
 from deco_jax.models import network as network_lib
 from deco_jax.programs.benchmark import any_contexts
 from deco_jax.run import estimate as estimate_lib
-from deco_jax.run import hardware, monitor, sharding
+from deco_jax.run import hardware, monitor, sharding, storage
 from deco_jax.run import program as program_lib
 from deco_jax.run.choices import AUTO, Refused, compile_or_refused, policies
 from deco_jax.run.hardware import device_memory
@@ -60,17 +59,17 @@ def compile_program(
     devices = topology_devices(topology)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     check_batch(config, mesh, what)
-    make_workdir(pathlib.Path(workdir))
+    make_workdir(storage.path(workdir))
     # The report names lines of today's code; a program in JAX's cache may carry yesterday's.
     jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
     if search:
         from deco_jax.programs.search import search_settings
 
-        return search_settings(config, pathlib.Path(workdir), devices, topology or "this machine")
+        return search_settings(config, storage.path(workdir), devices, topology or "this machine")
     print(f"compiling {WHAT[what]} for {mesh.size} x {devices[0].device_kind} ...", flush=True)
     report = compile_report(config, mesh, what)
     report["topology"] = topology or "this machine"
-    path = pathlib.Path(workdir) / "compile.json"
+    path = storage.path(workdir) / "compile.json"
     write_json(path, report)
     print(describe(report), flush=True)
     print(f"wrote {path}", flush=True)

@@ -5,7 +5,6 @@ Arrays stay on the host: nothing here needs an accelerator, and a file is read t
 
 from __future__ import annotations
 
-import pathlib
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from deco_jax.data import imagenet
 from deco_jax.errors import UserError
 from deco_jax.models import dinov2, network
 from deco_jax.models.projector import make_projector
-from deco_jax.run import checkpoint, sharding
+from deco_jax.run import checkpoint, sharding, storage
 from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import write_json
 
@@ -39,7 +38,7 @@ def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: s
         raise UserError("--mode=import needs --source=FILE.ckpt, the checkpoint to import")
     if checkpoint.complete_steps(workdir):
         raise UserError(f"--workdir={workdir} has checkpoints already; choose an empty folder for the imported one")
-    file = torch_files.read_lightning(source)
+    file = torch_files.read_lightning(storage.local(source))
     like = network.build(config.model.to_dict()).shapes
     denoiser = deco.from_torch(config.model, file.denoiser or file.ema, like=like, what=source)
     average = deco.from_torch(config.model, file.ema or file.denoiser, like=like, what=source)
@@ -53,7 +52,7 @@ def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: s
     elif file.projector:
         print(f"{source} has a REPA projector, left out because config.loss.repa_weight=0", flush=True)
 
-    folder = pathlib.Path(workdir)
+    folder = storage.path(workdir)
     make_workdir(folder)
     state = {"step": np.int32(file.step), "skipped": np.int32(0), "params": params, "averages": {"ema": average}}
     checkpoints = checkpoint.Checkpoints(folder, config.train.keep_checkpoints)
@@ -92,7 +91,7 @@ def export_checkpoint(config: ml_collections.ConfigDict, workdir: str, checkpoin
     params = _on_host(checkpoint.load_params(where, shapes, config, mesh))
     average = _on_host(checkpoint.load_average(where, denoiser.shapes, config, mesh))
 
-    folder = pathlib.Path(workdir) / "export"
+    folder = storage.path(workdir) / "export"
     make_workdir(folder)
     ema = deco.to_torch(config.model, average)
     projector = deco.projector_to_torch(params["projector"]) if "projector" in params else {}

@@ -5,7 +5,7 @@ Finished files stay, so a run that was cut off continues; `data/features.py` has
 
 from __future__ import annotations
 
-import pathlib
+import os
 import time
 
 import jax
@@ -17,7 +17,7 @@ from deco_jax.conditioning import texts as texts_lib
 from deco_jax.data import features as features_lib
 from deco_jax.data import sources
 from deco_jax.errors import UserError
-from deco_jax.run import distributed, sharding
+from deco_jax.run import distributed, sharding, storage
 from deco_jax.run.workdir import make_workdir
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -43,7 +43,7 @@ def encode(config: ml_collections.ConfigDict, workdir: str) -> None:
     sources.check_classes(source, config.model.num_classes)
     encoder = encoders.open_encoder(config)
     key = texts_lib.features_key(config, source)
-    folder = pathlib.Path(settings.features).expanduser()
+    folder = storage.path(os.path.expanduser(settings.features))
     if (folder / "store.json").exists():
         features_lib.Features(folder, key).check_some(source)
     texts = texts_lib.Texts(config, mesh, source, encoder, None)

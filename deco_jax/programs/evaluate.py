@@ -40,7 +40,7 @@ from deco_jax.evaluation.precision_recall import precision_recall
 from deco_jax.evaluation.statistics import Accumulator, NpzImages, Statistics, read_reference, small_sample_warning
 from deco_jax.models import network as network_lib
 from deco_jax.models.inception import FeatureExtractor
-from deco_jax.run import checkpoint, distributed, sharding
+from deco_jax.run import checkpoint, distributed, sharding, storage
 from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import write_json
 from deco_jax.sampling import generate
@@ -60,8 +60,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: s
     warnings = warnings_about(samples, reference)
     extractor = FeatureExtractor(load_inception(inception), min(settings.batch_size, samples.total), mesh)
     weights = _digest(inception.read_bytes())
-    folder = pathlib.Path(workdir) / FOLDER
-    for written in (folder, pathlib.Path(settings.cache or folder)):
+    folder = storage.path(workdir) / FOLDER
+    for written in (folder, storage.path(settings.cache or folder)):
         make_workdir(written)
     if jax.process_index() == 0:
         for line in warnings:
@@ -89,7 +89,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: s
         "seconds": round(time.monotonic() - began, 1),
     }
     if jax.process_index() == 0:
-        path = pathlib.Path(workdir) / "evaluation.json"
+        path = storage.path(workdir) / "evaluation.json"
         write_json(path, result)
         print(table(result))
         print(f"wrote {path}")
@@ -163,6 +163,7 @@ def inception_path(config: ml_collections.ConfigDict) -> pathlib.Path:
     path = config.evaluate.inception
     if not path:
         raise UserError(f"config.evaluate.inception is empty; give the path of the Inception weights: {WHERE}")
+    path = os.fspath(storage.local(path))
     if not os.path.isfile(path):
         raise UserError(f"no Inception weights at {path} (config.evaluate.inception); {WHERE}")
     return pathlib.Path(path)
@@ -243,6 +244,7 @@ def open_samples(config: ml_collections.ConfigDict, workdir: str, checkpoint_pat
         return drawn_samples(config, workdir, checkpoint_path, mesh)
     if checkpoint_path:
         raise UserError("--checkpoint draws samples and config.evaluate.samples names others; give one of them")
+    path = os.fspath(storage.local(path))
     if os.path.isdir(path):
         return folder_images(pathlib.Path(path))
     if not os.path.isfile(path):
@@ -357,7 +359,7 @@ class ReferenceSet(NamedTuple):
             path = folder / "reference.npz"
             if settings.cache:  # where several may lie
                 named = _digest(measured_from(self.images, weights, num_kept).encode())
-                path = pathlib.Path(settings.cache) / f"reference_{named[:16]}.npz"
+                path = storage.path(settings.cache) / f"reference_{named[:16]}.npz"
             measured = measure(self.images, extractor, path, weights, num_kept, settings.save_every)
         statistics = self.statistics
         if statistics is None:

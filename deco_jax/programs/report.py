@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import pathlib
-
 import ml_collections
 
 from deco_jax.errors import UserError
 from deco_jax.report.history import read_run
 from deco_jax.report.page import page
+from deco_jax.run import storage
 from deco_jax.run.workdir import listed, make_folder, short_names
 from deco_jax.run.writer import write_atomically
 
 
 def report(config: ml_collections.ConfigDict, workdir: str) -> None:
     """Write WORKDIR/report.html about that workdir, or about those of config.report.workdirs."""
-    settings, folder = config.report, pathlib.Path(workdir)
+    settings, folder = config.report, storage.path(workdir)
     folders = listed(settings.workdirs) or [folder]
-    if len({path.absolute() for path in folders}) < len(folders):
+    if len({storage.absolute(path) for path in folders}) < len(folders):
         raise UserError(f"config.report.workdirs={settings.workdirs} names a workdir twice; give each once")
     runs = [
         read_run(path, name, settings.grids, settings.grid_pixels)
@@ -28,5 +27,6 @@ def report(config: ml_collections.ConfigDict, workdir: str) -> None:
         for note in run.notes:
             print(f"{run.name}: {note}")
     where = folder / "report.html"
-    write_atomically(where, page(runs).encode())
-    print(f"wrote {where} ({where.stat().st_size / 2**20:.1f} MiB) of {len(runs)} run{'s' if len(runs) > 1 else ''}")
+    text = page(runs).encode()
+    write_atomically(where, text)
+    print(f"wrote {where} ({len(text) / 2**20:.1f} MiB) of {len(runs)} run{'s' if len(runs) > 1 else ''}")

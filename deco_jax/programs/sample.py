@@ -8,7 +8,6 @@ Finished batches are kept in samples/parts until all are there, so a run that wa
 from __future__ import annotations
 
 import pathlib
-import shutil
 import time
 import zipfile
 
@@ -23,7 +22,7 @@ from deco_jax.conditioning.requests import Prompts, Requests
 from deco_jax.data import prompts as prompts_lib
 from deco_jax.data import sources
 from deco_jax.models import network as network_lib
-from deco_jax.run import checkpoint, distributed, files, sharding
+from deco_jax.run import checkpoint, distributed, files, sharding, storage
 from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import save_png, write_atomically
 from deco_jax.sampling import generate
@@ -41,7 +40,7 @@ def sample(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str
     params = checkpoint.load_average(where, network.shapes, config, mesh)
     requests = requests_lib.sampling_requests(config.sample, condition, prompts)
     count = requests.count
-    folder = pathlib.Path(workdir) / "samples"
+    folder = storage.path(workdir) / "samples"
     make_workdir(folder)
 
     parts = Parts(folder / "parts", generate.fingerprint(config, where, requests.names))
@@ -79,13 +78,10 @@ def write_all(
 
 def write_prompted(folder: pathlib.Path, prompts: Prompts, parts: Parts) -> None:
     """All images in their benchmark's layout; the folder appears when it is complete, and replaces an older one."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
     each = prompts.images_each
-    for i in range(len(prompts.set)):
-        prompts_lib.write_images(part, prompts.set, i, parts.take(np.arange(i * each, (i + 1) * each)))
-    shutil.rmtree(folder, ignore_errors=True)
-    part.replace(folder)
+    with storage.replaced_folder(folder) as part:
+        for i in range(len(prompts.set)):
+            prompts_lib.write_images(part, prompts.set, i, parts.take(np.arange(i * each, (i + 1) * each)))
 
 
 class Parts:
@@ -97,10 +93,10 @@ class Parts:
         if jax.process_index() == 0:
             note = folder / "request"
             if not note.exists() or note.read_text() != request:
-                shutil.rmtree(folder, ignore_errors=True)
+                storage.remove_tree(folder)
                 write_atomically(note, request.encode())
             while (path := self._path(self.count)).exists():
-                self.count += len(np.load(path, mmap_mode="r"))
+                self.count += len(storage.load_array(path))
         self.count = distributed.from_main_host(self.count)
 
     def _path(self, first: int) -> pathlib.Path:
@@ -114,18 +110,18 @@ class Parts:
 
     def arrays(self) -> list[np.ndarray]:
         """All batches, memory-mapped, in order."""
-        return [np.load(path, mmap_mode="r") for path in sorted(self.folder.glob("*.npy"))]
+        return [storage.load_array(path) for path in sorted(self.folder.glob("*.npy"))]
 
     def take(self, indices: np.ndarray) -> np.ndarray:
         """Images by index, uint8 [len(indices), height, width, 3]."""
         paths = sorted(self.folder.glob("*.npy"))
         firsts = np.asarray([int(path.stem) for path in paths])
         holding = np.searchsorted(firsts, indices, side="right") - 1  # of each image, the file that it is in
-        arrays = {k: np.load(paths[k], mmap_mode="r") for k in np.unique(holding)}
+        arrays = {k: storage.load_array(paths[k]) for k in np.unique(holding)}
         return np.stack([arrays[k][i - firsts[k]] for i, k in zip(indices, holding, strict=True)])
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder)
+        storage.remove_tree(self.folder)
 
 
 def write_npz(path: pathlib.Path, parts: Parts) -> None:

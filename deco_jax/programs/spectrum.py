@@ -30,7 +30,7 @@ from deco_jax.method.losses.frequency import jpeg_weights
 from deco_jax.method.predictions import make_prediction
 from deco_jax.models import network as network_lib
 from deco_jax.models.network import Network, Params
-from deco_jax.run import checkpoint, files, sharding
+from deco_jax.run import checkpoint, files, sharding, storage
 from deco_jax.run.workdir import listed, make_workdir, short_names
 from deco_jax.run.writer import write_json
 from deco_jax.sampling import generate, guidance, samplers
@@ -46,12 +46,12 @@ def spectrum(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: s
     except ImportError:
         raise UserError("drawing the spectrum needs matplotlib; run: pip install matplotlib") from None
 
-    folder = pathlib.Path(workdir)
+    folder = storage.path(workdir)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     named = listed(config.spectrum.checkpoints)
     if named and checkpoint_path:
         raise UserError("--checkpoint and config.spectrum.checkpoints name checkpoints; give one of them")
-    read = named or [pathlib.Path(checkpoint_path or workdir)]
+    read = named or [storage.path(checkpoint_path or workdir)]
     runs = [(name, checkpoint.find(str(where))) for name, where in zip(short_names(read), read, strict=True)]
     stored = [stored_config(where, config) for _, where in runs]
     source = sources.open_source(config.data)

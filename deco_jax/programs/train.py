@@ -27,7 +27,7 @@ from deco_jax.method.optimizer import make_optimizer
 from deco_jax.method.training import Batch, Metrics, Observer, choose_remat, lower_train_step, make_networks
 from deco_jax.models.network import Network
 from deco_jax.programs.evaluate import QuickFID
-from deco_jax.run import checkpoint, distributed, monitor, preemption, settings, sharding
+from deco_jax.run import checkpoint, distributed, monitor, preemption, settings, sharding, storage
 from deco_jax.run.state import State, create_state, state_shapes
 from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import Writer, write_json, write_overview
@@ -42,7 +42,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     Args:
         checkpoint_path: of another run, which a workdir without checkpoints goes on from: step, weights, moments.
     """
-    folder = pathlib.Path(workdir)
+    folder = storage.path(workdir)
 
     # Everything that can be wrong is found before anything compiles or is written.
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -75,7 +75,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
         )
     shapes = state_shapes(networks, optimizer, mesh, averages)
     requests = grid_requests(config, condition, frozen, prompts) if config.train.sample_every else None
-    for written in (folder, *([pathlib.Path(config.evaluate.cache)] if quick_fid and config.evaluate.cache else [])):
+    for written in (folder, *([storage.path(config.evaluate.cache)] if quick_fid and config.evaluate.cache else [])):
         make_workdir(written)
 
     checkpoints = checkpoint.Checkpoints(folder, config.train.keep_checkpoints)
@@ -234,6 +234,7 @@ def run(
                 since = time.monotonic()
                 pending = []
             if saving:
+                writer.sync()
                 with compilations.expected():  # of the copies that a save starts with
                     checkpoints.save(step, state, config)
             if stopping:  # who asks doesn't wait for a grid or a FID

@@ -163,7 +163,7 @@ def _read_picture(path: pathlib.Path, max_side: int, notes: list[str]) -> Pictur
     if not path.exists():
         return None
     try:
-        with Image.open(path) as file:
+        with path.open("rb") as opened, Image.open(opened) as file:
             whole = file.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         notes.append(f"{path.name} can't be read, and is left out")

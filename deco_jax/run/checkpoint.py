@@ -14,7 +14,6 @@ import json
 import logging as logging_lib
 import pathlib
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -31,12 +30,13 @@ from jax.sharding import Mesh
 from deco_jax import config as config_lib
 from deco_jax.errors import UserError
 from deco_jax.method.averages import EMA
-from deco_jax.run import checksums, distributed, lock
+from deco_jax.run import checksums, distributed, lock, storage
 from deco_jax.run.sharding import state_shardings
 from deco_jax.run.state import State
 
 FOLDER = "checkpoints"
 AVERAGE_ITEM = "average_"
+COMMITTED = "commit_success.txt"
 
 
 class Checkpoints:
@@ -48,7 +48,13 @@ class Checkpoints:
 
     def __init__(self, workdir: str | pathlib.Path, keep: int) -> None:
         _hush_orbax()
-        self.folder = (pathlib.Path(workdir) / FOLDER).absolute()
+        storage.limit_checkpoint_retries()
+        self.folder = storage.absolute(workdir) / FOLDER
+        if str(self.folder).startswith("s3://"):
+            raise UserError(
+                f"checkpoints can't be written to {self.folder}: Orbax writes them only to disks and gs://; "
+                "mount the bucket (mountpoint-s3, FSx) and give that path"
+            )
         self._lock = lock.RunLock(self.folder.parent)
         # All hosts of a run share the first one's. Before Orbax, which removes what others have begun to write.
         distributed.on_main_host(self._lock.acquire)
@@ -75,7 +81,8 @@ class Checkpoints:
 
     def _note_checksums(self) -> None:
         """Called by Orbax in the background when all is written, before the folder gets its name."""
-        if jax.process_index() == 0:
+        # A bucket's service keeps checksums itself; reading everything back would take as long as writing it.
+        if jax.process_index() == 0 and not storage.is_remote(self.folder):
             names = (str(self._writing), f"{self._writing}.orbax-checkpoint-tmp")
             for folder in self.folder.iterdir():
                 if folder.name == names[0] or folder.name.startswith(names[1]):
@@ -135,7 +142,7 @@ class Checkpoints:
         def rename() -> None:
             for number in later:
                 aside = self.folder / f"{number}.damaged"
-                shutil.rmtree(aside, ignore_errors=True)
+                storage.remove_tree(aside)
                 (self.folder / str(number)).rename(aside)
                 logging.error("the checkpoint of step %s is kept as %s", number, aside)
 
@@ -274,7 +281,7 @@ def find(workdir: str, checkpoint: str = "", config: ml_collections.ConfigDict |
     Raises:
         UserError: there is none; or it isn't of the model of `config`, if that is given.
     """
-    where = pathlib.Path(checkpoint or workdir).absolute()
+    where = storage.absolute(checkpoint or workdir)
     if (where / "ema").is_dir() and (where / "config").is_dir():
         path = where
     else:
@@ -290,11 +297,16 @@ def find(workdir: str, checkpoint: str = "", config: ml_collections.ConfigDict |
 
 
 def complete_steps(workdir: str | pathlib.Path) -> list[int]:
-    """Steps with a complete checkpoint, ascending: Orbax renames a finished one to its number."""
-    folder = pathlib.Path(workdir) / FOLDER
+    """Steps with a complete checkpoint, ascending.
+
+    Orbax renames a finished one to its number; in a bucket it puts COMMITTED last.
+    """
+    folder = storage.path(workdir) / FOLDER
+    remote = storage.is_remote(folder)
     if not folder.is_dir():
         return []
-    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit() and entry.is_dir())
+    entries = [entry for entry in folder.iterdir() if entry.name.isdigit() and entry.is_dir()]
+    return sorted(int(entry.name) for entry in entries if not remote or (entry / COMMITTED).exists())
 
 
 def written(path: pathlib.Path) -> str:

@@ -22,7 +22,7 @@ CHUNK = 2**22
 def write(folder: pathlib.Path) -> None:
     """Note the checksums of the files of a checkpoint's items; Orbax's own notes beside these may still change."""
     found = {
-        str(path.relative_to(folder)): [path.stat().st_size, _crc32(path)]
+        str(path.relative_to(folder)): _read(path)
         for path in sorted(folder.glob("*/**/*"))
         if path.is_file() and path.name != "commit_success.txt"
     }
@@ -44,16 +44,17 @@ def check(folder: pathlib.Path, item: str = "") -> None:
         return
     names = [name for name in sorted(noted) if not item or name.startswith(f"{item}/")]
     for name in names[jax.process_index() :: jax.process_count()]:
-        path, (size, crc) = folder / name, noted[name]
+        path = folder / name
         if not path.exists():
             raise ValueError(f"its file {name} is missing")
-        if path.stat().st_size != size or _crc32(path) != crc:
+        if _read(path) != noted[name]:
             raise ValueError(f"its file {name} isn't what was written: its checksum differs")
 
 
-def _crc32(path: pathlib.Path) -> int:
-    value = 0
+def _read(path: pathlib.Path) -> list[int]:
+    """The bytes of a file, and their CRC-32."""
+    size = value = 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
-            value = zlib.crc32(chunk, value)
-    return value
+            size, value = size + len(chunk), zlib.crc32(chunk, value)
+    return [size, value]

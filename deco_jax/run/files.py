@@ -10,12 +10,16 @@ import time
 import uuid
 from collections.abc import Iterator
 
+from deco_jax.run import storage
+
 STALE = 3600.0  # seconds after which nobody is still writing a part
 
 
 @contextlib.contextmanager
 def whole(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator[pathlib.Path]:
     """A path to write to, which takes the place of `path` if the block ends well and is removed if it doesn't.
+
+    Of a file in a bucket it lies on this machine, and is put there as one object.
 
     Args:
         shared: several processes may write the same file at once; the last one wins. Parts that a kill left behind
@@ -24,6 +28,10 @@ def whole(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator[pat
     Raises:
         OSError: the file, or a folder that it lies in, can't be written.
     """
+    if storage.is_remote(path):
+        with storage.staged(path) as part:
+            yield part
+        return
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # A fixed name where that will do: what a kill leaves behind is written over the next time.

@@ -2,7 +2,8 @@
 
 WORKDIR/.lock is locked with flock(2), which the system releases when its process ends, however it ends. Some shared
 file systems keep such locks to one machine, or have none: so the file also says who holds it, with a number that the
-holder raises every few seconds. A holder on another machine whose number stands still is gone.
+holder raises every few seconds. A holder on another machine whose number stands still is gone. A bucket has no such
+locks: there the record alone decides, made by a request that fails if there is one, and on one machine its process.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 from absl import logging
 
 from deco_jax.errors import UserError
+from deco_jax.run import storage
 
 FILE = ".lock"
 BEAT_SECONDS = 10.0
@@ -69,10 +71,10 @@ class RunLock:
             self._open()
             try:
                 self._check_other_machines()
+                self._write()
             except BaseException:
-                os.close(self._file)
+                self._close()
                 raise
-            self._write()
             self._thread = threading.Thread(target=self._keep_beating, daemon=True)
             self._thread.start()
             _held[self.path] = self
@@ -90,11 +92,13 @@ class RunLock:
         held._done.set()
         assert held._thread is not None
         held._thread.join()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(held._unreachable()):
             held.path.unlink()
-        os.close(held._file)
+        held._close()
 
     def _open(self) -> None:
+        if storage.is_remote(self.path):
+            return
         while True:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
@@ -114,6 +118,10 @@ class RunLock:
     def _check_other_machines(self) -> None:
         """Return when no holder on another machine shows that it is alive."""
         record = _read(self.path)
+        if record and storage.is_remote(self.path) and record.get("machine") == _machine():
+            if _is_alive(int(record.get("process", 0))):
+                raise self._in_use(record)
+            return
         if not record or record.get("machine") == _machine():
             return  # the lock is ours, so a holder on this machine is gone
         if time.time() - float(record.get("time", 0)) > LONG_AGO_SECONDS:
@@ -149,6 +157,13 @@ class RunLock:
             "beat": self._beat,
             "time": time.time(),
         }
+        if storage.is_remote(self.path):
+            write = storage.put if self._beat or _read(self.path) else storage.create
+            try:
+                write(self.path, json.dumps(record).encode())
+            except FileExistsError as error:
+                raise self._in_use(_read(self.path)) from error
+            return
         # Opened anew: network file systems show other machines what is closed.
         file = os.open(self.path, os.O_WRONLY)
         try:
@@ -156,10 +171,21 @@ class RunLock:
         finally:
             os.close(file)
 
+    def _unreachable(self) -> type[Exception]:
+        """What a disk raises, or the many libraries under a bucket, at the end of the interpreter too."""
+        return Exception if storage.is_remote(self.path) else OSError
+
+    def _close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
     def _keep_beating(self) -> None:
         while not self._done.wait(BEAT_SECONDS):
             self._beat += 1
-            with contextlib.suppress(OSError):  # a full or unreachable disk; the run itself will notice
+            with contextlib.suppress(
+                Exception if storage.is_remote(self.path) else OSError
+            ):  # a full or unreachable disk; the run itself will notice
                 self._write()
 
 
@@ -170,6 +196,16 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return process != os.getpid()
 
 
 def _machine() -> str:

@@ -15,7 +15,7 @@ def read_rows(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
         Both are empty where there is no file.
     """
     rows, damaged = [], 0
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    for line in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
             rows.append({**row, "step": int(row["step"])})

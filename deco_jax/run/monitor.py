@@ -10,6 +10,8 @@ from typing import Any
 import jax
 from absl import logging
 
+from deco_jax.run import storage
+
 COMPILATION = "/jax/core/compile/backend_compile_duration"
 
 
@@ -25,11 +27,12 @@ class Profiler:
         self.folder = workdir / "profile"
         self._first, self._last = start + 1, start + steps if start else 0
         self._running = False
+        self._written = contextlib.ExitStack()
 
     def before(self, done: int) -> None:
         """Call before a step with the steps done so far by this process."""
         if self._last and done + 1 == self._first:
-            jax.profiler.start_trace(str(self.folder))
+            jax.profiler.start_trace(str(self._written.enter_context(storage.staged_folder(self.folder))))
             self._running = True
 
     def after(self, done: int, result: Any) -> bool:
@@ -43,6 +46,7 @@ class Profiler:
     def close(self) -> None:
         if self._running:
             jax.profiler.stop_trace()
+            self._written.close()
             self._running = False
 
 

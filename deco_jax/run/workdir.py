@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 
 from deco_jax.errors import UserError
-from deco_jax.run import distributed
+from deco_jax.run import distributed, storage
 
 
 def make_workdir(folder: pathlib.Path) -> None:
@@ -19,6 +19,9 @@ def make_workdir(folder: pathlib.Path) -> None:
 
 def make_folder(folder: pathlib.Path) -> None:
     """The same on this host alone, and without starting a device."""
+    if storage.is_remote(folder):
+        storage.check_writable(folder)
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -32,12 +35,12 @@ def make_folder(folder: pathlib.Path) -> None:
 
 def listed(names: str) -> list[pathlib.Path]:
     """The folders of a comma-separated setting."""
-    return [pathlib.Path(name.strip()) for name in names.split(",") if name.strip()]
+    return [storage.path(name.strip()) for name in names.split(",") if name.strip()]
 
 
 def short_names(folders: list[pathlib.Path]) -> list[str]:
     """The ends of the paths, as long as it takes to tell them apart."""
-    parts = [path.absolute().parts for path in folders]
+    parts = [storage.absolute(path).parts for path in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-length:]) for p in parts]
         if len(set(names)) == len(names):

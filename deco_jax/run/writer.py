@@ -18,7 +18,7 @@ from absl import logging
 from clu import parameter_overview
 from PIL import Image
 
-from deco_jax.run import files
+from deco_jax.run import event_files, files, storage
 from deco_jax.run.metrics import read_rows
 
 
@@ -37,12 +37,14 @@ class Writer:
         self._active, self._total = active, total_steps
         self._start_step, self._start_time = resumed_at, time.monotonic()
         self._live = active and sys.stdout.isatty()
+        self._synced_at = time.monotonic()
         self.last: dict[str, Any] = {}  # the line that a resumed run goes on from
         if not active:
             return
         path = workdir / "metrics.jsonl"
         self.last = _keep_until(path, resumed_at)
-        self._file = path.open("a")
+        self._file: Any = storage.ObjectLog(path) if storage.is_remote(path) else path.open("a")
+        event_files.register(path)
         # Events of later steps, which are done again, are not shown twice.
         purge = resumed_at + 1 if resumed_at else None
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
@@ -75,6 +77,16 @@ class Writer:
         for name, value in scalars.items():
             self._board.add_scalar(name, float(value), step)
         self._board.flush()
+        if time.monotonic() - self._synced_at > storage.PUT_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        """Have all that is written outlast this process: before a checkpoint that the run may go on from."""
+        if self._active and isinstance(self._file, storage.ObjectLog):
+            self._file.sync()
+            self._board.flush()
+            event_files.EventFile.sync()
+            self._synced_at = time.monotonic()
 
     def _time_left(self, step: int) -> str:
         done = max(1, step - self._start_step)
@@ -108,6 +120,7 @@ class Writer:
                 print()
             self._file.close()
             self._board.close()
+            event_files.EventFile.sync()
 
 
 def _keep_until(path: pathlib.Path, step: int) -> dict[str, Any]:

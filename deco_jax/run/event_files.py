@@ -1,0 +1,67 @@
+"""TensorBoard's event files in a bucket, through the place that tensorboardX has for it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import ClassVar
+
+from deco_jax.run import storage
+
+MAX_EVENT_BYTES = 2**24
+
+
+class EventFile:
+    """A file of TensorBoard's events in a bucket, held here until `sync`; a full one is followed by another."""
+
+    _open: ClassVar[list[EventFile]] = []
+
+    def __init__(self, name: str) -> None:
+        self._name, self._part = name, 0
+        self._lock = threading.Lock()  # tensorboardX writes in a thread of its own
+        self._data = b""
+        self._changed = False
+        self._open.append(self)
+
+    def write(self, data: bytes) -> None:
+        with self._lock:
+            self._data += data
+            self._changed = True
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    @classmethod
+    def sync(cls) -> None:
+        for file in cls._open:
+            file._sync()
+
+    def _sync(self) -> None:
+        with self._lock:
+            data, changed, self._changed = self._data, self._changed, False
+        if changed:
+            storage.put(f"{self._name}.{self._part:04d}" if self._part else self._name, data)
+        if len(data) >= MAX_EVENT_BYTES:
+            with self._lock:  # events of a later step follow; TensorBoard reads the files in their order
+                self._data, self._part = self._data[len(data) :], self._part + 1
+
+
+class EventFiles:
+    """How tensorboardX opens files in a bucket."""
+
+    def open(self, name: str) -> EventFile:
+        return EventFile(name)
+
+    def directory_check(self, name: str) -> None:
+        """A bucket needs no folders."""
+
+
+def register(folder: str | os.PathLike[str]) -> None:
+    """Have tensorboardX write to a bucket as this module does, if that is where `folder` lies."""
+    if storage.is_remote(folder):
+        from tensorboardX import record_writer
+
+        record_writer.register_writer_factory(os.fspath(folder).partition(":")[0], EventFiles())

@@ -1,0 +1,393 @@
+"""Files on this machine and objects in buckets (gs://, s3://) under one kind of path.
+
+Paths are etils' epath over fsspec (gcsfs, s3fs); Orbax and TensorStore, and ArrayRecord's reader, open gs:// by
+themselves. A bucket has no rename, no append and no lock, so what makes a file whole differs by its kind:
+
+    config.json, grids, reports, caches, exports   written on this machine, then put as one object (`files.whole`)
+    metrics.jsonl                                  held in memory, put anew as one object; before each checkpoint too
+    TensorBoard events                             the same, in files of at most 16 MiB
+    checkpoints                                    Orbax's commit_success.txt, written last; the service keeps checksums
+    .lock                                          a record with a number that its holder raises
+    indices of data                                one object beside the data
+
+Requests are tried again by the libraries (gcsfs for about half a minute, botocore, TensorStore); then the run ends
+with one line, and the same command goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import io
+import logging
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from deco_jax.errors import UserError
+
+SCHEMES = ("gs://", "s3://")
+PACKAGES = {"gs://": "gcsfs", "s3://": "s3fs"}
+# Of TensorStore, which waits 1, 2, 4, ... 32 s between them: about two minutes. Its default of 32 is a quarter hour.
+CHECKPOINT_RETRIES = 6
+# Large enough for several small images of a tar at once, small enough to pass over large ones.
+INDEX_BLOCK = 2**18
+PROGRESS_SECONDS = 5.0
+PUT_SECONDS = 30.0  # between two puts of what grows
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether a path lies in a bucket."""
+    return os.fspath(path).startswith(SCHEMES)
+
+
+def path(name: str | os.PathLike[str]) -> pathlib.Path:
+    """The file that a name stands for.
+
+    Returns:
+        A pathlib.Path; of a bucket an epath.Path, which has its methods (but no absolute, and no mode "a" of open).
+
+    Raises:
+        UserError: the package that reads such a bucket is missing.
+    """
+    if not is_remote(name):
+        return pathlib.Path(name)
+    _filesystem(os.fspath(name)[:5])
+    from etils import epath
+
+    return epath.Path(name)
+
+
+def absolute(name: str | os.PathLike[str]) -> pathlib.Path:
+    """`path` as it is from every folder."""
+    return path(name) if is_remote(name) else pathlib.Path(name).absolute()
+
+
+@functools.cache
+def _filesystem(scheme: str) -> Any:
+    # gcsfs would ask another service, with credentials of its own, what kind of bucket it is.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    try:
+        import fsspec
+        from etils.epath import backend
+
+        __import__(PACKAGES[scheme])
+        # Nothing is remembered of a folder: other hosts write to it.
+        fsspec.config.conf.setdefault(scheme[:2], {})["use_listings_cache"] = False
+        system = backend.fsspec_backend.fs(scheme)
+    except ImportError as error:
+        raise UserError(
+            f'reading {scheme} needs {PACKAGES[scheme]}: pip install "deco_jax[{scheme[:2]}]" ({error})'
+        ) from error
+    for name in ("gcsfs", "fsspec", "s3fs", "botocore", "asyncio"):  # they print what they raise, with stack traces
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    return system
+
+
+def system(name: str | os.PathLike[str]) -> Any:
+    """fsspec's file system of a remote path."""
+    return _filesystem(os.fspath(name)[:5])
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+@contextlib.contextmanager
+def answering(name: str | os.PathLike[str]) -> Iterator[None]:
+    """What a bucket refuses as a UserError, so that nobody takes it for a damaged file; FileNotFoundError stays."""
+    try:
+        yield
+    except (UserError, FileNotFoundError):
+        raise
+    except Exception as error:
+        if line := refusal(error):
+            raise UserError(f"{os.fspath(name)} can't be read: {line}") from error
+        raise
+
+
+def read(name: str) -> bytes:
+    """All of an object. FileNotFoundError if it isn't there; UserError if the bucket refuses."""
+    with answering(name):
+        return system(name).cat_file(name)
+
+
+def read_range(name: str, start: int, size: int) -> bytes:
+    """`size` bytes of an object from `start` on; errors as `read`, and OSError if it has fewer."""
+    with answering(name):
+        data = system(name).cat_file(name, start=start, end=start + size) if size else b""
+    if len(data) != size:
+        raise OSError(f"{name} has become shorter")
+    return data
+
+
+def open_blocks(name: str) -> BinaryIO:
+    """An object as a seekable file, read in blocks of INDEX_BLOCK: for many small reads in nearly ascending order."""
+    options = {"cache_type": "blockcache", "cache_options": {"maxblocks": 4}}
+    return system(name).open(name, "rb", block_size=INDEX_BLOCK, **options)
+
+
+def tree(root: str) -> dict[str, str]:
+    """Relative path → a stamp that changes when the object does, of all objects under `root`, in sorted order."""
+    found = system(root).find(root, detail=True)
+    prefix = root.rstrip("/").removeprefix(root[:5]) + "/"
+    return {name.removeprefix(prefix): _stamp(info) for name, info in sorted(found.items()) if name != prefix}
+
+
+def stamp(name: str) -> str:
+    """What tells an object from a later one of the same name."""
+    return _stamp(system(name).info(name))
+
+
+def _stamp(info: dict[str, Any]) -> str:
+    return f"{info['size']} {info.get('generation') or info.get('ETag') or info.get('mtime')}"
+
+
+def walk(root: str) -> Iterator[tuple[str, list[str]]]:
+    """Each folder under a remote `root` with its sorted files, hidden ones left out: as `captioned_pairs.walk`."""
+    folders: dict[str, list[str]] = {"": []}
+    for name in tree(root):
+        folder, _, file = name.rpartition("/")
+        if file and not any(part.startswith(".") for part in name.split("/")):
+            folders.setdefault(folder, []).append(file)
+    yield from sorted(folders.items(), key=lambda item: item[0].split("/"))
+
+
+def load_array(name: str | os.PathLike[str]) -> np.ndarray:
+    """A .npy file; memory-mapped where it lies on this machine."""
+    if not is_remote(name):
+        return np.load(name, mmap_mode="r")
+    return np.load(io.BytesIO(path(name).read_bytes()))
+
+
+def open_rows(name: str | os.PathLike[str]) -> Any:
+    """A .npy file by its rows: memory-mapped, or of a bucket read by range."""
+    return ArrayRows(os.fspath(name)) if is_remote(name) else np.load(name, mmap_mode="r")
+
+
+class ArrayRows:
+    """Rows of a .npy file in a bucket, each read by itself: what a memory map is for a file."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        with open_blocks(name) as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            self.shape, fortran_order, self.dtype = read(file)
+            self._start = file.tell()
+        if fortran_order:
+            raise ValueError("not in C order")
+        self._row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        data = read_range(self._name, self._start + int(row) * self._row_bytes, self._row_bytes)
+        return np.frombuffer(data, self.dtype).reshape(self.shape[1:])
+
+
+# ---------------------------------------------------------------------------------------- weights
+
+
+def cache_folder() -> pathlib.Path:
+    """Where copies of remote weights are kept: $DECO_JAX_CACHE, else deco_jax in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return pathlib.Path(os.environ.get("DECO_JAX_CACHE") or os.path.join(home, "deco_jax", "fetched"))
+
+
+def local(name: str | os.PathLike[str]) -> pathlib.Path:
+    """A file or folder of weights on this machine: `name` itself, or a copy of the remote one, fetched once.
+
+    A copy is checked by its MD5 where the bucket tells it, and fetched anew when the object changes.
+
+    Raises:
+        UserError: there is no such object, or what arrived is damaged.
+    """
+    if not is_remote(name):
+        return pathlib.Path(name)
+    name = os.fspath(name).rstrip("/")
+    found = system(name).find(name, detail=True)
+    if not found:
+        raise UserError(f"{name}: no such file or folder; check the path")
+    single = name[5:] in found
+    target = cache_folder() / hashlib.sha256(name.encode()).hexdigest()[:16] / name.rpartition("/")[2]
+    for key, info in sorted(found.items()):
+        relative = "" if single else key.removeprefix(name[5:] + "/")
+        _fetch(f"{name[:5]}{key}", info, target / relative if relative else target)
+    return target
+
+
+def _fetch(name: str, info: dict[str, Any], target: pathlib.Path) -> None:
+    from deco_jax.run import files
+
+    note, expected = target.with_name(f".{target.name}.stamp"), _stamp(info)
+    if target.exists() and note.exists() and note.read_text() == expected:
+        return
+    digest, began, size, done, said = hashlib.md5(), time.monotonic(), int(info["size"]), 0, 0.0
+    with files.whole(target, shared=True) as part, part.open("wb") as file:
+        with system(name).open(name, "rb", block_size=2**24, cache_type="readahead") as source:
+            while data := source.read(2**24):
+                file.write(data)
+                digest.update(data)
+                done += len(data)
+                spent = time.monotonic() - began
+                if spent - said > PROGRESS_SECONDS:
+                    said = spent
+                    _say(f"fetching {name}: {done / 2**20:,.0f} of {size / 2**20:,.0f} MiB, {spent:.0f} s")
+        wanted = _md5(info)
+        if done != size or (wanted and wanted != digest.digest()):
+            raise UserError(f"{name} arrived damaged ({done:,} of {size:,} bytes, MD5 {digest.hexdigest()}); try again")
+    with files.whole(note, shared=True) as part:
+        part.write_text(expected)
+    checked = f"MD5 {digest.hexdigest()}, {'as the bucket says' if wanted else 'the bucket tells none'}"
+    _say(f"fetched {name} to {target}: {size / 2**20:,.1f} MiB in {time.monotonic() - began:.1f} s; {checked}")
+
+
+def _md5(info: dict[str, Any]) -> bytes | None:
+    import base64
+
+    if info.get("md5Hash"):
+        return base64.b64decode(info["md5Hash"])
+    etag = str(info.get("ETag", "")).strip('"')  # of an object put in one part, without a key of its own
+    return bytes.fromhex(etag) if len(etag) == 32 and "SSEKMSKeyId" not in info else None
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def put(name: str | os.PathLike[str], data: bytes) -> None:
+    """Make an object, or replace it; it is there as a whole or not at all."""
+    system(name).pipe_file(os.fspath(name), data)
+
+
+def create(name: str | os.PathLike[str], data: bytes) -> None:
+    """Make an object. FileExistsError if there is one, whoever made it at the same moment."""
+    system(name).pipe_file(os.fspath(name), data, mode="create")
+
+
+class ObjectLog(io.StringIO):
+    """A text file of a bucket that grows: held here, and put as a whole by `sync`."""
+
+    def __init__(self, name: str | os.PathLike[str]) -> None:
+        super().__init__()
+        self._name = name
+        with contextlib.suppress(FileNotFoundError):
+            self.write(path(name).read_text())
+        self._put = self.getvalue()
+
+    def truncate(self, size: int | None = None) -> int:
+        size = super().truncate(size)
+        self.seek(size)
+        return size
+
+    def sync(self) -> None:
+        if (text := self.getvalue()) != self._put:
+            put(self._name, text.encode())
+            self._put = text
+
+    def close(self) -> None:
+        if not self.closed:
+            self.sync()
+        super().close()
+
+
+@contextlib.contextmanager
+def staged(name: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """A path on this machine to write to, put as the object `name` if the block ends well."""
+    with tempfile.TemporaryDirectory(prefix="deco_jax_") as folder:
+        part = pathlib.Path(folder) / os.path.basename(os.fspath(name))
+        yield part
+        system(name).put_file(str(part), os.fspath(name))
+
+
+@contextlib.contextmanager
+def staged_folder(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """A folder to write to: `folder` itself, or one on this machine whose files are put under it at the end."""
+    if not is_remote(folder):
+        yield pathlib.Path(folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="deco_jax_") as part:
+        yield pathlib.Path(part)
+        if any(pathlib.Path(part).iterdir()):
+            system(folder).put(part + "/", os.fspath(folder) + "/", recursive=True)
+
+
+@contextlib.contextmanager
+def replaced_folder(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """A folder to write to, which takes the place of `folder` at the end; in a bucket object by object."""
+    if is_remote(folder):
+        with staged_folder(folder) as part:
+            yield part
+            remove_tree(folder)
+        return
+    folder = pathlib.Path(folder)
+    part = folder.with_name(folder.name + ".part")
+    remove_tree(part)
+    yield part
+    remove_tree(folder)
+    part.replace(folder)
+
+
+def remove_tree(folder: str | os.PathLike[str]) -> None:
+    """Remove a folder with all in it; one that isn't there is no error."""
+    if not is_remote(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            system(folder).rm(os.fspath(folder), recursive=True)
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Put an object into a folder and remove it. UserError: the bucket refuses."""
+    probe = os.path.join(os.fspath(folder), ".writable")
+    try:
+        put(probe, b"")
+        system(probe).rm_file(probe)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} can't be written: there is no such bucket; create it, or check the name") from error
+    except Exception as error:
+        raise UserError(refusal(error) or f"{folder} can't be written: {error}; choose another folder") from error
+
+
+# ---------------------------------------------------------------------------------------- failing
+
+# Whose exceptions mean that a bucket did not do what it was asked.
+LIBRARIES = ("gcsfs", "aiohttp", "s3fs", "botocore", "aiobotocore", "google", "requests", "fsspec")
+
+
+def refusal(error: BaseException | None) -> str | None:
+    """One line for what a bucket refused, or None if the error is none of a bucket's."""
+    while error is not None:
+        module, text = type(error).__module__.partition(".")[0], " ".join(str(error).split())[:300]
+        forbidden = isinstance(error, PermissionError | OSError) and text.startswith(("Forbidden", "Access Denied"))
+        if module in LIBRARIES or forbidden:
+            return (
+                f"the bucket did not answer as it should ({type(error).__name__}: {text or 'no reason given'}); check "
+                "the network, the credentials and the bucket, and start again: what is saved is kept"
+            )
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@functools.cache
+def limit_checkpoint_retries() -> None:
+    """Have TensorStore give up on a bucket after about two minutes."""
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    # Orbax has no public setting for it. Each of its contexts is a copy of one of these.
+    for name in ("_BASE_TS_CONTEXT", "_DEFAULT_OCDBT_TS_CONTEXT"):
+        context = getattr(tensorstore_utils, name, None)
+        if isinstance(context, dict):
+            context.setdefault("gcs_request_retries", {"max_retries": CHECKPOINT_RETRIES})
