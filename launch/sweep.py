@@ -173,7 +173,7 @@ def equal(text: str, value: Any) -> bool:
         read = json.loads(json.dumps(ast.literal_eval(text)))  # tuples are lists there
     except (ValueError, SyntaxError):
         read = {"true": True, "false": False}.get(text, text)
-    return value in (read, text)
+    return value in (read, text) or value == [read, read]  # a side stands for both of data.image_size
 
 
 def check_settings(run: Run) -> None:

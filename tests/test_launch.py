@@ -153,6 +153,7 @@ def test_a_run_of_other_settings_is_not_taken_for_ones_own(tmp_path):
         ("False", False),
         ("test", "test"),
         ("2", "2"),
+        ("32", [32, 32]),  # of data.image_size
         ("", ""),
     ],
 )

@@ -15,6 +15,7 @@ from deco_jax.config.values import (
     model_differences,
     set_model,
     settle_image_size,
+    settle_model,
     to_json,
     unknown,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "model_differences",
     "set_model",
     "settle_image_size",
+    "settle_model",
     "settle_paths",
     "to_json",
     "unknown",

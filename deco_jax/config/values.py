@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import ml_collections
@@ -76,6 +76,24 @@ def set_model(config: ml_collections.ConfigDict, name: str, **settings: Any) -> 
     made = make_config({"model": {**shared, **settings, "name": name}})
     with config.unlocked():
         config.model = made.model
+
+
+def settle_model(config: ml_collections.ConfigDict, given: Collection[str]) -> None:
+    """Give the model that the command line names its own settings, in place, as `set_model` does.
+
+    Args:
+        given: dotted names of the settings that the command line gives.
+
+    Raises:
+        UserError: one of them belongs to the model that the config had.
+    """
+    name = config.model.name
+    if "model.name" not in given or name not in MODEL:
+        return
+    others = [key for key in config.model if key not in MODEL[name] and f"model.{key}" in given]
+    if others:
+        raise UserError(f"config.model.{others[0]} is not a setting of the model {name}; leave it out")
+    set_model(config, name)
 
 
 def settle_image_size(config: ml_collections.ConfigDict) -> None:
