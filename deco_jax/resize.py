@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deco_jax.shapes import Maps
+
 A = np.float32(-0.75)
 
 
@@ -45,7 +47,7 @@ def bicubic_matrix(size: int, new_size: int, scale: float | None = None) -> np.n
 
 
 def resize_bicubic(
-    images: jax.Array, height: int, width: int, *, scales: tuple[float | None, float | None] = (None, None)
+    images: Maps, height: int, width: int, *, scales: tuple[float | None, float | None] = (None, None)
 ) -> jax.Array:
     """[batch, old height, old width, channels] → float32 [batch, height, width, channels].
 

@@ -20,8 +20,13 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
 
-from deco_jax.run.hardware import set_xla_flags
+from tests import shape_checks
+
+install_import_hook(shape_checks.CHECKED, "tests.shape_checks.check")  # before anything of them is imported
+
+from deco_jax.run.hardware import set_xla_flags  # noqa: E402
 
 set_xla_flags()  # as the command line does
 

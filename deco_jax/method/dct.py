@@ -6,7 +6,9 @@ import functools
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import lax
+
+from deco_jax.shapes import Maps, Tiles
 
 # ITU-R BT.601 as JPEG (JFIF) uses it, without the offset of 128: rows Y, Cb, Cr; columns R, G, B.
 RGB_TO_YCBCR = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
@@ -33,7 +35,7 @@ def zigzag(n: int = 8) -> np.ndarray:
     return np.lexsort((np.where(diagonal % 2, vertical, horizontal), diagonal))
 
 
-def block_dct(images: Array, block: int = 8, colour: np.ndarray | None = None) -> Array:
+def block_dct(images: Maps, block: int = 8, colour: np.ndarray | None = None) -> Tiles:
     """Orthonormal two-dimensional DCT-II of each block × block tile.
 
     Args:

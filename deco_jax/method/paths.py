@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import ml_collections
 from jax import Array
 
+from deco_jax.shapes import Images, Times
+
 # JiT's floor of 1 − t (Li & He 2025): without it an x-prediction's velocity is unbounded towards t = 1.
 MIN_REMAINING_TIME = 0.05
 
@@ -20,22 +22,22 @@ MIN_REMAINING_TIME = 0.05
 class Point(NamedTuple):
     """A point on the path of each image, both [batch, height, width, 3]."""
 
-    state: Array
-    velocity: Array  # d state / dt
+    state: Images
+    velocity: Images  # d state / dt
 
 
 class Path(Protocol):
     """How noise becomes an image; all images are [batch, height, width, 3] in float32, times [batch] in [0, 1]."""
 
-    def point(self, x: Array, noise: Array, t: Array) -> Point:
+    def point(self, x: Images, noise: Images, t: Times) -> Point:
         """Return state and velocity at t of the paths from `noise` to the images `x`."""
         ...
 
-    def velocity_of(self, x: Array, state: Array, t: Array) -> Array:
+    def velocity_of(self, x: Images, state: Images, t: Times) -> Images:
         """Return the velocity that a predicted image `x` stands for at a state; finite up to t = 1."""
         ...
 
-    def image_of(self, velocity: Array, state: Array, t: Array) -> Array:
+    def image_of(self, velocity: Images, state: Images, t: Times) -> Images:
         """Return the image that a predicted velocity leads to from a state, x̂."""
         ...
 
@@ -49,11 +51,11 @@ def per_example(t: Array, like: Array) -> Array:
 class LinearPath:
     """The straight line x_t = t·x + (1 − t)·ε, whose velocity x − ε does not depend on t."""
 
-    def point(self, x: Array, noise: Array, t: Array) -> Point:
+    def point(self, x: Images, noise: Images, t: Times) -> Point:
         t = per_example(t, x)
         return Point(t * x + (1 - t) * noise, x - noise)
 
-    def velocity_of(self, x: Array, state: Array, t: Array) -> Array:
+    def velocity_of(self, x: Images, state: Images, t: Times) -> Images:
         """Return (x − x_t) / max(1 − t, 0.05).
 
         Given the true image this is an x-prediction's target: JiT divides both by the floored time, so above t = 0.95
@@ -61,7 +63,7 @@ class LinearPath:
         """
         return (x - state) / jnp.maximum(1 - per_example(t, state), MIN_REMAINING_TIME)
 
-    def image_of(self, velocity: Array, state: Array, t: Array) -> Array:
+    def image_of(self, velocity: Images, state: Images, t: Times) -> Images:
         """Return x_t + (1 − t)·v̂."""
         return state + (1 - per_example(t, state)) * velocity
 

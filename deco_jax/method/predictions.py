@@ -14,24 +14,25 @@ from jax import Array
 
 from deco_jax.errors import UserError
 from deco_jax.method.paths import Path, Point, make_path
+from deco_jax.shapes import Images, Times
 
 
 class Prediction(Protocol):
     """Reads a network's output at a state; images [batch, height, width, 3], times [batch] or one for all."""
 
-    def velocity(self, output: Array, state: Array, t: Array) -> Array:
+    def velocity(self, output: Images, state: Images, t: Times) -> Images:
         """Return the velocity v̂ that the output stands for."""
         ...
 
-    def image(self, output: Array, state: Array, t: Array) -> Array:
+    def image(self, output: Images, state: Images, t: Times) -> Images:
         """Return the clean image x̂ that the output stands for."""
         ...
 
-    def target(self, x: Array, point: Point, t: Array) -> Array:
+    def target(self, x: Images, point: Point, t: Times) -> Images:
         """Return the velocity that v̂ is compared with, given the true image and its point on the path."""
         ...
 
-    def image_target(self, x: Array, point: Point, t: Array) -> Array:
+    def image_target(self, x: Images, point: Point, t: Times) -> Images:
         """Return the image that x̂ is compared with, given the true image and its point on the path."""
         ...
 
@@ -50,16 +51,16 @@ class VPrediction:
 
     path: Path
 
-    def velocity(self, output: Array, state: Array, t: Array) -> Array:
+    def velocity(self, output: Images, state: Images, t: Times) -> Images:
         return output
 
-    def image(self, output: Array, state: Array, t: Array) -> Array:
+    def image(self, output: Images, state: Images, t: Times) -> Images:
         return self.path.image_of(output, state, t)
 
-    def target(self, x: Array, point: Point, t: Array) -> Array:
+    def target(self, x: Images, point: Point, t: Times) -> Images:
         return point.velocity
 
-    def image_target(self, x: Array, point: Point, t: Array) -> Array:
+    def image_target(self, x: Images, point: Point, t: Times) -> Images:
         return self.path.image_of(point.velocity, point.state, t)
 
     def weight(self, t: Array) -> float:
@@ -75,17 +76,17 @@ class XPrediction:
 
     path: Path
 
-    def velocity(self, output: Array, state: Array, t: Array) -> Array:
+    def velocity(self, output: Images, state: Images, t: Times) -> Images:
         return self.path.velocity_of(output, state, t)
 
-    def image(self, output: Array, state: Array, t: Array) -> Array:
+    def image(self, output: Images, state: Images, t: Times) -> Images:
         return output
 
-    def target(self, x: Array, point: Point, t: Array) -> Array:
+    def target(self, x: Images, point: Point, t: Times) -> Images:
         # Both sides through the same conversion, so that its floor is in both.
         return self.path.velocity_of(x, point.state, t)
 
-    def image_target(self, x: Array, point: Point, t: Array) -> Array:
+    def image_target(self, x: Images, point: Point, t: Times) -> Images:
         return x
 
     def weight(self, t: Array) -> float:

@@ -8,11 +8,13 @@ from typing import Protocol
 import jax
 from jax import Array
 
+from deco_jax.shapes import PerExample
+
 
 class Times(Protocol):
     """A distribution of training times."""
 
-    def __call__(self, key: Array, batch: int) -> Array:
+    def __call__(self, key: Array, batch: int) -> PerExample:
         """Draw float32 [batch] times in (0, 1); 0 is noise."""
         ...
 
@@ -30,5 +32,5 @@ class LogitNormal:
     std: float = 1.0
     shift: float = 1.0
 
-    def __call__(self, key: Array, batch: int) -> Array:
+    def __call__(self, key: Array, batch: int) -> PerExample:
         return shift_time(jax.nn.sigmoid(self.mean + self.std * jax.random.normal(key, (batch,))), self.shift)

@@ -14,6 +14,7 @@ from flax import nnx
 from deco_jax.models.decoder import PixelDecoder
 from deco_jax.models.dit import Trunk, TrunkSettings, intermediates
 from deco_jax.schema import MAX_INT32, at_least, one_of, setting
+from deco_jax.shapes import Images, Labels, PerExample, Text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +76,9 @@ class DeCo(Trunk):
 
     def __call__(
         self,
-        images: jax.Array,
-        times: jax.Array,
-        context: jax.Array,
+        images: Images,
+        times: PerExample,
+        context: Labels | Text,
         aligned_layer: int | None = None,
         keys: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:

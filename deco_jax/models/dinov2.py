@@ -18,6 +18,7 @@ from deco_jax.errors import UserError
 from deco_jax.models.layers import Dtype, LayerNorm, Linear, patchify, run_stack, stack
 from deco_jax.models.network import FrozenNetwork, Params, functional
 from deco_jax.resize import resize_bicubic
+from deco_jax.shapes import Maps, Tokens
 
 # The size's letter → width, depth, heads.
 SIZES: dict[str, tuple[int, int, int]] = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
@@ -80,7 +81,7 @@ class DINOv2(nnx.Module):
         return cls(*sizes(size), dtype=dtype, rngs=rngs)
 
     @jax.named_scope("teacher")
-    def __call__(self, images: jax.Array, patch_size: int = 16) -> jax.Array:
+    def __call__(self, images: Maps, patch_size: int = 16) -> Tokens:
         """Features of the patches that a student with patches of `patch_size` pixels has.
 
         The images are resized by 14 / patch_size, so that both have the same tokens.

@@ -40,6 +40,7 @@ from deco_jax.models.layers import (
     zeros,
 )
 from deco_jax.schema import Rule, at_least, one_of, setting
+from deco_jax.shapes import Images, Labels, PerExample, Text
 
 
 class BlockStyle(NamedTuple):
@@ -308,9 +309,9 @@ class Trunk(nnx.Module):
 
     def hidden(
         self,
-        images: jax.Array,
-        times: jax.Array,
-        context: jax.Array,
+        images: Images,
+        times: PerExample,
+        context: Labels | Text,
         aligned_layer: int | None = None,
         keys: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
@@ -434,9 +435,9 @@ class DiT(Trunk):
 
     def __call__(
         self,
-        images: jax.Array,
-        times: jax.Array,
-        context: jax.Array,
+        images: Images,
+        times: PerExample,
+        context: Labels | Text,
         aligned_layer: int | None = None,
         keys: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:

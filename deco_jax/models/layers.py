@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 
 from deco_jax.run.sharding import gather, on_tpu
+from deco_jax.shapes import Angles, Heads, Maps, Patches, PerExample
 
 Dtype = Any
 
@@ -186,7 +187,7 @@ class TimestepEmbedding(nnx.Module):
         self.hidden = Linear(2 * self.WAVES, width, kernel_init=normal, bias_init=bias_init, dtype=dtype, rngs=rngs)
         self.out = Linear(width, width, kernel_init=normal, bias_init=bias_init, dtype=dtype, rngs=rngs)
 
-    def __call__(self, times: jax.Array) -> jax.Array:
+    def __call__(self, times: PerExample) -> jax.Array:
         """times [batch] → [batch, width]."""
         frequencies = jnp.asarray(self.period ** (-np.arange(self.WAVES) / self.WAVES), jnp.float32)
         angles = times.astype(jnp.float32)[:, None] * frequencies
@@ -211,7 +212,7 @@ def rotary_angles(xs: np.ndarray, ys: np.ndarray, head_width: int) -> np.ndarray
     return angles.reshape(x.size, head_width // 2).astype(np.float32)
 
 
-def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+def rotate(x: Heads, angles: Angles) -> Heads:
     """Turn each pair of adjacent channels (2i, 2i+1) by its angle.
 
     Args:
@@ -324,14 +325,14 @@ def run_stack(
     return x
 
 
-def patchify(images: jax.Array, patch: int) -> jax.Array:
+def patchify(images: Maps, patch: int) -> Patches:
     """[batch, height, width, channels] → [batch, tokens, patch², channels], tokens and pixels row by row."""
     batch, height, width, channels = images.shape
     x = images.reshape(batch, height // patch, patch, width // patch, patch, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, patch * patch, channels)
 
 
-def unpatchify(patches: jax.Array, patch: int, height: int, width: int) -> jax.Array:
+def unpatchify(patches: Patches, patch: int, height: int, width: int) -> Maps:
     """[batch, tokens, patch², channels] → [batch, height, width, channels]; undoes `patchify`."""
     batch, _, _, channels = patches.shape
     x = patches.reshape(batch, height // patch, width // patch, patch, patch, channels)

@@ -16,6 +16,7 @@ from deco_jax.models.decoder import POSITION_FEATURES, cosine_basis, embed_pixel
 from deco_jax.models.dit import Trunk, TrunkSettings, intermediates
 from deco_jax.models.layers import Dtype, Linear, RMSNorm, patchify, run_stack, stack, unpatchify, zeros
 from deco_jax.schema import at_least, setting
+from deco_jax.shapes import Images, Labels, PerExample, Text
 
 
 def unit_columns(weights: jax.Array, floor: float = 1e-12) -> jax.Array:
@@ -101,9 +102,9 @@ class PixNerd(Trunk):
 
     def __call__(
         self,
-        images: jax.Array,
-        times: jax.Array,
-        context: jax.Array,
+        images: Images,
+        times: PerExample,
+        context: Labels | Text,
         aligned_layer: int | None = None,
         keys: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:

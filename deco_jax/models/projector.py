@@ -10,6 +10,7 @@ from flax import nnx
 
 from deco_jax.models.layers import Dtype, Linear
 from deco_jax.models.network import Network, functional
+from deco_jax.shapes import Tokens
 
 
 class Projector(nnx.Module):
@@ -21,7 +22,7 @@ class Projector(nnx.Module):
         self.third = Linear(width, teacher_width, dtype=dtype, rngs=rngs)
 
     @jax.named_scope("projector")
-    def __call__(self, hidden: jax.Array) -> jax.Array:
+    def __call__(self, hidden: Tokens) -> jax.Array:
         return self.third(jax.nn.silu(self.second(jax.nn.silu(self.first(hidden)))))
 
 

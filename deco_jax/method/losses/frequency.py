@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax import Array
 
 from deco_jax.errors import UserError
 from deco_jax.method.dct import RGB_TO_YCBCR, block_dct
 from deco_jax.method.losses.loss import Loss
 from deco_jax.method.step import Step
 from deco_jax.schema import at_least, between, setting
+from deco_jax.shapes import FrequencyWeights, Images, PerExample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ def jpeg_weights(quality: float) -> np.ndarray:
 
 
 @jax.named_scope("loss")
-def frequency_loss(error: Array, weights: np.ndarray | Array) -> Array:
+def frequency_loss(error: Images, weights: FrequencyWeights) -> PerExample:
     """Weighted mean square of the YCbCr block DCT of v̂ − v: one transform, of the difference, because it is linear.
 
     Args:
@@ -99,8 +99,8 @@ class FrequencyLoss(Loss):
     weight: float = 1.0
     quality: float = 85
 
-    def __call__(self, step: Step) -> Array:
-        return step.error_weight * frequency_loss(step.error, jpeg_weights(self.quality))
+    def __call__(self, step: Step) -> PerExample:
+        return step.error_weight * frequency_loss(step.error, jnp.asarray(jpeg_weights(self.quality)))
 
 
 def from_config(config: ml_collections.ConfigDict) -> FrequencyLoss | None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from jax import Array
-
 from deco_jax.method.step import Step
 from deco_jax.models.network import FrozenNetwork, Network
+from deco_jax.shapes import PerExample
 
 
 class Loss(Protocol):
@@ -33,6 +32,6 @@ class Loss(Protocol):
     frozen: Mapping[str, FrozenNetwork] = {}
     features: tuple[str, ...] = ()
 
-    def __call__(self, step: Step) -> Array:
+    def __call__(self, step: Step) -> PerExample:
         """Return the unweighted loss of each example, float32 [batch]."""
         ...

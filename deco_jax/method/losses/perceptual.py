@@ -12,7 +12,6 @@ from collections.abc import Mapping
 
 import jax
 import ml_collections
-from jax import Array
 
 from deco_jax.method.losses.loss import Loss
 from deco_jax.method.losses.repa import TEACHER, alignment_loss
@@ -20,6 +19,7 @@ from deco_jax.method.step import Step
 from deco_jax.models import dinov2, vgg
 from deco_jax.models.network import FrozenNetwork
 from deco_jax.schema import at_least, between, setting
+from deco_jax.shapes import PerExample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class LPIPSLoss(Loss):
     def frozen(self) -> Mapping[str, FrozenNetwork]:  # type: ignore[override]
         return {self.name: self.network}
 
-    def __call__(self, step: Step) -> Array:
+    def __call__(self, step: Step) -> PerExample:
         return step.frozen(self.name, step.image, step.true_image)
 
 
@@ -70,7 +70,7 @@ class DINOLoss(Loss):
     def frozen(self) -> Mapping[str, FrozenNetwork]:  # type: ignore[override]
         return {TEACHER: self.teacher}
 
-    def __call__(self, step: Step) -> Array:
+    def __call__(self, step: Step) -> PerExample:
         with jax.named_scope("teacher"):
             predicted = step.frozen(TEACHER, (step.image + 1) / 2)
         return alignment_loss(predicted, step.features[TEACHER])

@@ -7,10 +7,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import ml_collections
-from jax import Array
 
 from deco_jax.method.losses.loss import Loss
 from deco_jax.method.step import Step
+from deco_jax.shapes import Images, PerExample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +20,12 @@ class PixelLoss(Loss):
     name = "pixel"
     weight: float = 1.0
 
-    def __call__(self, step: Step) -> Array:
+    def __call__(self, step: Step) -> PerExample:
         return step.error_weight * flow_matching_loss(step.error)
 
 
 @jax.named_scope("loss")
-def flow_matching_loss(error: Array) -> Array:
+def flow_matching_loss(error: Images) -> PerExample:
     """Mean square of v̂ − v over everything but the batch (Lipman et al. 2023, eq. 9).
 
     Args:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import ml_collections
-from jax import Array
 
 from deco_jax.method.losses.loss import Loss
 from deco_jax.method.step import Step
@@ -16,6 +15,7 @@ from deco_jax.models import dinov2
 from deco_jax.models.network import FrozenNetwork, Network
 from deco_jax.models.projector import make_projector
 from deco_jax.schema import at_least, setting
+from deco_jax.shapes import Features, PerExample
 
 TEACHER = "teacher"
 
@@ -33,7 +33,7 @@ class RepaSettings:
 
 
 @jax.named_scope("loss")
-def alignment_loss(projected: Array, teacher: Array) -> Array:
+def alignment_loss(projected: Features, teacher: Features) -> PerExample:
     """One minus the cosine similarity of matching tokens, averaged over the tokens.
 
     Each norm has the floor 1e-8, so an all-zero token has similarity 0 and a finite gradient.
@@ -79,7 +79,7 @@ class AlignmentLoss(Loss):
     def frozen(self) -> Mapping[str, FrozenNetwork]:  # type: ignore[override]
         return {TEACHER: self.teacher}
 
-    def __call__(self, step: Step) -> Array:
+    def __call__(self, step: Step) -> PerExample:
         return alignment_loss(step.trained("projector", step.hidden["aligned"]), step.features[TEACHER])
 
 
