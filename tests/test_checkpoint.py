@@ -112,6 +112,18 @@ def test_nothing_to_restore(tmp_path):
     assert restore(tmp_path) is None
 
 
+def test_a_workdir_with_letters_of_patterns(tmp_path, state):
+    folder = tmp_path / "[brackets]*?"
+    config, *_ = make()
+    checkpoints = checkpoint.Checkpoints(folder, keep=1)
+    for step in (1, 2):
+        checkpoints.save(step, state, config)
+    checkpoints.wait()
+    checkpoints.close()
+    assert checkpoint.complete_steps(folder) == [2]
+    assert_same(restore(folder), state)
+
+
 def test_keeps_the_newest(tmp_path, state):
     config, *_ = make()
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +21,7 @@ from deco_jax.errors import UserError
 from deco_jax.models import dinov2, network
 from deco_jax.programs import convert as checkpoints
 from deco_jax.run import checkpoint, sharding
-from tests.helpers import GOLDEN, golden, golden_params, nhwc, relative_error, run_main
+from tests.helpers import GOLDEN, ROOT, golden, golden_params, nhwc, relative_error, run_main
 
 SETTINGS = {"model.width": 48, "model.patch_size": 4, "model.decoder_width": 16, "data.image_size": 16}
 ARGUMENTS = ["--config=configs/imagenet256.py:smoke", *(f"--config.{key}={value}" for key, value in SETTINGS.items())]
@@ -213,3 +216,63 @@ def test_round_trip_of_every_architecture(row, tmp_path):
     official = checkpoints.deco.to_torch(config.model, params)
     back = checkpoints.deco.from_torch(config.model, official, like=net.shapes)
     jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+@pytest.mark.parametrize("row", ["patch4", "add"])
+def test_what_no_official_module_can_hold_is_left_out(row, tmp_path, capsys):
+    """The safetensors file still has all of it."""
+    config = ablation.get_config(f"{row}-smoke")
+    config.loss.repa_weight = 0.0
+    params = jax.tree.map(np.asarray, network.build(config.model.to_dict()).init(jax.random.key(0)))
+    state = {"step": np.int32(1), "skipped": np.int32(0), "params": {"denoiser": params}, "averages": {"ema": params}}
+    saved = checkpoint.Checkpoints(tmp_path, 1)
+    saved.save(1, state, config)
+    saved.wait()
+    saved.close()
+    checkpoints.export_checkpoint(config, str(tmp_path))
+    setting = {"patch4": "decoder_patch_size=4", "add": "decoder_interaction=add"}[row]
+    assert f"no deco.ckpt: the official code has no model with config.model.{setting}" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == ["config.json", "ema.safetensors"]
+    ema = torch_files.read_safetensors(tmp_path / "export" / "ema.safetensors")
+    back = checkpoints.deco.from_torch(config.model, ema)
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+MAKE_XL = """
+import sys, numpy as np, torch
+from configs import imagenet256
+from deco_jax.convert import deco
+from deco_jax.models import network
+config, chance = imagenet256.get_config("XL"), np.random.default_rng(0)
+shapes = network.build(config.model.to_dict()).shapes
+import jax
+names = deco.to_torch(config.model, jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes), consume=True)
+state = {f"{prefix}.{name}": torch.from_numpy(chance.standard_normal(a.shape, np.float32))
+         for prefix in ("denoiser", "ema_denoiser") for name, a in names.items()}
+torch.save({"state_dict": state, "global_step": 5, "epoch": 0}, sys.argv[1])
+"""
+PEAK = """
+import atexit, resource, sys
+from deco_jax import main
+atexit.register(lambda: print("peak KiB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True))
+main.cli()
+"""
+
+
+@pytest.mark.slow
+def test_memory_of_an_xl_checkpoint(tmp_path):
+    """Import and export of DeCo-XL, whose two networks are 5.5 GB of float32, copy neither. Needs 20 GB of disk."""
+    subprocess.run([sys.executable, "-c", MAKE_XL, tmp_path / "xl.ckpt"], cwd=ROOT, check=True)
+    before = ["--config=configs/imagenet256.py:XL", "--config.loss.repa_weight=0", f"--workdir={tmp_path / 'run'}"]
+    for arguments in (["--mode=import", f"--source={tmp_path / 'xl.ckpt'}"], ["--mode=export"]):
+        began = time.monotonic()
+        command = [sys.executable, "-c", PEAK, *before, *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+        assert done.returncode == 0, done.stderr
+        peak = int(done.stdout.rsplit("peak KiB ", 1)[1]) * 1024
+        print(f"{arguments[0]}: {peak / 1e9:.1f} GB in {time.monotonic() - began:.0f} s")
+        assert peak < 9.5e9
+    one, other = (tmp_path / "xl.ckpt", tmp_path / "run" / "export" / "deco.ckpt")
+    ours, theirs = torch_files.read_lightning(other), torch_files.read_lightning(one)
+    for name in list(theirs.denoiser)[::50]:
+        np.testing.assert_array_equal(ours.denoiser[name], theirs.denoiser[name])

@@ -71,6 +71,22 @@ def test_collapsed_samples():
     assert precision_recall(reference, samples) == (1.0, 1 / 50)
 
 
+@pytest.mark.parametrize("gap", [1e-4, 3e-3, 0.1])
+def test_tight_clusters(gap):
+    """Points that lie `gap` apart in clusters 50 apart: a squared distance is 1e-12 to 1e-6 of the squared norms."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(0, 5, (3, 1, 64))
+    reference = (centres + rng.normal(0, gap / 8, (3, 40, 64))).reshape(-1, 64).astype(np.float32)
+    beside = (centres + gap + rng.normal(0, gap / 8, (3, 30, 64))).reshape(-1, 64).astype(np.float32)
+    assert precision_recall(reference, beside) == brute_force(reference, beside) == (0.0, 0.0)
+    among = (centres + rng.normal(0, gap / 9, (3, 30, 64))).reshape(-1, 64).astype(np.float32)
+    among[:5] = reference[:5]
+    expected = brute_force(reference, among)
+    assert 0.05 < min(expected) < 1
+    assert precision_recall(reference, among, row_block=32, column_block=50) == pytest.approx(expected, abs=0.01)
+    assert relative_error(neighbour_radii(reference), radii(reference, 3)) < 1e-5
+
+
 def test_too_few_or_other_features():
     a = np.zeros((3, 8), np.float32)
     with pytest.raises(UserError, match="3 images are too few for neighbours of rank 3; use at least 4"):

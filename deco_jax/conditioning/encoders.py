@@ -116,7 +116,7 @@ def _no_files(*_: Any) -> Any:
 
 def qwen3_features(sizes: Sizes, dtype: str, width: int) -> tuple[Callable[..., jax.Array], Any]:
     """(weights, tokens, mask) → features, and the weights' shapes: matrices in `dtype`, scales in float32."""
-    network = network_lib.functional(lambda rngs: Qwen3(sizes, dtype=jnp.dtype(dtype), rngs=rngs))
+    network = network_lib.functional(lambda rngs: Qwen3(sizes, dtype=jnp.dtype(dtype), rngs=rngs), dtype)
 
     def shape(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if path[-1].key == "scale" else jnp.dtype(dtype))

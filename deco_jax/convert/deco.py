@@ -165,22 +165,35 @@ def from_torch(
     tensors: Mapping[str, np.ndarray],
     *,
     like: Mapping[str, Any] | None = None,
+    dtype: Any = None,
     what: str = "the checkpoint",
 ) -> dict[str, Any]:
-    """A denoiser's official tensors (names without `denoiser.`) as our parameters; see `mapping.to_ours`."""
-    return to_ours(table(model), tensors, like=like, what=what)
+    """A denoiser's official tensors (names without `denoiser.`) as our parameters; see `mapping.to_ours`.
+
+    Args:
+        dtype: of all parameters; None keeps the file's.
+    """
+    return to_ours(table(model), tensors, like=like, dtype=dtype and (lambda _: dtype), what=what)
 
 
-def to_torch(model: Any, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Our parameters of a denoiser under the official names and layouts; undoes `from_torch`."""
-    return table_to_torch(table(model), params)
+def to_torch(model: Any, params: Mapping[str, Any], *, consume: bool = False) -> dict[str, np.ndarray]:
+    """Our parameters of a denoiser under the official names and layouts; undoes `from_torch`.
+
+    Args:
+        consume: see `mapping.to_torch`.
+    """
+    return table_to_torch(table(model), params, consume=consume)
 
 
 def projector_from_torch(
-    tensors: Mapping[str, np.ndarray], *, like: Mapping[str, Any] | None = None, what: str = "the checkpoint"
+    tensors: Mapping[str, np.ndarray],
+    *,
+    like: Mapping[str, Any] | None = None,
+    dtype: Any = None,
+    what: str = "the checkpoint",
 ) -> dict[str, Any]:
     """The REPA projector's official tensors (names without `diffusion_trainer.proj.`) as our parameters."""
-    return to_ours(PROJECTOR, tensors, like=like, what=what)
+    return to_ours(PROJECTOR, tensors, like=like, dtype=dtype and (lambda _: dtype), what=what)
 
 
 def projector_to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -215,8 +215,12 @@ def _copy(target: np.ndarray, source: np.ndarray) -> None:
         target[:, start : start + 128] = source[:, start : start + 128]
 
 
-def to_torch(table: Table, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def to_torch(table: Table, params: Mapping[str, Any], *, consume: bool = False) -> dict[str, np.ndarray]:
     """Our nested dictionary as PyTorch tensors by name, each contiguous; undoes `to_ours`.
+
+    Args:
+        consume: take each parameter out of `params` (nested dictionaries) as it is converted, so that never both are
+            whole in memory.
 
     Raises:
         UserError: parameters are missing, left over, or stacked to another depth than the table's.
@@ -225,7 +229,10 @@ def to_torch(table: Table, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     _check_names([path for row in table for path in row.our_paths()], ours, "the parameters", "parameter")
     tensors: dict[str, np.ndarray] = {}
     for row in table:
-        arrays = [np.asarray(ours[path]) for path in row.our_paths()]
+        arrays = [np.asarray(ours.pop(path)) for path in row.our_paths()]
+        if consume:
+            for path in row.our_paths():
+                _remove(params, path)
         for path, array in zip(row.our_paths(), arrays, strict=True):
             if row.count is not None and array.shape[:1] != (row.count,):
                 raise UserError(
@@ -248,6 +255,13 @@ def to_torch(table: Table, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
                     tensor = contiguous
                 tensors[name] = tensor
     return tensors
+
+
+def _remove(tree: Any, path: str) -> None:
+    *parents, last = path.split(".")
+    for parent in parents:
+        tree = tree[parent]
+    del tree[last]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -126,7 +126,7 @@ def teacher(size: str, path: str, dtype: str, patch_size: int) -> FrozenNetwork:
         patch_size: of the student, whose tokens' features these are.
     """
     kind = jnp.dtype(dtype)
-    network = functional(lambda rngs: DINOv2.of_size(size, dtype=kind, rngs=rngs))
+    network = functional(lambda rngs: DINOv2.of_size(size, dtype=kind, rngs=rngs), kind)
 
     def kept(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, kind if path[-1].key == "kernel" else jnp.float32)

@@ -191,7 +191,7 @@ class TrunkSettings:
     )
     dtype: str = setting(
         "bfloat16",
-        "Precision of the computation; parameters are float32.",
+        "Precision of the computation; parameters are float32. float32 is exact on GPUs and TPUs too, and slow there.",
         one_of("bfloat16", "float32"),
         computed=True,
     )

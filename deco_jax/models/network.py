@@ -5,6 +5,7 @@ The training step, samplers and checkpoints see `init` and `apply` and nested di
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -61,8 +62,14 @@ class FrozenNetwork(NamedTuple):
     flops: Callable[..., float]
 
 
-def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> Network:
-    """Split a module into pure functions; `make` is called abstractly once and again inside `init`."""
+def functional(make: Callable[[nnx.Rngs], nnx.Module], dtype: Any = None) -> Network:
+    """Split a module into pure functions; `make` is called abstractly once and again inside `init`.
+
+    Args:
+        dtype: that the module computes in. In float32 its products are float32 on every device, forwards and backwards:
+            left to themselves GPUs take TensorFloat-32 for them, and TPUs bfloat16.
+    """
+    exact = dtype is not None and jnp.dtype(dtype) == jnp.float32
 
     def init(key: jax.Array) -> Params:
         return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(params=key)), nnx.Param))
@@ -79,7 +86,8 @@ def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> Network:
         return filled
 
     def apply(params: Params, *inputs: Any, **options: Any) -> Any:
-        return nnx.merge(graphdef, gather_parameters(fill(params), stacks=False))(*inputs, **options)
+        with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
+            return nnx.merge(graphdef, gather_parameters(fill(params), stacks=False))(*inputs, **options)
 
     def whole(params: Params) -> Params:
         return nnx.to_pure_dict(gather_parameters(fill(params), stacks=True))
@@ -102,4 +110,4 @@ def build(model: Mapping[str, Any]) -> Network:
         arguments["remat"] == choices.AUTO
     ):  # training has settled it by now; without a gradient there is nothing to keep
         arguments["remat"] = "none"
-    return functional(lambda rngs: MODELS[model["name"]](**arguments, rngs=rngs))
+    return functional(lambda rngs: MODELS[model["name"]](**arguments, rngs=rngs), arguments["dtype"])

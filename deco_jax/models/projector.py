@@ -29,4 +29,4 @@ class Projector(nnx.Module):
 def make_projector(model: Any, teacher_width: int) -> Network:
     """The projector that fits `config.model`, computing in its dtype."""
     dtype = jnp.dtype(model.dtype)
-    return functional(lambda rngs: Projector(model.width, teacher_width, dtype=dtype, rngs=rngs))
+    return functional(lambda rngs: Projector(model.width, teacher_width, dtype=dtype, rngs=rngs), dtype)

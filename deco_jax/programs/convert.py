@@ -40,23 +40,23 @@ def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: s
         raise UserError(f"--workdir={workdir} has checkpoints already; choose an empty folder for the imported one")
     file = torch_files.read_lightning(storage.local(source))
     like = network.build(config.model.to_dict()).shapes
-    denoiser = deco.from_torch(config.model, file.denoiser or file.ema, like=like, what=source)
-    average = deco.from_torch(config.model, file.ema or file.denoiser, like=like, what=source)
+    denoiser = deco.from_torch(config.model, file.denoiser or file.ema, like=like, dtype=np.float32, what=source)
+    average = deco.from_torch(config.model, file.ema or file.denoiser, like=like, dtype=np.float32, what=source)
     params: dict[str, Any] = {"denoiser": denoiser}
     if config.loss.repa_weight:
         if not file.projector:
             raise UserError(f"{source} has no REPA projector; import it with --config.loss.repa_weight=0")
         width, _, _ = dinov2.sizes(config.teacher.size)
         shapes = make_projector(config.model, width).shapes
-        params["projector"] = deco.projector_from_torch(file.projector, like=shapes, what=source)
+        params["projector"] = deco.projector_from_torch(file.projector, like=shapes, dtype=np.float32, what=source)
     elif file.projector:
         print(f"{source} has a REPA projector, left out because config.loss.repa_weight=0", flush=True)
 
     folder = storage.path(workdir)
     make_workdir(folder)
     state = {"step": np.int32(file.step), "skipped": np.int32(0), "params": params, "averages": {"ema": average}}
-    checkpoints = checkpoint.Checkpoints(folder, config.train.keep_checkpoints)
-    checkpoints.save(file.step, jax.tree.map(_float32, state), config)
+    checkpoints = checkpoint.Checkpoints(folder, config.train.keep_checkpoints, copy=False)
+    checkpoints.save(file.step, state, config)
     checkpoints.wait()
     checkpoints.close()
     write_json(folder / "config.json", to_json(config))
@@ -64,11 +64,6 @@ def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: s
         write_json(folder / "classes.json", imagenet.class_names())
     moments = "PyTorch's optimizer state in it is not imported" if file.has_optimizer else "it has no optimizer state"
     print(f"imported {source}: step {file.step}, in {folder}; {moments}, so training goes on with zero moments")
-
-
-def _float32(array: np.ndarray) -> np.ndarray:
-    """Half-precision weights as the float32 that training keeps."""
-    return array if array.dtype == np.int32 else np.asarray(array, np.float32)
 
 
 def export_checkpoint(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str = "") -> None:
@@ -88,23 +83,27 @@ def export_checkpoint(config: ml_collections.ConfigDict, workdir: str, checkpoin
     if stored["loss"]["repa_weight"]:
         width, _, _ = dinov2.sizes(stored["teacher"]["size"])
         shapes["projector"] = make_projector(config.model, width).shapes
-    params = _on_host(checkpoint.load_params(where, shapes, config, mesh))
-    average = _on_host(checkpoint.load_average(where, denoiser.shapes, config, mesh))
-
     folder = storage.path(workdir) / "export"
-    make_workdir(folder)
-    ema = deco.to_torch(config.model, average)
-    projector = deco.projector_to_torch(params["projector"]) if "projector" in params else {}
     step = checkpoint.load_step(where)
+    # One network in memory at a time, and of it only what isn't converted yet.
+    ema = deco.to_torch(config.model, checkpoint.load_average(where, denoiser.shapes, config, mesh), consume=True)
+    make_workdir(folder)
     weights = f"{config.sample.average}.safetensors"
     torch_files.write_safetensors(folder / weights, ema, {"step": str(step)})
     write_json(folder / "config.json", stored)
-    torch_files.write_lightning(
-        folder / "deco.ckpt",
-        torch_files.Checkpoint(deco.to_torch(config.model, params["denoiser"]), ema, projector, step=step),
-    )
+    if why := _no_official_module(config.model):
+        print(f"exported {where} to {folder}: {weights}, config.json; no deco.ckpt: {why}")
+        return
+    params = checkpoint.load_params(where, shapes, config, mesh)
+    projector = deco.projector_to_torch(params.pop("projector")) if "projector" in params else {}
+    raw = deco.to_torch(config.model, params.pop("denoiser"), consume=True)
+    torch_files.write_lightning(folder / "deco.ckpt", torch_files.Checkpoint(raw, ema, projector, step=step))
     print(f"exported {where} to {folder}: deco.ckpt, {weights}, config.json")
 
 
-def _on_host(tree: Any) -> Any:
-    return jax.tree.map(np.asarray, tree)
+def _no_official_module(model: ml_collections.ConfigDict) -> str:
+    """Why no module of the official code can hold the weights; "" if one can."""
+    for setting, official in (("decoder_patch_size", 1), ("decoder_interaction", "adaln")):
+        if model.get(setting, official) != official:
+            return f"the official code has no model with config.model.{setting}={model[setting]}"
+    return ""

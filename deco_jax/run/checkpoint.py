@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
+import hashlib
 import json
 import logging as logging_lib
+import os
 import pathlib
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,11 +46,15 @@ COMMITTED = "commit_success.txt"
 class Checkpoints:
     """The checkpoints of one workdir, to write: from making it to `close`, no other process may.
 
+    Args:
+        keep: so many, the newest.
+        copy: host arrays before they are written in the background; False where nobody changes them meanwhile.
+
     Raises:
         UserError: another run is in the workdir.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, keep: int) -> None:
+    def __init__(self, workdir: str | pathlib.Path, keep: int, copy: bool = True) -> None:
         _hush_orbax()
         storage.limit_checkpoint_retries()
         self.folder = storage.absolute(workdir) / FOLDER
@@ -65,7 +73,9 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(post_finalization_callback=self._note_checksums),
         )
         self._writing = -1
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        if not copy:
+            ocp.type_handlers.register_type_handler(np.ndarray, _OneByOne(deepcopy_host_arrays=False), override=True)
+        self._manager = ocp.CheckpointManager(_without_patterns(self.folder), options=options)
 
     def steps(self) -> list[int]:
         """Steps that have a complete checkpoint, ascending."""
@@ -153,6 +163,27 @@ class Checkpoints:
     def close(self) -> None:
         self._manager.close()
         self._lock.release()
+
+
+class _OneByOne(ocp.type_handlers.NumpyHandler):
+    """Writes host arrays one after the other: all at once, their compressed copies need as much memory again."""
+
+    async def _background_serialize(self, values: Any, infos: Any, args: Any = None) -> None:
+        for i, (value, info) in enumerate(zip(values, infos, strict=True)):
+            await super()._background_serialize([value], [info], [args[i] if args else ocp.SaveArgs()])
+
+
+def _without_patterns(folder: pathlib.Path) -> pathlib.Path:
+    """A name of the folder that Orbax doesn't take for a pattern: it looks for what each host wrote with `glob`."""
+    if storage.is_remote(folder) or glob.escape(str(folder)) == str(folder):
+        return folder
+    name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]  # the same on every host
+    link = pathlib.Path(tempfile.gettempdir()) / f"deco_jax_{os.getuid()}_{name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not link.is_symlink() or pathlib.Path(os.readlink(link)) != folder:
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder, target_is_directory=True)
+    return link
 
 
 def _save_args(state: State, config: ml_collections.ConfigDict) -> ocp.args.Composite:

@@ -99,6 +99,7 @@ class RunLock:
     def _open(self) -> None:
         if storage.is_remote(self.path):
             return
+        self.folder.mkdir(parents=True, exist_ok=True)
         while True:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
