@@ -76,7 +76,7 @@ class Optimizer:
     name: str = setting(
         "adamw", "adamw, or muon: matrices by Muon, the rest by AdamW at the same rate.", one_of("adamw", "muon")
     )
-    learning_rate: float = setting(1e-4, "Step size after the warm-up.", above(0, 1000))
+    learning_rate: float = setting(1e-4, "Step size after the warm-up.", above(0, 1e38))
     schedule: str = setting(
         "constant",
         "How the learning rate goes on: constant, or falling from decay_start to decay_end as a cosine or a line.",

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
-import optax
-from absl import logging
 from jax.sharding import Mesh
 
-from deco_jax import images
 from deco_jax.conditioning.condition import Condition, open_condition
 from deco_jax.conditioning.requests import Prompts, Requests, open_prompts, sampling_requests
 from deco_jax.data import imagenet, pipeline, sources
@@ -24,8 +22,8 @@ from deco_jax.errors import UserError
 from deco_jax.method.averages import EMA
 from deco_jax.method.objective import make_method
 from deco_jax.method.optimizer import make_optimizer
-from deco_jax.method.training import Batch, Metrics, Observer, choose_remat, lower_train_step, make_networks
-from deco_jax.models.network import Network
+from deco_jax.method.training import Batch, Metrics, choose_remat, lower_train_step, make_networks
+from deco_jax.programs.actions import Action, Evaluate, FirstTime, Grid, Log, Reader, Save, TrainingRun
 from deco_jax.programs.evaluate import QuickFID
 from deco_jax.run import checkpoint, distributed, monitor, preemption, settings, sharding, storage
 from deco_jax.run.state import State, create_state, state_shapes
@@ -113,28 +111,37 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
         checkpoints.close()
         return
 
+    run = TrainingRun(config, folder, mesh, condition, frozen, checkpoints, writer)
+    generator = generate.make_generator(networks["denoiser"], config, mesh)
+
+    def make_actions(log: Log) -> list[Action]:
+        """In this order: what takes minutes comes after the save, which it must not cost."""
+        actions: list[Action] = [log, Save(run, log)]
+        if quick_fid is not None:
+            measure = functools.partial(quick_fid, generator, condition=condition, frozen=frozen)
+            actions.append(Evaluate(run, config.evaluate.every, lambda average: {"fid": measure(average)}))
+        if requests is not None:
+            actions.append(Grid(run, generator, requests))
+        return actions
+
     batches = open_batches(config, mesh, source, condition, start)
     try:
         # From here on, compiling included, a signal asks to save and stop.
         with preemption.Watch() as watch:
-            run(
-                config,
-                folder,
-                mesh,
-                networks,
-                optimizer,
-                condition,
-                observe,
-                frozen,
-                state,
-                batches,
-                checkpoints,
-                writer,
-                watch,
-                requests,
-                quick_fid,
-                remat.compiled if remat else None,
-            )
+            reader = Reader(run, batches)
+            with distributed.stage("reading the first batch"):
+                batch = reader()
+            compiled = remat.compiled if remat else None
+            if compiled is None:
+                writer.say("compiling the training step ...")
+                began = time.monotonic()
+                # Compiled once, for these shapes: another shape or sharding later is an error, not a recompilation.
+                with distributed.stage("compiling the training step"):
+                    compiled = lower_train_step(
+                        networks, optimizer, config, observe, mesh, state, batch, frozen
+                    ).compile()
+                writer.say(f"compiled in {time.monotonic() - began:.1f} s")
+            loop(run, compiled, state, reader, batch, make_actions, watch)
     finally:
         batches.close()
         writer.close()
@@ -156,137 +163,51 @@ def check_same_classes(folder: pathlib.Path, names: list[str]) -> None:
         )
 
 
-def run(
-    config: ml_collections.ConfigDict,
-    folder: pathlib.Path,
-    mesh: Mesh,
-    networks: dict[str, Network],
-    optimizer: optax.GradientTransformation,
-    condition: Condition,
-    observe: Observer,
-    frozen: dict[str, Any],
+def loop(
+    run: TrainingRun,
+    train_step: Callable[..., tuple[State, Metrics]],
     state: State,
-    batches: pipeline.Batches,
-    checkpoints: checkpoint.Checkpoints,
-    writer: Writer,
+    reader: Reader,
+    batch: Batch,
+    make_actions: Callable[[Log], list[Action]],
     watch: preemption.Watch,
-    requests: Requests | None,
-    quick_fid: QuickFID | None = None,
-    compiled: jax.stages.Compiled | None = None,
 ) -> None:
-    """The loop of `train`, with everything made; `compiled` is the training step, if it is compiled already."""
-    start, total = int(state["step"]), config.train.num_steps
-    generator = generate.make_generator(networks["denoiser"], config, mesh)
-    unreadable = unreadable_ahead = 0  # in this host's batches so far, and in the one it has read ahead
-    unreadable_before = int(writer.last.get("unreadable_images", 0))
-
-    def read() -> Batch:
-        nonlocal unreadable_ahead
-        batch = next(batches)
-        unreadable_ahead = len(batch["unreadable"])
-        return sharding.place_batch(mesh, {name: batch[name] for name in ("image", *condition.inputs)})
-
-    with distributed.stage("reading the first batch"):
-        placed = read()
-    if compiled is None:
-        writer.say("compiling the training step ...")
-        began = time.monotonic()
-        # Compiled once, for these shapes: another shape or sharding later is an error, not a silent recompilation.
-        with distributed.stage("compiling the training step"):
-            compiled = lower_train_step(networks, optimizer, config, observe, mesh, state, placed, frozen).compile()
-        writer.say(f"compiled in {time.monotonic() - began:.1f} s")
-    writer.start_clock()
-
-    pending: list[Metrics] = []  # of the steps since the last look, still on the device
-    since, sampled = time.monotonic(), False
-    profiler = monitor.Profiler(folder, config.train.profile_start, config.train.profile_steps)
+    """Train to config.train.num_steps, from a state and the first batch on."""
+    train = run.config.train
+    start, total = int(state["step"]), train.num_steps
+    run.writer.start_clock()
+    log = Log(run, reader.unreadable)
+    actions = make_actions(log)
+    profiler = monitor.Profiler(run.folder, train.profile_start, train.profile_steps)
     with monitor.CompileWatch() as compilations, contextlib.closing(profiler):
+        may_compile = FirstTime(compilations)
         for step in range(start + 1, total + 1):
             profiler.before(step - start - 1)
-            unreadable += unreadable_ahead
             if step == start + 1:
                 with distributed.stage("the first step"), compilations.expected():
-                    state, metrics = jax.block_until_ready(compiled(state, placed, frozen))
+                    state, metrics = jax.block_until_ready(train_step(state, batch, run.frozen))
             else:
-                state, metrics = compiled(state, placed, frozen)
-            pending.append(metrics)
+                state, metrics = train_step(state, batch, run.frozen)
+            log.add(metrics)
             if profiler.after(step - start, metrics):
-                writer.say(f"wrote a trace of {config.train.profile_steps} steps to {profiler.folder}")
+                run.writer.say(f"wrote a trace of {train.profile_steps} steps to {profiler.folder}")
+            # While the device works on this step, the host brings the next batch.
+            reader.used()
             if step < total:
-                # While the device works on this step, the host brings the next batch.
-                placed = read()
+                batch = reader()
 
             stopping = watch.stopping(step)
-            saving = step % config.train.save_every == 0 or step == total or stopping
-            if step % config.train.log_every == 0 or saving:
-                history = jax.device_get(pending)
-                check_finite(history, step, config.train.max_skipped_steps, checkpoints)
-                if step % config.train.log_every == 0 or step == total:
-                    now = time.monotonic()
-                    speed = config.data.batch_size * len(pending) / (now - since)
-                    values = {name: float(value) for name, value in history[-1].items() if name != "skipped"}
-                    memory = monitor.peak_memory()
-                    if memory is not None:
-                        values["peak_memory_gib"] = memory / 2**30
-                    values["images_per_second"] = speed
-                    count = unreadable_before + distributed.sum_of_hosts(unreadable)
-                    writer.write(step, {**values, "unreadable_images": count})
-                since = time.monotonic()
-                pending = []
-            if saving:
-                writer.sync()
-                with compilations.expected():  # of the copies that a save starts with
-                    checkpoints.save(step, state, config)
-            if stopping:  # who asks doesn't wait for a grid or a FID
-                checkpoints.wait()
-                writer.say(f"{watch.reason}: saved step {step}; the same command goes on from here")
+            for action in actions:
+                if action.due(step, stopping) and (action.hurried or not stopping):
+                    with may_compile(action):
+                        action(step, state)
+                    log.restart_clock()
+            if stopping:
+                run.checkpoints.wait()
+                run.writer.say(f"{watch.reason}: saved step {step}; the same command goes on from here")
                 raise SystemExit(watch.exit_code)
-            if quick_fid is not None and quick_fid.due(step):
-                # After the save: it takes minutes, and what goes wrong in it must not cost the steps before.
-                with compilations.expected():
-                    averaged = state["averages"][config.sample.average]
-                    writer.add(step, "fid", quick_fid(generator, averaged, condition, frozen))
-                since = time.monotonic()
-            if requests is not None and (step % config.train.sample_every == 0 or step == total):
-                with contextlib.nullcontext() if sampled else compilations.expected():
-                    averaged = state["averages"][config.sample.average]
-                    grid = sample_grid(generator, averaged, requests, config, mesh)
-                sampled = True
-                writer.write_image(step, "samples", grid, folder / "samples" / f"step_{step:08d}.png")
-                writer.say(f"wrote {folder / 'samples' / f'step_{step:08d}.png'}")
-                since = time.monotonic()
-        checkpoints.wait()
-    writer.say(f"done: step {total}, in {folder}")
-
-
-def check_finite(
-    history: list[dict[str, np.ndarray]], last_step: int, allowed: int, checkpoints: checkpoint.Checkpoints
-) -> None:
-    """Log the steps of `history` that were skipped; UserError once more than `allowed` in a row were."""
-    for step, metrics in enumerate(history, start=last_step - len(history) + 1):
-        skipped = int(metrics["skipped"])
-        if not skipped:
-            continue
-        parts = ", ".join(f"{name} {float(value):.4g}" for name, value in metrics.items() if name != "skipped")
-        if skipped > allowed:
-            checkpoints.wait()
-            kept = checkpoints.steps()
-            last = f"the checkpoint of step {kept[-1]} is good" if kept else "there is no checkpoint yet"
-            raise UserError(
-                f"step {step}: the loss or its gradient is not finite ({parts}), for {skipped} step(s) in a row, "
-                f"config.train.max_skipped_steps={allowed}; {last}: resume from it with a lower learning rate, "
-                "config.optimizer.clip_norm, or float32"
-            )
-        logging.warning("step %d skipped: the loss or its gradient is not finite (%s)", step, parts)
-
-
-def sample_grid(
-    generator: generate.Generator, params: Any, requests: Requests, config: ml_collections.ConfigDict, mesh: Mesh
-) -> np.ndarray:
-    """One uint8 image of samples in class order, or with their captions."""
-    batch_size = config.sample.batch_size
-    samples = np.concatenate(list(generate.generate_images(generator, params, requests, batch_size, mesh)))
-    return images.sample_grid(samples, config.model.num_classes, requests.names)
+        run.checkpoints.wait()
+    run.writer.say(f"done: step {total}, in {run.folder}")
 
 
 # ---------------------------------------------------------------------------------------- setting up

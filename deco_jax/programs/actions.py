@@ -1,0 +1,238 @@
+"""What a training does every so many steps: log, save, evaluate, draw a grid.
+
+An action is called after a step; which it is due at is its own affair. `TrainingRun` is what they have in common.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+import ml_collections
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from deco_jax import images
+from deco_jax.conditioning.condition import Condition
+from deco_jax.conditioning.requests import Requests
+from deco_jax.data import pipeline
+from deco_jax.errors import UserError
+from deco_jax.method.optimizer import learning_rate
+from deco_jax.method.training import Batch, Metrics
+from deco_jax.run import checkpoint, distributed, monitor, sharding
+from deco_jax.run.state import State
+from deco_jax.run.writer import Writer
+from deco_jax.sampling import generate
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRun:
+    """What the actions of a training share.
+
+    folder: the workdir.
+    frozen: arrays that never train, by name, on the mesh.
+    """
+
+    config: ml_collections.ConfigDict
+    folder: pathlib.Path
+    mesh: Mesh
+    condition: Condition
+    frozen: dict[str, Any]
+    checkpoints: checkpoint.Checkpoints
+    writer: Writer
+
+    def at(self, step: int, every: int, last: bool = False) -> bool:
+        """Whether a step is one of every so many (0: none), or, if asked, the last of the training."""
+        return bool(every) and (step % every == 0 or (last and step == self.config.train.num_steps))
+
+    def averaged(self, state: State) -> Any:
+        """The average of the weights that images are drawn from."""
+        return state["averages"][self.config.sample.average]
+
+
+class Action(Protocol):
+    """Something that is done every so many steps.
+
+    Attributes:
+        hurried: also done when the run has been asked to stop, which doesn't wait for anything else.
+    """
+
+    hurried: bool
+
+    def due(self, step: int, stopping: bool) -> bool:
+        """Whether it is to be done after a step; `stopping`: the last one before the run stops."""
+        ...
+
+    def __call__(self, step: int, state: State) -> None:
+        """Do it, with the state after the step."""
+        ...
+
+
+class Reader:
+    """Batches on the mesh, and how many images so far could not be read."""
+
+    def __init__(self, run: TrainingRun, batches: pipeline.Batches) -> None:
+        self._run, self._batches = run, batches
+        self._before = int(run.writer.last.get("unreadable_images", 0))
+        self._here = self._ahead = 0  # in this host's batches so far, and in the one it has read ahead
+
+    def __call__(self) -> Batch:
+        """Read the next batch."""
+        batch = next(self._batches)
+        self._ahead = len(batch["unreadable"])
+        names = ("image", *self._run.condition.inputs)
+        return sharding.place_batch(self._run.mesh, {name: batch[name] for name in names})
+
+    def used(self) -> None:
+        """The batch that was read last has been trained on: what it replaced counts."""
+        self._here += self._ahead
+        self._ahead = 0
+
+    def unreadable(self) -> int:
+        """Count the images that could not be read, on all hosts, since the run began."""
+        return self._before + distributed.sum_of_hosts(self._here)
+
+
+class Log:
+    """Writes a line of metrics, and stops a run that diverges. Steps come in by `add`, still on the device."""
+
+    hurried = True
+
+    def __init__(self, run: TrainingRun, unreadable: Callable[[], int]) -> None:
+        self._run, self._unreadable = run, unreadable
+        self._rate = learning_rate(run.config.optimizer)
+        self._pending: list[Metrics] = []
+        self._since = time.monotonic()
+
+    def add(self, metrics: Metrics) -> None:
+        self._pending.append(metrics)
+
+    def restart_clock(self) -> None:
+        """What has been done since the last step doesn't count as time of the next."""
+        self._since = time.monotonic()
+
+    def due(self, step: int, stopping: bool) -> bool:
+        return self._run.at(step, self._run.config.train.log_every, last=True)
+
+    def __call__(self, step: int, state: State) -> None:
+        history = self.check(step)
+        seconds = time.monotonic() - self._since
+        values = {name: float(value) for name, value in history[-1].items() if name != "skipped"}
+        memory = monitor.peak_memory()
+        if memory is not None:
+            values["peak_memory_gib"] = memory / 2**30
+        values["learning_rate"] = float(self._rate(np.int32(step - 1)))
+        values["images_per_second"] = self._run.config.data.batch_size * len(history) / seconds
+        self._run.writer.write(step, {**values, "unreadable_images": self._unreadable()})
+
+    def check(self, step: int) -> list[dict[str, np.ndarray]]:
+        """Wait for the steps since the last look; UserError if too many of them were not finite."""
+        history = jax.device_get(self._pending)
+        self._pending = []
+        check_finite(history, step, self._run.config.train.max_skipped_steps, self._run.checkpoints)
+        return history
+
+
+class Save:
+    """Writes a checkpoint, of a state that is known to be good."""
+
+    hurried = True
+
+    def __init__(self, run: TrainingRun, log: Log) -> None:
+        self._run, self._log = run, log
+
+    def due(self, step: int, stopping: bool) -> bool:
+        return stopping or self._run.at(step, self._run.config.train.save_every, last=True)
+
+    def __call__(self, step: int, state: State) -> None:
+        self._log.check(step)
+        self._run.writer.sync()
+        self._run.checkpoints.save(step, state, self._run.config)
+
+
+class Evaluate:
+    """Scores the averaged weights, into the step's line of metrics.
+
+    Args:
+        every: steps.
+        scores: (averaged weights) → scores by name.
+    """
+
+    hurried = False
+
+    def __init__(self, run: TrainingRun, every: int, scores: Callable[[Any], Mapping[str, float]]) -> None:
+        self._run, self._every, self._scores = run, every, scores
+
+    def due(self, step: int, stopping: bool) -> bool:
+        return self._run.at(step, self._every)
+
+    def __call__(self, step: int, state: State) -> None:
+        for name, value in self._scores(self._run.averaged(state)).items():
+            self._run.writer.add(step, name, value)
+
+
+class Grid:
+    """Draws samples into one image."""
+
+    hurried = False
+
+    def __init__(self, run: TrainingRun, generator: generate.Generator, requests: Requests) -> None:
+        self._run, self._generator, self._requests = run, generator, requests
+
+    def due(self, step: int, stopping: bool) -> bool:
+        return self._run.at(step, self._run.config.train.sample_every, last=True)
+
+    def __call__(self, step: int, state: State) -> None:
+        run, path = self._run, self._run.folder / "samples" / f"step_{step:08d}.png"
+        grid = sample_grid(self._generator, run.averaged(state), self._requests, run.config, run.mesh)
+        run.writer.write_image(step, "samples", grid, path)
+        run.writer.say(f"wrote {path}")
+
+
+def sample_grid(
+    generator: generate.Generator, params: Any, requests: Requests, config: ml_collections.ConfigDict, mesh: Mesh
+) -> np.ndarray:
+    """Draw one uint8 image of samples in class order, or with their captions."""
+    batch_size = config.sample.batch_size
+    samples = np.concatenate(list(generate.generate_images(generator, params, requests, batch_size, mesh)))
+    return images.sample_grid(samples, config.model.num_classes, requests.names)
+
+
+def check_finite(
+    history: list[dict[str, np.ndarray]], last_step: int, allowed: int, checkpoints: checkpoint.Checkpoints
+) -> None:
+    """Log the steps of `history` that were skipped; UserError once more than `allowed` in a row were."""
+    for step, metrics in enumerate(history, start=last_step - len(history) + 1):
+        skipped = int(metrics["skipped"])
+        if not skipped:
+            continue
+        parts = ", ".join(f"{name} {float(value):.4g}" for name, value in metrics.items() if name != "skipped")
+        if skipped > allowed:
+            checkpoints.wait()
+            kept = checkpoints.steps()
+            last = f"the checkpoint of step {kept[-1]} is good" if kept else "there is no checkpoint yet"
+            raise UserError(
+                f"step {step}: the loss or its gradient is not finite ({parts}), for {skipped} step(s) in a row, "
+                f"config.train.max_skipped_steps={allowed}; {last}: resume from it with a lower learning rate, "
+                "config.optimizer.clip_norm, or float32"
+            )
+        logging.warning("step %d skipped: the loss or its gradient is not finite (%s)", step, parts)
+
+
+class FirstTime:
+    """Announces the compilations of an action's first call; later ones are unexpected."""
+
+    def __init__(self, compilations: monitor.CompileWatch) -> None:
+        self._compilations, self._done = compilations, set[int]()
+
+    @contextlib.contextmanager
+    def __call__(self, action: Action) -> Iterator[None]:
+        with contextlib.nullcontext() if id(action) in self._done else self._compilations.expected():
+            yield
+        self._done.add(id(action))
