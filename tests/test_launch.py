@@ -38,7 +38,7 @@ DRY_RUNS = {
 }
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("script", [path for path in SCRIPTS if path.name in DRY_RUNS], ids=lambda path: path.name)
 def test_dry_run_prints_the_command_and_runs_nothing(script):
     options, expected = DRY_RUNS[script.name]
     result = run(script, "--dry-run", *options, "--", *ARGUMENTS)

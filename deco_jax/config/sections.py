@@ -275,6 +275,14 @@ class Benchmark:
 
     warmup: int = setting(3, "Runs before the timed ones.", at_least(1, 1_000_000))
     repeats: int = setting(20, "Timed runs.", at_least(1, 1_000_000))
+    parts: str = setting(
+        "train,forward,sample,input",
+        "What to time, comma separated: train, forward, sample, input, inception.",
+        Rule(
+            lambda text: bool(text) and set(text.split(",")) <= {"train", "forward", "sample", "input", "inception"},
+            "some of train, forward, sample, input, inception, comma separated",
+        ),
+    )
 
 
 SECTION_CLASSES: dict[str, type] = {

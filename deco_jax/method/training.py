@@ -167,8 +167,10 @@ def choose_remat(
     def compile_with(policy: str) -> jax.stages.Compiled | choices.Refused:
         networks, observe, frozen = abstract_networks(settled(policy), mesh, condition)
         optimizer = make_optimizer(config.optimizer)
-        shapes = state_shapes(networks, optimizer, mesh), batch_shapes(config, mesh, condition), frozen
-        return choices.compile_or_refused(lower_train_step(networks, optimizer, config, observe, mesh, *shapes))
+        state = state_shapes(networks, optimizer, mesh, make_method(config).averages)
+        batch = batch_shapes(config, mesh, condition)
+        lowered = lower_train_step(networks, optimizer, config, observe, mesh, state, batch, frozen)
+        return choices.compile_or_refused(lowered)
 
     with distributed.stage("choosing what to recompute in the backward pass"):
         chosen = choices.remat(compile_with, hardware.device_memory(mesh.local_devices[0], mesh))

@@ -26,6 +26,7 @@ from deco_jax.data.transforms import image_sides
 from deco_jax.method.objective import make_method
 from deco_jax.method.optimizer import make_optimizer
 from deco_jax.method.training import abstract_networks, choose_remat, lower_observe, lower_train_step
+from deco_jax.models import inception
 from deco_jax.programs.train import open_batches
 from deco_jax.run import choices, distributed, hardware, monitor, sharding, storage
 from deco_jax.run.state import create_state
@@ -84,16 +85,23 @@ def benchmark(config: ml_collections.ConfigDict, workdir: str, import_seconds: f
     if remat is not None:
         say(remat.note)
     report["remat"] = config.model.remat
-    report["train_step_bytes"] = time_training(config, mesh, condition, add, time.monotonic() - began)
-    time_forward(config, mesh, condition, add)
-    time_input(config, mesh, source, condition, add)
+    parts = config.benchmark.parts.split(",")
+    if "train" in parts:
+        report["train_step_bytes"] = time_training(config, mesh, condition, add, time.monotonic() - began)
+    if "forward" in parts or "sample" in parts:
+        time_forward(config, mesh, condition, add)
+    if "input" in parts:
+        time_input(config, mesh, source, condition, add)
+    if "inception" in parts:
+        time_inception(config, mesh, add)
     memory = monitor.peak_memory()
     report["peak_memory_bytes"] = memory
     if main_host:
         path = storage.path(workdir) / "benchmark.json"
         write_json(path, report)
-        parts = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in report["train_step_bytes"].items())
-        say(f"GiB of a device, by the compiled training step: {parts}")
+        if "train" in parts:
+            sizes = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in report["train_step_bytes"].items())
+            say(f"GiB of a device, by the compiled training step: {sizes}")
         if memory is not None:
             say(f"peak memory of a device: {memory / 2**30:.2f} GiB")
         say(f"wrote {path}")
@@ -140,29 +148,28 @@ def time_training(
 
 
 def time_forward(config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition, add: Callable[..., None]) -> None:
-    """Rows: forward, sample one image, sample a batch; texts are encoded already."""
+    """Rows as config.benchmark.parts says: forward; sample one image, sample a batch; texts are encoded already."""
     networks, _, _ = abstract_networks(config, mesh, condition)
     network = networks["denoiser"]
     shardings = sharding.state_shardings(mesh, {"params": network.shapes})["params"]
     params = jax.jit(network.init, out_shardings=shardings)(jax.random.key(config.seed))
     size, shape = config.data.batch_size, (config.data.batch_size, *image_sides(config.data.image_size), 3)
     rows = sharding.batch_sharding(mesh)
-    draw = jax.jit(lambda: jax.random.normal(jax.random.key(1), shape), out_shardings=rows)
-    times = jax.jit(lambda: jax.random.uniform(jax.random.key(2), (size,)), out_shardings=rows)
     contexts, null = any_contexts(config)
-    inputs = draw(), times(), sharding.place_everywhere(mesh, {"context": contexts(size)})["context"]
-    arguments = (jax.tree.map(lambda where: where.spec, shardings), *[sharding.BATCH] * 3)
-    forward = jax.jit(
-        sharding.each_device(lambda *inputs: network.apply(*inputs)[0], mesh, arguments, sharding.BATCH),
-        out_shardings=rows,
-    )
-    add(
-        "forward",
-        timed(lambda: forward(params, *inputs), config.benchmark),
-        size,
-        flops.forward_total(config.model, config.data.image_size) * size,
-    )
-
+    parts = config.benchmark.parts.split(",")
+    if "forward" in parts:
+        draw = jax.jit(lambda: jax.random.normal(jax.random.key(1), shape), out_shardings=rows)
+        times = jax.jit(lambda: jax.random.uniform(jax.random.key(2), (size,)), out_shardings=rows)
+        inputs = draw(), times(), sharding.place_everywhere(mesh, {"context": contexts(size)})["context"]
+        arguments = (jax.tree.map(lambda where: where.spec, shardings), *[sharding.BATCH] * 3)
+        forward = jax.jit(
+            sharding.each_device(lambda *inputs: network.apply(*inputs)[0], mesh, arguments, sharding.BATCH),
+            out_shardings=rows,
+        )
+        arithmetic = flops.forward_total(config.model, config.data.image_size) * size
+        add("forward", timed(lambda: forward(params, *inputs), config.benchmark), size, arithmetic)
+    if "sample" not in parts:
+        return
     generator = generate.make_generator(network, config, mesh)
     few = ml_collections.ConfigDict({"warmup": 1, "repeats": min(5, config.benchmark.repeats)})
     counts = {"sample one image": mesh.size, f"sample {config.sample.batch_size}": config.sample.batch_size}
@@ -173,6 +180,17 @@ def time_forward(config: ml_collections.ConfigDict, mesh: Mesh, condition: Condi
         request = {"index": np.arange(count, dtype=np.int32), "context": contexts(count)}
         placed = sharding.place_everywhere(mesh, request)
         add(name, timed(lambda: generator(params, placed, null), few), count, flops.sampling(config) * count)  # noqa: B023
+
+
+def time_inception(config: ml_collections.ConfigDict, mesh: Mesh, add: Callable[..., None]) -> None:
+    """Row: the Inception network on a batch of config.evaluate.batch_size images; its weights cost nothing here."""
+    apply, shapes = inception.make_apply(mesh)
+    whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    params = jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes), out_shardings=whole)()
+    size = -(-config.evaluate.batch_size // mesh.size) * mesh.size
+    shape = (size, *image_sides(config.data.image_size), 3)
+    images = jax.jit(lambda: jax.random.bits(jax.random.key(0), shape, jnp.uint8), out_shardings=rows)()
+    add("inception", timed(lambda: apply(params, images), config.benchmark), size)
 
 
 def any_contexts(config: ml_collections.ConfigDict) -> tuple[Callable[[int], np.ndarray], np.ndarray]:
