@@ -222,6 +222,16 @@ def test_tars_of_a_bucket_are_read_by_range_and_indexed_once(here, tmp_path, mon
     assert read[0] < (tmp_path / "tars" / "0.tar").stat().st_size / 5
 
 
+def test_parquet_of_a_bucket(here, tmp_path):
+    pytest.importorskip("pyarrow", reason="needs pyarrow")
+    from tests.test_parquet import settings, write
+
+    where = upload(here, write(tmp_path / "parquet"), "parquet")
+    for more in ({"split": "train"}, {"split": "train", "caption_column": "text"}):
+        ours = sources.open_source(settings(where, **more))
+        same_samples(ours, sources.open_source(settings(tmp_path / "parquet", **more)))
+
+
 def test_stored_text_features_of_a_bucket(here, tmp_path):
     key = {"captions": 6, "length": 4, "width": 8, "prefix": "", "encoder": "e"}
     values = np.random.default_rng(0).integers(0, 2**16, (6, 4, 8)).astype(np.uint16)

@@ -46,8 +46,11 @@ class Data:
     """The images to train on."""
 
     source: str = setting("image_folder", "Kind of data set.", one_of(*SOURCES))
-    path: str = setting("", "Folder of the data; for webdataset also a single .tar.")
-    split: str = setting("", "A subfolder of path; for tfds the split, train if empty.")
+    path: str = setting("", "Folder of the data; for webdataset also a single .tar, for parquet a single file.")
+    split: str = setting("", "A subfolder of path; for tfds and parquet the split, for tfds train if empty.")
+    image_column: str = setting("image", "Of parquet: the column of the images.")
+    label_column: str = setting("label", "Of parquet: the column of the labels.")
+    caption_column: str = setting("", "Of parquet: the column of the captions, instead of labels.")
     image_size: int | tuple[int, int] = setting(
         (256, 256), "Size of the images in pixels: a side, or (height, width).", IMAGE_SIZE
     )

@@ -18,6 +18,7 @@ import numpy as np
 from absl import flags, logging
 
 from deco_jax.data import transforms
+from deco_jax.data.source import BlockOrder
 from deco_jax.data.sources import Source
 from deco_jax.data.workers import follow_main
 from deco_jax.errors import UserError
@@ -108,7 +109,7 @@ def train_batches(
     def maybe_flip(sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         return {**sample, "image": transforms.flip(sample["image"])} if rng.random() < 0.5 else sample
 
-    samples = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    samples = _in_random_order(source, seed)
     samples = samples.map(lambda index: read_one(source, index, image_size, encode_caption))
     if flip:
         samples = samples.random_map(maybe_flip)
@@ -116,6 +117,13 @@ def train_batches(
     local_size = _local_size(batch_size, host_count)
     batches = samples.batch(local_size, drop_remainder=True)[host_index::host_count][start_step:]
     return Batches(batches, source, num_workers, max_unreadable, local_size * image_size[0] * image_size[1] * 3)
+
+
+def _in_random_order(source: Source, seed: int) -> grain.MapDataset:
+    """Endless indices of a source, in another order every epoch."""
+    if source.blocks is None:
+        return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    return grain.MapDataset.range(2**62).seed(seed).map(BlockOrder(source.blocks, seed))
 
 
 def epoch(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any, Protocol
 
+import numpy as np
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -34,6 +36,11 @@ class Source(Protocol):
         """What to call the sample in a message, for instance its file."""
         ...
 
+    @property
+    def blocks(self) -> np.ndarray | None:
+        """Where each part ends that is read as a whole, ascending, the last at len(source); None: by single samples."""
+        return None
+
     def next_of_class(self, index: int) -> int:
         """The next sample with the same label, after the last one the first; `index` itself if there is no other."""
         ...
@@ -41,6 +48,45 @@ class Source(Protocol):
     def notes(self) -> str:
         """A line for the person watching: what was found, and what was left out and why. Empty: nothing to say."""
         return ""
+
+
+WINDOW = 4  # blocks whose samples are mixed
+
+
+def shuffled_blocks(ends: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """Every sample once: the blocks in random order, and the samples of each WINDOW of them mixed.
+
+    Returns:
+        int64 [samples], which depends on the arguments alone.
+    """
+    random = np.random.default_rng([seed, epoch])
+    starts = np.concatenate([[0], ends[:-1]])
+    order = random.permutation(len(ends))
+    windows = [order[i : i + WINDOW] for i in range(0, len(order), WINDOW)]
+    return np.concatenate(
+        [random.permutation(np.concatenate([np.arange(starts[b], ends[b]) for b in window])) for window in windows]
+    )
+
+
+class BlockOrder:
+    """Position in the endless stream → index of the sample, by `shuffled_blocks` of each epoch."""
+
+    def __init__(self, ends: np.ndarray, seed: int) -> None:
+        self._ends, self._seed = ends, seed
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Each process makes the orders itself.
+        return {**self.__dict__, "_epochs": {}}
+
+    def __call__(self, position: int) -> int:
+        epoch, at = divmod(int(position), int(self._ends[-1]))
+        order = self._epochs.get(epoch)
+        if order is None:
+            order = shuffled_blocks(self._ends, self._seed, epoch)
+            # Where epochs meet, batches of both are under way.
+            self._epochs = {e: o for e, o in self._epochs.items() if e >= epoch - 1} | {epoch: order}
+        return int(order[at])
 
 
 def printable(path: str) -> str:

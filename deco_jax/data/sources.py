@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 
 from deco_jax.data.captioned_folder import CaptionedFolder
+from deco_jax.data.parquet import Parquet
 from deco_jax.data.source import IMAGE_SUFFIXES, Source, printable
 from deco_jax.data.transforms import image_sides
 from deco_jax.data.webdataset import WebDataset
 from deco_jax.errors import UserError
 from deco_jax.run import storage
 
-# The last three have captions instead of classes.
-SOURCES = ("digits", "image_folder", "tfds", "captioned_digits", "captioned_folder", "webdataset")
+# The last three have captions instead of classes; parquet has either.
+SOURCES = ("digits", "image_folder", "tfds", "parquet", "captioned_digits", "captioned_folder", "webdataset")
 
 
 class Digits(Source):
@@ -252,7 +253,8 @@ def _next_equal(label: Any, index: int, length: int) -> int:
 def open_source(data: Any) -> Source:
     """The source that the `data` section of a config names: `source`, `path`, `split`.
 
-    `split` of a folder is a subfolder (`train`; empty for none), of a TFDS dataset a TFDS split (empty for `train`).
+    `split` of a folder is a subfolder (`train`; empty for none), of a TFDS dataset a TFDS split (empty for `train`), of
+    Parquet files a subfolder or how their names begin.
     Of the sources with captions only images of at least `image_size` are taken; they read many headers in
     `num_workers` processes. Raises UserError for an unknown source, a missing folder, a folder without images.
     """
@@ -267,6 +269,8 @@ def open_source(data: Any) -> Source:
         raise UserError(f"data.path is empty; set --config.data.path=FOLDER for the source {data.source}")
     if data.source == "tfds":
         return Tfds(path, split or "train")
+    if data.source == "parquet":
+        return Parquet(path, split, (data.image_column, data.label_column, data.caption_column))
     root = os.path.join(path, split) if split else path
     with storage.answering(root):
         where = storage.path(root)
