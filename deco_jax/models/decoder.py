@@ -7,13 +7,12 @@ paper's linear upsampling).
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deco_jax.models import side_by_side
 from deco_jax.models.layers import (
     Dtype,
     LayerNorm,
@@ -28,10 +27,10 @@ from deco_jax.models.layers import (
     xavier,
     zeros,
 )
+from deco_jax.models.side_by_side import LANES, Rows, along_diagonal
 from deco_jax.run.sharding import on_tpu
 
 POSITION_FEATURES = 64
-LANES = 128  # of a TPU's registers
 ROWS_AT_A_TIME = 8192  # of the decoder on a TPU: 2 MB an array in bfloat16
 
 
@@ -116,68 +115,6 @@ def from_queries(queries: jax.Array, patch_size: int, query_size: int, height: i
     return unpatchify(patches, patch_size, height, width)
 
 
-def along_diagonal(kernel: jax.Array, count: int) -> jax.Array:
-    """[inputs, outputs] → [count · inputs, count · outputs], zero outside the diagonal's `count` copies."""
-    inputs, outputs = kernel.shape
-    copies = jnp.eye(count, dtype=kernel.dtype)[:, None, :, None] * kernel[None, :, None, :]
-    return copies.reshape(count * inputs, count * outputs)
-
-
-def side_by_side_weights(linear: nnx.Linear, count: int, dtype: Dtype, parts: int = 1) -> tuple[jax.Array, jax.Array]:
-    """Kernel and bias of a Linear for rows that hold `count` inputs: [count · inputs, count · outputs] and
-    [count · outputs].
-
-    Args:
-        parts: that the outputs are split into afterwards; each comes out for all inputs of a row.
-    """
-    kernel, bias = (w.astype(dtype) for w in weights(linear))
-    kernels = [along_diagonal(part, count) for part in jnp.split(kernel, parts, axis=-1)]
-    return jnp.concatenate(kernels, axis=-1), jnp.concatenate([jnp.tile(b, count) for b in jnp.split(bias, parts)])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def normalize_side_by_side(x: jax.Array, count: int, epsilon: float = 1e-6) -> jax.Array:
-    """`layers.normalize` of each of the `count` vectors that a row holds, in float32."""
-    return _normalize(x, count, epsilon)[0]
-
-
-def _normalize(x: jax.Array, count: int, epsilon: float) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    exact = x.dtype == jnp.float32
-    y = x.astype(jnp.float32) - _mean_side_by_side(x, count, exact)
-    scale = jax.lax.rsqrt(_mean_side_by_side(y * y, count, exact) + epsilon)
-    return y * scale, (y * scale, scale, x)
-
-
-def _normalize_gradient(
-    count: int, epsilon: float, saved: tuple[jax.Array, ...], gradient: jax.Array
-) -> tuple[jax.Array]:
-    normalized, scale, x = saved
-    exact = x.dtype == jnp.float32
-    along = _mean_side_by_side(gradient * normalized, count, exact)
-    result = scale * (gradient - _mean_side_by_side(gradient, count, exact) - normalized * along)
-    return (result.astype(x.dtype),)
-
-
-normalize_side_by_side.defvjp(_normalize, _normalize_gradient)
-
-
-def _mean_side_by_side(x: jax.Array, count: int, exact: bool) -> jax.Array:
-    """The mean of each vector in place of its channels, float32: a product with a matrix, which moves no lanes."""
-    width = x.shape[-1] // count
-    average = np.kron(np.eye(count), np.full((width, width), 1 / width))
-    if exact:
-        return jnp.matmul(x, jnp.asarray(average, jnp.float32), precision="highest")
-
-    def product(part: jax.Array) -> jax.Array:
-        return jnp.matmul(part, jnp.asarray(average, part.dtype), preferred_element_type=jnp.float32)
-
-    if x.dtype == jnp.bfloat16:
-        return product(x)
-    # Two bfloat16 hold 16 of a float32's 24 bits, at a third of the cost of an exact product.
-    high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-    return product(high.astype(jnp.bfloat16)) + product((x - high).astype(jnp.bfloat16))
-
-
 class DecoderBlock(nnx.Module):
     """One residual MLP a pixel, with the condition by adaptive layer norm or by addition.
 
@@ -201,25 +138,22 @@ class DecoderBlock(nnx.Module):
         shift, scale, gate = jnp.split(self.modulation(condition), 3, axis=-1)
         return h + gate * self.mlp_out(jax.nn.silu(self.mlp_in(modulate(self.norm(h), shift, scale))))
 
-    def side_by_side(self, h: jax.Array, condition: jax.Array, count: int) -> jax.Array:
-        """The same for rows that hold `count` queries: [..., count · width]."""
-
-        def linear(layer: nnx.Linear, x: jax.Array, parts: int = 1) -> jax.Array:
-            kernel, bias = side_by_side_weights(layer, count, x.dtype, parts)
-            return x @ kernel + bias
+    def side_by_side(self, rows: Rows, h: jax.Array, condition: jax.Array) -> jax.Array:
+        """The same for rows that hold several queries, in float32."""
 
         def norm(h: jax.Array) -> jax.Array:
-            y = normalize_side_by_side(h, count, self.norm.epsilon)
-            scale, bias = (jnp.tile(vector[...], count) for vector in (self.norm.scale, self.norm.bias))
-            return (y * scale + bias).astype(h.dtype)
+            y = side_by_side.normalize(rows, h, self.norm.epsilon)
+            return side_by_side.scale_and_shift(rows, y, self.norm.scale[...], self.norm.bias[...])
 
         def mlp(h: jax.Array) -> jax.Array:
-            return linear(self.mlp_out, jax.nn.silu(linear(self.mlp_in, h)))
+            (hidden,) = side_by_side.linear(rows, self.mlp_in, h)
+            (out,) = side_by_side.linear(rows, self.mlp_out, jax.nn.silu(hidden))
+            return out
 
         if self.interaction == "add":
             h = h + condition
             return h + mlp(norm(h))
-        shift, scale, gate = jnp.split(linear(self.modulation, condition, parts=3), 3, axis=-1)
+        shift, scale, gate = side_by_side.linear(rows, self.modulation, condition, parts=3)
         return h + gate * mlp(modulate(norm(h), shift, scale))
 
 
@@ -302,31 +236,32 @@ class PixelDecoder(nnx.Module):
         """
         batch, tokens, number, channels = queries.shape
         rows, groups, dtype = batch * tokens, number // count, self.dtype
+        layout = Rows(count, dtype)
         together = next(n for n in range(groups, 0, -1) if groups % n == 0 and (n == 1 or n * rows <= ROWS_AT_A_TIME))
 
         def split(a: jax.Array) -> jax.Array:
             return a.reshape(groups // together, together, *a.shape[1:])
 
         # Groups of queries lead, [groups, ..., rows, ...]: so the condition comes out of its product.
-        kernel, bias = (w.astype(dtype) for w in weights(self.condition))
-        condition = jnp.einsum("rm,mgc->grc", features.reshape(rows, -1), kernel.reshape(len(kernel), groups, -1))
-        condition = condition + bias.reshape(groups, 1, -1)
+        kernel, bias = weights(self.condition)
+        kernel = kernel.astype(dtype).reshape(len(kernel), groups, -1)
+        condition = jnp.einsum("rm,mgc->grc", features.reshape(rows, -1), kernel)
         values = jnp.transpose(queries.astype(dtype).reshape(rows, groups, count * channels), (1, 2, 0))
         weight, offset = embedding_weights(channels, basis, self.pixel_embed, self.input)
-        offset = offset.reshape(groups, 1, -1)
 
-        def decode(parts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-            values, condition, offset = parts
-            h = jnp.einsum("gvr,vc->grc", values, along_diagonal(weight, count).astype(dtype)) + offset.astype(dtype)
+        def decode(parts: tuple[jax.Array, ...]) -> jax.Array:
+            values, condition, offset, bias = parts
+            h = layout.product(values.swapaxes(1, 2), along_diagonal(weight, count))
+            h, condition = side_by_side.shift(layout, h, offset), side_by_side.shift(layout, condition, bias)
             if self.interaction == "adaln":
                 condition = jax.nn.silu(condition)
-            h = run_stack(
-                self.blocks, h, lambda block, h: block.side_by_side(h, condition, count), dtype=dtype, unroll=self.depth
-            )
-            kernel, bias = side_by_side_weights(self.output, count, dtype)
-            return jnp.einsum("grc,cv->gvr", normalize_side_by_side(h, count).astype(dtype), kernel) + bias[:, None]
+            h = run_stack(self.blocks, h, lambda block, h: block.side_by_side(layout, h, condition), unroll=self.depth)
+            (pixels,) = side_by_side.linear(layout, self.output, side_by_side.normalize(layout, h))
+            return pixels.swapaxes(1, 2)
 
-        values = jax.lax.map(jax.checkpoint(decode), (split(values), split(condition), split(offset)))
+        vectors = [vector.reshape(groups, -1) for vector in (offset, bias)]
+        parts = tuple(split(part) for part in (values, condition, *vectors))
+        values = jax.lax.map(jax.checkpoint(decode), parts)
         values = jnp.transpose(values.reshape(groups, count * channels, rows), (2, 0, 1))
         return values.astype(jnp.float32).reshape(queries.shape)
 
