@@ -58,6 +58,12 @@ class Data:
     num_workers: int = setting(
         16, "Processes on each host that read and decode images; 0: the main process.", at_least(0, 256)
     )
+    validation_split: str = setting(
+        "", "Images that are not trained on, as a subfolder of path or a split of tfds; empty: none."
+    )
+    validation_images: int = setting(
+        1024, "How many of them the validation loss takes at most, in whole batches.", at_least(1, 10_000_000)
+    )
     flip: bool = setting(False, "Mirror half of the images at random; the paper's recipe does not.")
     max_unreadable: float = setting(
         0.001, "Share of the images that may be unreadable before training stops.", between(0, 1)
@@ -213,6 +219,11 @@ class Train:
     log_every: int = setting(100, "Steps between two lines of metrics.", at_least(1, MAX_INT32))
     save_every: int = setting(5000, "Steps between two checkpoints.", at_least(1, MAX_INT32))
     sample_every: int = setting(10_000, "Steps between two grids of samples; 0: none.", at_least(0, MAX_INT32))
+    validate_every: int = setting(
+        0,
+        "Steps between two validation losses of sample.average, a multiple of log_every; 0: none.",
+        at_least(0, MAX_INT32),
+    )
     keep_checkpoints: int = setting(3, "Newest checkpoints to keep.", at_least(1, MAX_INT32))
     max_skipped_steps: int = setting(
         10, "Steps in a row with a loss or gradient that is not finite before training stops.", at_least(0, MAX_INT32)

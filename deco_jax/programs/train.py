@@ -19,6 +19,8 @@ from deco_jax.conditioning.requests import Prompts, Requests, open_prompts, samp
 from deco_jax.data import imagenet, pipeline, sources
 from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
+from deco_jax.evaluation.evaluator import Subject
+from deco_jax.evaluation.validation_loss import ValidationLoss
 from deco_jax.method.averages import EMA
 from deco_jax.method.objective import make_method
 from deco_jax.method.optimizer import make_optimizer
@@ -73,6 +75,9 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
         )
     shapes = state_shapes(networks, optimizer, mesh, averages)
     requests = grid_requests(config, condition, frozen, prompts) if config.train.sample_every else None
+    validation = None
+    if config.train.validate_every:
+        validation = ValidationLoss(config, mesh, condition, observe, networks["denoiser"], source.class_names)
     for written in (folder, *([storage.path(config.evaluate.cache)] if quick_fid and config.evaluate.cache else [])):
         make_workdir(written)
 
@@ -120,6 +125,9 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
         if quick_fid is not None:
             measure = functools.partial(quick_fid, generator, condition=condition, frozen=frozen)
             actions.append(Evaluate(run, config.evaluate.every, lambda average: {"fid": measure(average)}))
+        if validation is not None:
+            every, score = config.train.validate_every, validation
+            actions.append(Evaluate(run, every, lambda average: score(Subject(None, average, frozen)).values))
         if requests is not None:
             actions.append(Grid(run, generator, requests))
         return actions

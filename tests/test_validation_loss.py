@@ -1,0 +1,118 @@
+"""The loss on held-out images: fixed noise, the averaged weights, and what it refuses."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import quickstart
+from deco_jax import images as images_lib
+from deco_jax.conditioning.condition import open_condition
+from deco_jax.data import sources
+from deco_jax.errors import UserError
+from deco_jax.evaluation.evaluator import Subject
+from deco_jax.evaluation.validation_loss import VALIDATION, ValidationLoss
+from deco_jax.method import training
+from deco_jax.method.losses.frequency import frequency_loss, jpeg_weights
+from deco_jax.method.objective import make_method
+from deco_jax.run import sharding
+from tests.runs import NO_SAMPLES, SMOKE, rows, succeed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two classes of images to train on and 7 to hold out."""
+    root, draw = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 7)):
+        for i in range(count):
+            path = root / split / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+    return root
+
+
+def config_for(folder):
+    config = quickstart.get_config("smoke")
+    config.model.num_classes = 2
+    config.data.source, config.data.path, config.data.split = "image_folder", str(folder), "train"
+    config.data.validation_split, config.data.batch_size = "val", 2
+    config.train.validate_every = config.train.log_every = 2
+    return config
+
+
+def make(config):
+    mesh = sharding.make_mesh(1, 1)
+    source = sources.open_source(config.data)
+    condition = open_condition(config, mesh, source)
+    networks, observe, _ = training.abstract_networks(config, mesh, condition)
+    return ValidationLoss(config, mesh, condition, observe, networks["denoiser"], source.class_names), networks
+
+
+def test_is_the_objective_at_fixed_noise(folder):
+    """Against a loop over the files, with the path and the losses written out."""
+    config = config_for(folder)
+    evaluator, networks = make(config)
+    params = networks["denoiser"].init(jax.random.key(1))
+    scores = evaluator(Subject(None, params)).values
+    assert scores.keys() == set(evaluator.titles) == {"validation_loss", "validation_pixel", "validation_frequency"}
+    assert evaluator(Subject(None, params)).values == scores
+
+    source = sources.ImageFolder(str(folder / "val"))
+    chosen = np.arange(6) * 7 // 6  # three whole batches, evenly spread
+    pixel, frequency = [], []
+    for number in range(3):
+        index = chosen[2 * number : 2 * number + 2]
+        pictures = np.stack([np.asarray(Image.open(source[int(i)]["image"])) for i in index])
+        labels = np.asarray([source[int(i)]["label"] for i in index])
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), VALIDATION), number)
+        draws = make_method(config).draw(key, (2, 16, 16, 3))
+        x, t = images_lib.to_float(jnp.asarray(pictures)), draws.times[:, None, None, None]
+        state = t * x + (1 - t) * draws.noise
+        context = jnp.where(draws.dropped, 2, labels)
+        output, _ = networks["denoiser"].apply(params, state, draws.times, context)
+        error = output - (x - draws.noise)
+        pixel.append(np.mean(np.square(np.asarray(error, np.float64))))
+        frequency.append(np.mean(frequency_loss(error, jpeg_weights(85))))
+    assert scores["validation_pixel"] == pytest.approx(np.mean(pixel), rel=1e-5)
+    assert scores["validation_frequency"] == pytest.approx(np.mean(frequency), rel=1e-5)
+    assert scores["validation_loss"] == pytest.approx(np.mean(pixel) + np.mean(frequency), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"data.validation_split": ""}, "name them by config.data.validation_split"),
+        ({"data.validation_split": "missing"}, "no such folder"),
+        ({"data.batch_size": 8}, "whole batches of 8 images"),
+        ({"train.validate_every": 3}, "must be a multiple of config.train.log_every=2"),
+        ({"text.features": "features"}, "leave one of them empty"),
+    ],
+)
+def test_what_it_refuses(folder, settings, said):
+    config = config_for(folder)
+    config.update_from_flattened_dict(settings)
+    with pytest.raises(UserError, match=said):
+        make(config)
+
+
+def test_while_training(folder, tmp_path):
+    """It stands in the metrics, and changes nothing in them."""
+    command = [
+        SMOKE, NO_SAMPLES, "--config.data.source=image_folder", f"--config.data.path={folder}",
+        "--config.data.split=train", "--config.model.num_classes=2", "--config.data.batch_size=2",
+    ]  # fmt: skip
+    succeed(*command, f"--workdir={tmp_path / 'without'}")
+    succeed(
+        *command, f"--workdir={tmp_path / 'with'}", "--config.train.validate_every=2",
+        "--config.data.validation_split=val",
+    )  # fmt: skip
+    without, found = rows(tmp_path / "without"), rows(tmp_path / "with")
+    measured = {step: row.get("validation_loss") for step, row in found.items()}
+    assert [step for step, value in measured.items() if value is not None] == [2, 4]
+    assert measured[2] != measured[4]
+    for step, row in without.items():
+        assert found[step]["loss"] == row["loss"]
+        assert row["learning_rate"] == pytest.approx(1e-3 * step / 50)
