@@ -105,9 +105,9 @@ def build(model: Mapping[str, Any]) -> Network:
     """
     arguments = {key: value for key, value in dict(model).items() if key not in ("name", "prediction")}
     arguments["dtype"] = jnp.dtype(arguments["dtype"])
-    arguments["attention"] = choices.attention(arguments["attention"], arguments["dtype"])
-    if (
-        arguments["remat"] == choices.AUTO
-    ):  # training has settled it by now; without a gradient there is nothing to keep
+    if "attention" in arguments:
+        arguments["attention"] = choices.attention(arguments["attention"], arguments["dtype"])
+    if arguments.get("remat") == choices.AUTO:
+        # Training has settled it by now, and without a gradient there is nothing to keep.
         arguments["remat"] = "none"
     return functional(lambda rngs: MODELS[model["name"]](**arguments, rngs=rngs), arguments["dtype"])
