@@ -58,6 +58,18 @@ def test_draws_the_same_images(old_run):
     assert expected.std() > 10
 
 
+def test_knows_its_own_settings(old_run):
+    """Its config.json lacks later settings and has a side for a size; what it drew then is drawn from it alone."""
+    _, workdir = old_run
+    expected = images(workdir)
+    few = ["--config.sample.npz=True", "--config.sample.num_images=4", "--config.sample.batch_size=4"]
+    succeed(f"--workdir={workdir}", "--mode=sample", *few)
+    assert np.abs(images(workdir).astype(int) - expected).max() <= 1
+    said = succeed(f"--workdir={workdir}", "--config.train.num_steps=3").stdout
+    assert "resumed at step 2" in said
+    assert "settings that differ from those so far: train.num_steps 4 → 3" in said
+
+
 def images(workdir: pathlib.Path) -> np.ndarray:
     with np.load(workdir / "samples" / "samples.npz") as file:
         return file["arr_0"]
