@@ -44,6 +44,7 @@ MODES = {
         trains=True,
     ),
     "sample": Mode("sample:sample", "Draw images from a checkpoint.", ("checkpoint",), computes=True, draws=True),
+    "prepare": Mode("prepare:prepare", "Write the images of the data once as shards that training reads fast."),
     "encode": Mode("encode:encode", "Encode the captions of the data once, for training to read."),
     "evaluate": Mode(
         "evaluate:evaluate", "Measure FID, sFID, IS, precision and recall.", ("checkpoint",), computes=True, draws=True

@@ -232,6 +232,17 @@ def test_parquet_of_a_bucket(here, tmp_path):
         same_samples(ours, sources.open_source(settings(tmp_path / "parquet", **more)))
 
 
+def test_data_prepared_into_a_bucket(here, tmp_path):
+    from deco_jax.programs.prepare import prepare
+    from tests.test_prepared import config
+
+    settings = config(make_images(tmp_path / "images"), prepared_images="files")
+    prepare(settings, "gs://bucket/shards")
+    ours = sources.open_source(config("gs://bucket/shards", source="prepared").data)
+    same_samples(ours, sources.open_source(settings.data))
+    assert list((tmp_path / "temporary").glob("deco_jax_*")) == []
+
+
 def test_stored_text_features_of_a_bucket(here, tmp_path):
     key = {"captions": 6, "length": 4, "width": 8, "prefix": "", "encoder": "e"}
     values = np.random.default_rng(0).integers(0, 2**16, (6, 4, 8)).astype(np.uint16)

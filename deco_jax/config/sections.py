@@ -54,6 +54,11 @@ class Data:
     image_size: int | tuple[int, int] = setting(
         (256, 256), "Size of the images in pixels: a side, or (height, width).", IMAGE_SIZE
     )
+    prepared_images: str = setting(
+        "pixels",
+        "How --mode=prepare stores images: cropped to image_size as pixels or as png, or the files as they are.",
+        one_of("pixels", "png", "files"),
+    )
     batch_size: int = setting(256, "Images in a training step, over all devices and hosts.", at_least(1, 2**20))
     num_workers: int = setting(
         16, "Processes on each host that read and decode images; 0: the main process.", at_least(0, 256)

@@ -17,14 +17,24 @@ import numpy as np
 
 from deco_jax.data.captioned_folder import CaptionedFolder
 from deco_jax.data.parquet import Parquet
+from deco_jax.data.prepared import Prepared
 from deco_jax.data.source import IMAGE_SUFFIXES, Source, printable
 from deco_jax.data.transforms import image_sides
 from deco_jax.data.webdataset import WebDataset
 from deco_jax.errors import UserError
 from deco_jax.run import storage
 
-# The last three have captions instead of classes; parquet has either.
-SOURCES = ("digits", "image_folder", "tfds", "parquet", "captioned_digits", "captioned_folder", "webdataset")
+# The last three have captions instead of classes; parquet and prepared have either.
+SOURCES = (
+    "digits",
+    "image_folder",
+    "tfds",
+    "parquet",
+    "prepared",
+    "captioned_digits",
+    "captioned_folder",
+    "webdataset",
+)
 
 
 class Digits(Source):
@@ -271,6 +281,8 @@ def open_source(data: Any) -> Source:
         return Tfds(path, split or "train")
     if data.source == "parquet":
         return Parquet(path, split, (data.image_column, data.label_column, data.caption_column))
+    if data.source == "prepared":
+        return Prepared(path)
     root = os.path.join(path, split) if split else path
     with storage.answering(root):
         where = storage.path(root)
