@@ -40,10 +40,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for a checkout that isn't installed
 
 from deco_jax import config_files  # noqa: E402
+from deco_jax.report import style  # noqa: E402
 from deco_jax.run.metrics import read_rows  # noqa: E402
 
 METRICS = "metrics.jsonl"
-
 # Modes that a sweep can go through, and what one leaves in the workdir when it is done.
 MODES = {"train": "", "sample": "samples/grid.png", "evaluate": "evaluation.json", "spectrum": "spectrum.json"}
 VARIANT = "variant"
@@ -284,9 +284,9 @@ def plot(runs: list[Run], workdir: pathlib.Path, key: str) -> None:
     axes = figure.subplots()
     rows = {run.folder.name: read_rows(run.folder / METRICS)[0] for run in runs}
     lines = {name: [(row["step"], row[key]) for row in logged if key in row] for name, logged in rows.items()}
-    for name, points in lines.items():
-        if points:
-            axes.plot(*zip(*points, strict=True), marker=".", label=name)
+    drawn = {name: points for name, points in lines.items() if points}
+    for i, (points, label) in enumerate(zip(drawn.values(), style.in_words(list(drawn)), strict=True)):
+        axes.plot(*zip(*points, strict=True), **style.curve(i, markers=True), label=label)
     if not any(lines.values()):
         print(f"no run has logged {key!r}; nothing to plot", file=sys.stderr)
         return
@@ -294,7 +294,7 @@ def plot(runs: list[Run], workdir: pathlib.Path, key: str) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(workdir / f"{key}.png", dpi=150)
-    missing = [name for name, points in lines.items() if not points]
+    missing = [name for name in lines if name not in drawn]
     print(f"wrote {workdir / f'{key}.png'}" + (f"; without {', '.join(missing)}, which logged none" if missing else ""))
 
 

@@ -30,6 +30,7 @@ from deco_jax.method.losses.frequency import jpeg_weights
 from deco_jax.method.predictions import make_prediction
 from deco_jax.models import network as network_lib
 from deco_jax.models.network import Network, Params
+from deco_jax.report import style
 from deco_jax.run import checkpoint, files, sharding, storage
 from deco_jax.run.workdir import listed, make_workdir, short_names
 from deco_jax.run.writer import write_json
@@ -233,15 +234,16 @@ def draw(result: dict[str, Any], where: pathlib.Path) -> None:
     def line(axes: Any, curve: list[float], **style: Any) -> None:
         axes.plot(np.linspace(0, BLOCK * BLOCK - 1, len(curve)), curve, **style)
 
+    names = style.in_words([run["name"] for run in result["checkpoints"]])
     for i, run in enumerate(result["checkpoints"]):
         block = run["dit"]["block"]
         size = "" if block == BLOCK else f" ({block}×{block})"
-        line(left, run["dit"]["spectrum"], color=f"C{i}", label=run["name"] + size)
-        line(right, run["velocity"]["spectrum"], color=f"C{i}", label=run["name"])
-    line(right, result["data"]["spectrum"], color="black", label="data")
+        line(left, run["dit"]["spectrum"], **style.curve(i), label=names[i] + size)
+        line(right, run["velocity"]["spectrum"], **style.curve(i), label=names[i])
+    line(right, result["data"]["spectrum"], color="black", linewidth=3, alpha=0.6, label="data")
     weights = result["frequency_weights"]
-    line(right, weights["Y"], color="grey", linestyle="--", label=f"loss weights Y, quality {weights['quality']:g}")
-    line(right, weights["Cb"], color="grey", linestyle=":", label="loss weights Cb, Cr")
+    line(right, weights["Y"], color="grey", linestyle=":", label=f"loss weights Y, quality {weights['quality']:g}")
+    line(right, weights["Cb"], color="grey", linestyle="-.", label="loss weights Cb, Cr")
     left.set(title="DiT output", xlabel="frequency (zigzag, low to high)", ylabel="log(1 + energy) / maximum")
     right.set(title="predicted velocity, data, loss weights", xlabel="frequency (zigzag, low to high)", ylim=(0, 1.03))
     for axes in (left, right):
