@@ -68,7 +68,7 @@ def parse(argv: list[str]) -> list[str]:
     except flags.Error as error:
         fail(str(error))
     except Exception as error:  # a key that isn't there, or the config file, which is a program of its own
-        fail(_unknown_key(argv, named) or _unreadable(named, error))
+        fail(_unknown_key(argv, named) or unreadable(named, error))
     if len(rest) > 1:
         fail(f"unexpected argument {rest[1]!r}; settings are given as --config.KEY=VALUE")
     if named is None:
@@ -198,7 +198,8 @@ def _settings() -> dict[str, Any]:
     return flatten(value.to_dict()) if value is not None else {}
 
 
-def _unreadable(named: Named | None, error: Exception) -> str:
+def unreadable(named: Named | None, error: Exception) -> str:
+    """What to say of an exception that the config file, or a saved config, ended with."""
     from deco_jax.errors import UserError
 
     if isinstance(error, UserError) or named is None:

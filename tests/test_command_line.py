@@ -102,6 +102,15 @@ def test_renamed_settings_keep_their_old_names(renamed, capsys):
     )
 
 
+def test_a_config_file_that_sets_an_old_name_is_told_the_new_one(renamed):
+    config = quickstart.get_config("smoke")
+    with pytest.raises(AttributeError) as caught:
+        config.train.print_every = 3
+    message = command_line.unreadable(command_line.Named("my.py", "my.py", False), caught.value)
+    assert message.startswith("the config my.py could not be read: ")
+    assert message.endswith("; config.train.print_every is now config.train.log_every")
+
+
 def test_renamed_settings_of_a_saved_config(renamed):
     config = quickstart.get_config("smoke")
     older = config_lib.to_json(config)
