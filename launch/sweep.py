@@ -75,7 +75,7 @@ class Run(NamedTuple):
 
 
 def split_values(text: str) -> list[str]:
-    """Comma-separated values; commas within brackets belong to a value."""
+    """Split comma-separated values; commas within brackets belong to a value."""
     values, depth = [""], 0
     for letter in text:
         depth += (letter in "([") - (letter in ")]")
@@ -94,18 +94,18 @@ def setting(text: str) -> tuple[str, str]:
 
 
 def name_of(settings: dict[str, str]) -> str:
-    """A folder's name for settings, without commas: the settings that take several workdirs part them by these."""
+    """Name a folder after settings, without commas: settings that list workdirs separate them by commas."""
     name = "_".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
     return re.sub(r"[^\w=.+-]", "_", name)
 
 
 def grid_axes(grids: Sequence[str]) -> list[list[tuple[str, str]]]:
-    """Of each KEY=A,B its (key, value) pairs."""
+    """Turn each KEY=A,B into its (key, value) pairs."""
     return [[(key, value) for value in split_values(values)] for key, values in map(setting, grids)]
 
 
 def folders(points: Iterable[dict[str, str]], parent: pathlib.Path) -> dict[pathlib.Path, dict[str, str]]:
-    """A folder for each different one of the settings, by their names, in order."""
+    """Assign a folder to each distinct set of settings, named after them, in order."""
     found: dict[pathlib.Path, dict[str, str]] = {}
     for settings in points:
         folder = parent / (name_of(settings) or "run")
@@ -116,7 +116,7 @@ def folders(points: Iterable[dict[str, str]], parent: pathlib.Path) -> dict[path
 
 
 def measurements(run: Run, grids: Sequence[str]) -> list[Run]:
-    """What is measured of a trained run: each value with each of the other grids'; itself if there are no grids."""
+    """List what to measure of a trained run: every combination of the grids' values; itself without grids."""
     if not grids:
         return [run]
     points = folders(map(dict, itertools.product(*grid_axes(grids))), run.folder)
@@ -124,7 +124,7 @@ def measurements(run: Run, grids: Sequence[str]) -> list[Run]:
 
 
 def plan(workdir: pathlib.Path, grids: list[str], lines: list[str], variants: list[str] | None = None) -> list[Run]:
-    """All runs, in order; two with the same settings are one."""
+    """List all runs, in order; two with the same settings are one."""
     variant_axis = [[(VARIANT, name) for name in variants]] if variants else []
     points = [dict(point) for point in itertools.product(*variant_axis, *grid_axes(grids))]
     rows = [dict(map(setting, shlex.split(line, comments=True))) for line in lines]
@@ -134,7 +134,7 @@ def plan(workdir: pathlib.Path, grids: list[str], lines: list[str], variants: li
 
 
 def last_metrics(run: Run) -> dict[str, Any]:
-    """The last logged line of a run, its evaluation and its hours of training; {} if there is nothing yet.
+    """Gather a run's last logged line, its evaluation and its hours of training; {} if there is nothing yet.
 
     The hours are those of the steps alone, without compiling, sampling and measuring, added up from the logged speeds.
     """
@@ -158,7 +158,7 @@ def last_metrics(run: Run) -> dict[str, Any]:
 
 
 def overrides(words: Sequence[str]) -> dict[str, str]:
-    """{key: value} of command-line words --config.KEY=VALUE or --config.KEY VALUE."""
+    """Parse command-line words --config.KEY=VALUE or --config.KEY VALUE into {key: value}."""
     found: dict[str, str] = {}
     for word, following in itertools.pairwise([*words, ""]):
         if word.startswith("--config."):
@@ -168,7 +168,7 @@ def overrides(words: Sequence[str]) -> dict[str, str]:
 
 
 def equal(text: str, value: Any) -> bool:
-    """Whether an override's text means a value of config.json."""
+    """Return whether an override's text means a value of config.json."""
     try:
         read = json.loads(json.dumps(ast.literal_eval(text)))  # tuples are lists there
     except (ValueError, SyntaxError):
@@ -177,7 +177,7 @@ def equal(text: str, value: Any) -> bool:
 
 
 def check_settings(run: Run) -> None:
-    """SystemExit if the folder holds a run of other settings: names leave out the sections, so two sweeps can meet."""
+    """Raise SystemExit if the folder holds a run of other settings: names leave out sections, so sweeps can clash."""
     path = run.folder / "config.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
     for key, text in run.settings.items():
@@ -189,12 +189,12 @@ def check_settings(run: Run) -> None:
 
 
 def measured_with(run: Run, mode: str) -> pathlib.Path:
-    """Where a sweep notes the overrides with which it went through a mode."""
+    """Return the file where a sweep notes the overrides that it ran a mode with."""
     return run.folder / f"sweep_{mode}.json"
 
 
 def is_done(run: Run, mode: str = "train", more: Sequence[str] = ()) -> bool:
-    """Whether a run has logged and saved its last step; or, of another mode, left its file since it was trained.
+    """Return whether a run has saved its last step; or, for other modes, written its file since it was trained.
 
     Args:
         more: overrides of all runs: they may ask for more steps than the run had, or measure it in another way.
@@ -217,7 +217,7 @@ def is_done(run: Run, mode: str = "train", more: Sequence[str] = ()) -> bool:
 
 
 def papers_figures(config: str) -> dict[str, dict[str, float]]:
-    """What the paper reports for each variant of a config file, {variant: {metric: value}}; {} if it lists nothing."""
+    """Return what the paper reports for a config file's variants: {variant: {metric: value}}; {} without any."""
     config_files.make_importable()
     spec = importlib.util.spec_from_file_location("_swept_config", ROOT / config.partition(":")[0])
     if spec is None or spec.loader is None:
@@ -299,7 +299,7 @@ def plot(runs: list[Run], workdir: pathlib.Path, key: str) -> None:
 
 
 def array_script(count: int, options: list[str], workdir: pathlib.Path, command: list[str], more: list[str]) -> str:
-    """A SLURM batch script whose task i does run i of a sweep's command."""
+    """Write a SLURM batch script whose task i does run i of a sweep's command."""
     after = f" -- {shlex.join(more)}" if more else ""
     lines = [
         "#!/usr/bin/env bash",

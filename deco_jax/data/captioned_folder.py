@@ -104,7 +104,7 @@ def _read_caption(image_path: str) -> str:
 
 
 def _index_folders(root: str, num_workers: int) -> dict[str, Shard]:
-    """Relative path → what is in the folder, for all folders under root with anything in them."""
+    """Index all folders under root that hold anything: {relative path: what is in it}."""
     index = PairIndex(root, "captioned_folder", FOLDER_PAIR)
     try:
         folders = {folder: names for folder, names in walk(root) if names}
@@ -167,7 +167,7 @@ def _stamp(path: str) -> bytes:
 
 
 def _look_at_pair(path: str) -> tuple[int, int] | str:
-    """(width, height) of an image with a good caption, or why it can't be used."""
+    """Return (width, height) of an image with a usable caption, or the reason why it can't be used."""
     try:
         if storage.is_remote(path):
             data = storage.read(path)

@@ -56,7 +56,7 @@ class Shard(NamedTuple):
 
 
 def parse_caption(data: bytes, is_json: bool) -> str:
-    """The caption in a .txt, or in a .json with one of CAPTION_FIELDS, without white space around it.
+    """Return the caption in a .txt, or in a .json with one of CAPTION_FIELDS, without surrounding white space.
 
     Raises:
         ValueError: it is empty, not UTF-8, not JSON, or has no such field.
@@ -81,7 +81,7 @@ def parse_caption(data: bytes, is_json: bool) -> str:
 def select_large(
     root: str, shards: dict[str, Shard], image_size: tuple[int, int], what: str
 ) -> tuple[list[np.ndarray], str]:
-    """Of each shard which pairs are large enough, bool [pairs], and the line that says what was left out."""
+    """Select the pairs that are large enough, bool [pairs] per shard; also return a line on what was left out."""
     height, width = image_size
     keeps = [(shard.pairs["height"] >= height) & (shard.pairs["width"] >= width) for shard in shards.values()]
     used, found = sum(int(keep.sum()) for keep in keeps), sum(len(keep) for keep in keeps)
@@ -100,7 +100,7 @@ def select_large(
 
 
 def walk(root: str, folder: str = "") -> Iterator[tuple[str, list[str]]]:
-    """Each folder with its sorted files, the hidden ones left out."""
+    """Yield each folder with its sorted files, hidden ones left out."""
     if storage.is_remote(root):
         yield from storage.walk(root)
         return
@@ -116,7 +116,7 @@ def walk(root: str, folder: str = "") -> Iterator[tuple[str, list[str]]]:
 
 
 def header_size(file: BinaryIO, num_bytes: int) -> tuple[int, int] | str:
-    """(width, height) from an image's header, or why it can't be used."""
+    """Return (width, height) from an image's header, or the reason why it can't be used."""
     if num_bytes > MAX_IMAGE_BYTES:
         return OVERSIZED
     try:
@@ -163,7 +163,7 @@ class PairIndex:
         self._changed = True
 
     def finish(self, names: Iterable[str]) -> dict[str, Shard]:
-        """All shards in the order of their names; saved if there is anything new."""
+        """Return all shards in the order of their names; save them if there is anything new."""
         if self._changed:
             self._save()
         return {name: self._known[name] for name in names}
@@ -225,14 +225,14 @@ Result = TypeVar("Result")
 
 
 def worker_pool(num_workers: int) -> Executor:
-    """Of processes, or of threads where there is not enough for two: on network disks reading is mostly waiting."""
+    """Make a pool of processes, or of threads where the work isn't enough for two: reading is mostly waiting."""
     if num_workers < 2:
         return ThreadPoolExecutor(16)
     return ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), follow_main)
 
 
 def map_in_chunks(function: Callable[[Item], Result], items: list[Item], num_workers: int) -> list[Result]:
-    """function of each item, in order."""
+    """Yield the function's value for each item, in order."""
     chunks = [items[i : i + 64] for i in range(0, len(items), 64)]
     with worker_pool(num_workers) as pool:
         return [result for part in pool.map(functools.partial(_apply, function), chunks) for result in part]

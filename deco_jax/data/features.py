@@ -30,13 +30,13 @@ REMEDY = "remove the folder and run --mode=encode again, or name another with co
 
 
 def caption_hash(caption: str) -> np.uint64:
-    """The same on every machine."""
+    """Hash a caption, to the same value on every machine."""
     digest = hashlib.blake2b(caption.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return np.uint64(int.from_bytes(digest, "little"))
 
 
 def read_caption(source: Source, index: int) -> str:
-    """The caption of a sample. UserError if its file can no longer be read."""
+    """Return the caption of a sample. UserError if its file can no longer be read."""
     try:
         return source.caption(index)
     except (OSError, ValueError) as error:
@@ -100,12 +100,12 @@ class Features:
         return self.count
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """uint16 [length, width], the bits of bfloat16."""
+        """Return uint16 [length, width], the bits of bfloat16."""
         shard, row = divmod(int(index), self.shard)
         return np.asarray(self._file(f"features_{shard:05d}")[row])
 
     def __call__(self, index: int, caption: str) -> dict[str, np.ndarray]:
-        """What a data worker adds to a sample. UserError if its caption isn't the one that was encoded."""
+        """Add the features to a sample, in a data worker. UserError if its caption isn't the one that was encoded."""
         self.check_caption(index, caption)
         return {"text": self[index]}
 
@@ -119,19 +119,19 @@ class Features:
 
     @property
     def null(self) -> np.ndarray:
-        """uint16 [length, width]: the empty prompt's."""
+        """Return the empty prompt's features, uint16 [length, width]."""
         return np.asarray(storage.load_array(self.folder / "null.npy"))
 
     def indices(self, shard: int) -> range:
-        """Of the captions in a shard."""
+        """Return the indices of the captions in a shard."""
         return range(shard * self.shard, min(self.count, (shard + 1) * self.shard))
 
     def has(self, shard: int) -> bool:
-        """Whether a shard is there; its captions' hashes are written after its features."""
+        """Return whether a shard is there; its captions' hashes are written after its features."""
         return (self.folder / f"captions_{shard:05d}.npy").exists()
 
     def check(self, source: Source) -> None:
-        """UserError unless all is there and the captions are those of `source`, as far as CHECKED of them say."""
+        """Raise UserError unless all is there and CHECKED of the captions are those of `source`."""
         missing = [shard for shard in range(self.num_shards) if not self.has(shard)]
         if missing or not (self.folder / "null.npy").exists():
             raise UserError(

@@ -40,7 +40,7 @@ class PromptSet:
 
 
 def read_prompts(spec: str) -> PromptSet:
-    """The prompts that `spec` stands for.
+    """Read the prompts that `spec` stands for.
 
     Args:
         spec: a .txt file (UTF-8, a prompt a line, blank lines skipped); a .jsonl file in GenEval's form, a JSON
@@ -78,7 +78,7 @@ def read_prompts(spec: str) -> PromptSet:
 
 
 def numbered(count: int) -> list[str]:
-    """00000, 00001, ..."""
+    """Name prompts 00000, 00001, ..."""
     return [f"{i:05d}" for i in range(count)]
 
 
@@ -122,12 +122,12 @@ def _read_folder(path: pathlib.Path) -> PromptSet:
 
 
 def images_a_prompt(prompts: PromptSet) -> int:
-    """What the benchmark asks for; 1 for a list."""
+    """Return how many images of each prompt the benchmark asks for; 1 for a list."""
     return {"geneval": GENEVAL_IMAGES, "dpg": DPG_IMAGES, "list": 1}[prompts.kind]
 
 
 def image_paths(folder: pathlib.Path, prompts: PromptSet, index: int, count: int) -> list[pathlib.Path]:
-    """The files that `count` images of prompt `index` go to: one an image, or one for all (DPG-Bench)."""
+    """Return the files for `count` images of prompt `index`: one per image, or one for all (DPG-Bench)."""
     name = prompts.names[index]
     if prompts.kind == "geneval":
         return [folder / name / "samples" / f"{i:04d}.png" for i in range(count)]
@@ -159,13 +159,13 @@ def write_images(folder: pathlib.Path, prompts: PromptSet, index: int, images: n
 
 
 def check_count(prompts: PromptSet, count: int) -> None:
-    """Raises UserError unless the layout takes `count` images a prompt."""
+    """Raise UserError unless the layout takes `count` images per prompt."""
     if count < 1 or (prompts.kind == "dpg" and count > DPG_IMAGES):
         raise UserError(f"{count} images a prompt: DPG-Bench reads 1 to {DPG_IMAGES}, the others at least 1")
 
 
 def dpg_grid(images: np.ndarray) -> np.ndarray:
-    """uint8 [1 to 4, height, width, 3] in the places DPG-Bench cuts them from: two columns, row by row, no gaps."""
+    """Tile uint8 [1 to 4, height, width, 3] where DPG-Bench cuts them out: two columns, row by row, no gaps."""
     if len(images) == 1:
         return images[0]
     blank = np.zeros((DPG_IMAGES - len(images), *images.shape[1:]), np.uint8)

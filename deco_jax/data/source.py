@@ -22,31 +22,31 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`image`: encoded bytes, a path, or uint8 `[height, width(, 3)]`; `label`: 0 to num_classes − 1, or 0.
+        """Return `image`: encoded bytes, a path, or uint8 `[height, width(, 3)]`; `label`: 0 to num_classes − 1, or 0.
 
         Where the images have captions also `caption`, a text that is not empty. A file that can't be read raises.
         """
         ...
 
     def caption(self, index: int) -> str:
-        """The caption alone, without reading the image where that can be had."""
+        """Return the caption alone, without reading the image where that is possible."""
         return self[index]["caption"]
 
     def name(self, index: int) -> str:
-        """What to call the sample in a message, for instance its file."""
+        """Return what to call the sample in a message, for instance its file."""
         ...
 
     @property
     def blocks(self) -> np.ndarray | None:
-        """Where each part ends that is read as a whole, ascending, the last at len(source); None: by single samples."""
+        """Return where each part that is read as a whole ends, ascending to len(source); None: single samples."""
         return None
 
     def next_of_class(self, index: int) -> int:
-        """The next sample with the same label, after the last one the first; `index` itself if there is no other."""
+        """Return the next sample with the same label, cyclically; `index` itself if there is no other."""
         ...
 
     def notes(self) -> str:
-        """A line for the person watching: what was found, and what was left out and why. Empty: nothing to say."""
+        """Return a line for the user: what was found, what was left out and why. Empty: nothing to say."""
         return ""
 
 
@@ -54,7 +54,7 @@ WINDOW = 4  # blocks whose samples are mixed
 
 
 def shuffled_blocks(ends: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """Every sample once: the blocks in random order, and the samples of each WINDOW of them mixed.
+    """Order every sample once: the blocks at random, and the samples of each WINDOW of blocks mixed.
 
     Returns:
         int64 [samples], which depends on the arguments alone.
@@ -90,5 +90,5 @@ class BlockOrder:
 
 
 def printable(path: str) -> str:
-    """A path as it can be printed, whatever bytes are in it."""
+    """Return a path as it can be printed, whatever bytes are in it."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -144,7 +144,7 @@ class ImageFolder(Source):
 
 
 def _list_images(folder: str) -> tuple[bytes, np.ndarray]:
-    """The sorted paths of all images under a folder, relative to it, as one buffer and the ends of each."""
+    """List the paths of all images under a folder, sorted and relative to it, as one buffer and their ends in it."""
 
     def walk(path: str, prefix: str) -> Iterator[bytes]:
         with os.scandir(path) as entries:
@@ -161,7 +161,7 @@ def _list_images(folder: str) -> tuple[bytes, np.ndarray]:
 
 
 def _list_remote(root: str) -> tuple[list[str], list[tuple[bytes, np.ndarray]]]:
-    """The classes under a folder of a bucket, and of each what `_list_images` says."""
+    """List the classes under a folder of a bucket, each with what `_list_images` returns."""
     classes: dict[str, list[bytes]] = {}
     with storage.answering(root):
         names = list(storage.tree(root))
@@ -235,7 +235,7 @@ class Tfds(Source):
 
 
 def _prepare(name: str) -> str:
-    """The folder of a TFDS dataset, downloaded and prepared where it is not there yet."""
+    """Return the folder of a TFDS dataset; download and prepare it where it isn't there yet."""
     import tensorflow_datasets as tfds
 
     if os.sep in name:
@@ -261,7 +261,7 @@ def _next_equal(label: Any, index: int, length: int) -> int:
 
 
 def open_source(data: Any) -> Source:
-    """The source that the `data` section of a config names: `source`, `path`, `split`.
+    """Open the source that the `data` section of a config names: `source`, `path`, `split`.
 
     `split` of a folder is a subfolder (`train`; empty for none), of a TFDS dataset a TFDS split (empty for `train`), of
     Parquet files a subfolder or how their names begin.
@@ -296,7 +296,7 @@ def open_source(data: Any) -> Source:
 
 
 def check_classes(source: Source, num_classes: int) -> None:
-    """Raises UserError unless the source has as many classes as the model; none on both sides: captions."""
+    """Raise UserError unless the source has as many classes as the model (none on both sides: captions)."""
     if source.num_classes and not num_classes:
         raise UserError(
             f"the data has {source.num_classes} classes, the model takes captions; set --config.data.source to "

@@ -102,7 +102,7 @@ class WebDataset(Source):
         return {"image": image, "label": 0, "caption": self.caption(index)}
 
     def _read_together(self, tar: str, pair: np.void) -> dict[str, Any] | None:
-        """A sample in one request, where little lies between its image and its caption."""
+        """Read a sample in one request, where little lies between its image and its caption."""
         spans = [(int(pair[f"{part}_at"]), int(pair[f"{part}_size"])) for part in ("image", "caption")]
         start, end = min(at for at, _ in spans), max(at + size for at, size in spans)
         if end - start > sum(size for _, size in spans) + MAX_BETWEEN:
@@ -134,7 +134,7 @@ class WebDataset(Source):
 
 
 def _index_tars(root: str, num_workers: int) -> dict[str, Shard]:
-    """Relative path → what is in the archive, for all archives under root; "" for root itself."""
+    """Index all archives under root: {relative path: what is in it}; "" for root itself."""
     index = PairIndex(root, "webdataset", TAR_PAIR)
     try:
         if storage.path(root).is_dir():
@@ -161,7 +161,7 @@ def _index_tars(root: str, num_workers: int) -> dict[str, Shard]:
 
 
 def stamp_of(path: str) -> tuple[int, str]:
-    """Bytes of a file, and what changes when it does."""
+    """Return a file's size in bytes, and a value that changes when the file does."""
     if storage.is_remote(path):
         stamp = storage.stamp(path)
         return int(stamp.partition(" ")[0]), stamp
@@ -179,7 +179,7 @@ class _Group:
 
 
 def look_into_tar(path: str) -> tuple[np.ndarray, dict[str, int]]:
-    """The usable pairs of an archive, TAR_PAIR [pairs] by position, and what was left out, by reason.
+    """Find the usable pairs of an archive, TAR_PAIR [pairs] by position; count what was left out, by reason.
 
     Raises:
         OSError: the file can't be opened.
@@ -228,7 +228,7 @@ def look_into_tar(path: str) -> tuple[np.ndarray, dict[str, int]]:
 
 
 def _members(file: Any, skipped: collections.Counter[str]) -> Iterator[tuple[str, str, int, int]]:
-    """(key, suffix, position, bytes) of the images and captions in a tar, as far as it is whole."""
+    """Yield (key, suffix, position, bytes) of the images and captions in a tar, as far as it is intact."""
     end = file.seek(0, os.SEEK_END)
     file.seek(0)
     try:

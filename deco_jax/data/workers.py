@@ -9,7 +9,7 @@ import threading
 
 
 def follow_main() -> None:
-    """To be called in a worker as it starts.
+    """Prepare a worker as it starts.
 
     The main process answers Ctrl-C and SIGTERM, by saving first; and a worker never outlives it.
     """

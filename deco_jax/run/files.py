@@ -17,7 +17,7 @@ STALE = 3600.0  # seconds after which nobody is still writing a part
 
 @contextlib.contextmanager
 def whole(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator[pathlib.Path]:
-    """A path to write to, which takes the place of `path` if the block ends well and is removed if it doesn't.
+    """Yield a path to write to; it replaces `path` if the block succeeds and is removed if it fails.
 
     Of a file in a bucket it lies on this machine, and is put there as one object.
 

@@ -18,7 +18,7 @@ def make_workdir(folder: pathlib.Path) -> None:
 
 
 def make_folder(folder: pathlib.Path) -> None:
-    """The same on this host alone, and without starting a device."""
+    """Do the same on this host alone, without starting a device."""
     if storage.is_remote(folder):
         storage.check_writable(folder)
         return
@@ -34,12 +34,12 @@ def make_folder(folder: pathlib.Path) -> None:
 
 
 def listed(names: str) -> list[pathlib.Path]:
-    """The folders of a comma-separated setting."""
+    """Return the folders of a comma-separated setting."""
     return [storage.path(name.strip()) for name in names.split(",") if name.strip()]
 
 
 def short_names(folders: list[pathlib.Path]) -> list[str]:
-    """The ends of the paths, as long as it takes to tell them apart."""
+    """Shorten paths to their ends, as long as it takes to tell them apart."""
     parts = [storage.absolute(path).parts for path in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-length:]) for p in parts]
