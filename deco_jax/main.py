@@ -135,11 +135,12 @@ def _run() -> None:
 
     from deco_jax import config as config_lib
     from deco_jax.errors import UserError
-    from deco_jax.run.hardware import set_xla_flags
+    from deco_jax.run.hardware import keep_compiled_programs, set_xla_flags
 
     mode = MODES[_MODE.value]
     logging.set_verbosity(logging.WARNING)
     set_xla_flags()
+    keep_compiled_programs()
     # The shell leaves the ~ of --workdir=~/runs alone.
     workdir, checkpoint, source = (os.path.expanduser(flag.value or "") for flag in (_WORKDIR, _CHECKPOINT, _SOURCE))
     try:

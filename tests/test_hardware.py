@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from deco_jax.run import hardware
+from tests.helpers import ROOT
 
 pytestmark = pytest.mark.fast
 
@@ -51,3 +52,15 @@ def test_this_jaxlib_knows_the_gpus_flags():
     code = "import jax; jax.numpy.ones(1).block_until_ready()"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, timeout=120)
+
+
+def test_compiled_programs_are_kept_in_the_users_folder(tmp_path):
+    """Unless JAX has been told another folder, or none."""
+    program = "import jax; from deco_jax.run.hardware import keep_compiled_programs as keep; keep(); "
+    program += "print(jax.config.jax_compilation_cache_dir); jax.jit(lambda x: x + 1)(1)"
+    plain = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    for extra, expected in (({}, str(tmp_path / "deco_jax")), ({"JAX_COMPILATION_CACHE_DIR": "/other"}, "/other")):
+        env = {**plain, "XDG_CACHE_HOME": str(tmp_path), **extra, "JAX_ENABLE_COMPILATION_CACHE": str(not extra)}
+        done = subprocess.run([sys.executable, "-c", program], env=env, cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.startswith(expected), done.stderr
+    assert any(path.is_file() for path in (tmp_path / "deco_jax").rglob("*"))

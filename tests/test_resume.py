@@ -10,7 +10,10 @@ import shutil
 import signal
 
 import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from PIL import Image
 
 from deco_jax.run import preemption
 from tests.helpers import run_main
@@ -115,6 +118,29 @@ def test_goes_on_from_another_runs_checkpoint(tmp_path, undisturbed):
     assert (refused.returncode, "give one of them" in refused.stderr) == (1, True)
 
 
+def test_a_model_of_ten_classes_learns_two_of_ones_own(tmp_path):
+    """init_from with other classes: the label table, and only it, starts anew, which is said."""
+    source, chance = two_steps(tmp_path), np.random.default_rng(0)
+    for name in ("cats", "dogs"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = chance.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
+    command = [SMOKE, NO_SAMPLES, "--config.data.source=image_folder", f"--config.data.path={tmp_path / 'data'}"]
+    command += ["--config.data.split=", "--config.model.num_classes=2", f"--config.init_from={source}"]
+    command += ["--config.optimizer.learning_rate=1e-12", "--config.data.batch_size=8", "--config.train.num_steps=1"]
+    said = succeed(*command, f"--workdir={tmp_path / 'own'}").stdout
+    assert "the label table starts anew, for 2 classes instead of the 10 of" in said
+    with ocp.StandardCheckpointer() as reader:
+        before = reader.restore(source / "checkpoints" / "2" / "params")["denoiser"]
+        after = reader.restore(tmp_path / "own" / "checkpoints" / "1" / "params")["denoiser"]
+    assert before.pop("label_embed")["embedding"].shape[0] == 11
+    assert after.pop("label_embed")["embedding"].shape[0] == 3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), before, after)
+    refused = run_main(*command, "--config.init_optimizer=True", f"--workdir={tmp_path / 'other'}")
+    assert (refused.returncode, "set config.init_optimizer=False" in refused.stderr) == (1, True)
+
+
 def test_other_classes_of_the_same_number_are_refused(tmp_path):
     workdir = two_steps(tmp_path)
     names = json.loads((workdir / "classes.json").read_text())
@@ -125,6 +151,38 @@ def test_other_classes_of_the_same_number_are_refused(tmp_path):
     assert result.returncode == 1
     assert "was trained on other classes: 0 was 'zero' and is '0'" in result.stderr
     assert files(workdir) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_closed_terminal_and_a_scheduler_s_warning_save_too(number):
+    with preemption.Watch() as watch:
+        signal.raise_signal(number)
+        assert watch.stopping(1)
+        assert watch.reason == f"asked to end ({number.name})"
+        assert watch.exit_code == 0
+    assert not preemption.Watch().stopping(1)
+
+
+def test_a_stop_is_noticed_between_the_batches_of_a_grid():
+    preemption.check()
+    with preemption.Watch() as watch:
+        signal.raise_signal(signal.SIGTERM)
+        preemption.check()  # training goes to the end of its step
+        with pytest.raises(preemption.StopRequestedError), watch.leaving():
+            preemption.check()
+        preemption.check()
+
+
+def test_asked_to_stop_while_a_grid_is_drawn(tmp_path):
+    """In a grid of half an hour: the step before it is saved at once, and there is no grid."""
+    command = [SMOKE, "--config.train.num_steps=3", "--config.train.sample_every=1", "--config.sample.num_images=64"]
+    command += ["--config.sample.num_steps=500", "--config.sample.batch_size=1", "--config.train.save_every=100"]
+    command += ["--config.train.log_every=1", f"--workdir={tmp_path}"]
+    code, said = signal_when(signal.SIGTERM, lambda said: "step 1/" in said, *command)
+    assert code == 0, said
+    assert "asked to end (SIGTERM): saved step 1" in said
+    assert steps(tmp_path) == ["1"]
+    assert not (tmp_path / "samples").exists()
 
 
 def test_ctrl_c_reaches_all_hosts(monkeypatch):

@@ -25,6 +25,7 @@ from deco_jax.method.averages import EMA
 from deco_jax.method.objective import make_method
 from deco_jax.method.optimizer import make_optimizer
 from deco_jax.method.training import Batch, Metrics, choose_remat, lower_train_step, make_networks
+from deco_jax.models.network import build
 from deco_jax.programs.actions import Action, Evaluate, FirstTime, Grid, Log, Reader, Save, TrainingRun
 from deco_jax.programs.evaluate import QuickFID
 from deco_jax.run import checkpoint, distributed, monitor, preemption, settings, sharding, storage
@@ -56,8 +57,17 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
         raise UserError(
             "--checkpoint goes on with a run and config.init_from begins one with its weights; give one of them"
         )
+    fresh = ""
     if (config.init_from or checkpoint_path) and not checkpoint.complete_steps(folder):
-        checkpoint.check_projector(checkpoint.find(checkpoint_path or config.init_from, config=config), config)
+        like = with_classes_of(checkpoint.find(config.init_from), config) if config.init_from else config
+        checkpoint.check_projector(checkpoint.find(checkpoint_path or config.init_from, config=like), config)
+        if like.model.num_classes != config.model.num_classes:
+            fresh = (
+                f"the label table starts anew, for {config.model.num_classes:,} classes instead of the "
+                f"{like.model.num_classes:,} of {config.init_from}"
+            )
+            if config.init_optimizer:
+                raise UserError(f"{fresh}, and has no moments there; set config.init_optimizer=False")
     changed = {}
     if checkpoint.complete_steps(folder):
         settings.check_kept(folder, config)
@@ -107,7 +117,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
         + (f"of {source.num_classes} classes; " if source.num_classes else "with captions; ")
         + (f"resumed at step {start}" if resumed else "a new run")
     )
-    for line in (settings.said(changed), source.notes(), remat.note if remat else ""):
+    for line in (settings.said(changed), source.notes(), fresh, remat.note if remat else ""):
         if line:
             writer.say(line)
     if start >= config.train.num_steps:
@@ -205,12 +215,21 @@ def loop(
                 batch = reader()
 
             stopping = watch.stopping(step)
+            done = []
             for action in actions:
                 if action.due(step, stopping) and (action.hurried or not stopping):
-                    with may_compile(action):
-                        action(step, state)
+                    try:
+                        with may_compile(action), contextlib.nullcontext() if action.hurried else watch.leaving():
+                            action(step, state)
+                    except preemption.StopRequestedError:
+                        stopping = True
+                    done.append(action)
                     log.restart_clock()
             if stopping:
+                for action in actions:  # what only a stop makes due: the save
+                    if action.hurried and action not in done and action.due(step, stopping):
+                        with may_compile(action):
+                            action(step, state)
                 run.checkpoints.wait()
                 run.writer.say(f"{watch.reason}: saved step {step}; the same command goes on from here")
                 raise SystemExit(watch.exit_code)
@@ -253,16 +272,24 @@ def grid_requests(
 def start_from(config: ml_collections.ConfigDict, state: State, mesh: Mesh) -> State:
     """A new run's state with the weights of the checkpoint config.init_from, its averages and, if asked, its moments.
 
-    An average that it hasn't starts from its "ema".
+    An average that it hasn't starts from its "ema". A label table for another number of classes stays a new one.
     """
     where = checkpoint.find(config.init_from)
+    like = with_classes_of(where, config)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state["params"])
-    params = checkpoint.load_params(where, shapes, config, mesh)
+    anew = like.model.num_classes != config.model.num_classes
+    if anew:
+        shapes = {**shapes, "denoiser": build(like.model.to_dict()).shapes}
+    params = checkpoint.load_params(where, shapes, like, mesh)
     there = checkpoint.average_names(where)
     averages = {
-        name: checkpoint.load_average(where, shapes["denoiser"], config, mesh, name if name in there else EMA)
+        name: checkpoint.load_average(where, shapes["denoiser"], like, mesh, name if name in there else EMA)
         for name in state["averages"]
     }
+    if anew:
+        params["denoiser"]["label_embed"] = state["params"]["denoiser"]["label_embed"]
+        for name, average in averages.items():
+            average["label_embed"] = state["averages"][name]["label_embed"]
     started = {**state, "params": params, "averages": averages}
     if config.init_optimizer:
         shapes = jax.tree.map(
@@ -270,3 +297,12 @@ def start_from(config: ml_collections.ConfigDict, state: State, mesh: Mesh) -> S
         )
         started["opt_state"] = checkpoint.load_optimizer(where, shapes)
     return started
+
+
+def with_classes_of(where: pathlib.Path, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config with a checkpoint's number of classes; unchanged where either is of a text-to-image model."""
+    there = checkpoint.num_classes(where)
+    like = config.copy_and_resolve_references()
+    if there and config.model.num_classes:
+        like.model.num_classes = there
+    return like

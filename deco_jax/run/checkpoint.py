@@ -296,6 +296,12 @@ def load_config(path: pathlib.Path) -> dict[str, Any]:
         return config_lib.complete(reader.restore(path / "config"))
 
 
+def num_classes(path: pathlib.Path) -> int:
+    """How many classes the model of a checkpoint tells apart; 0 of text to image. UserError if it can't be read."""
+    with _readable(path):
+        return int(load_config(path)["model"]["num_classes"])
+
+
 def load_state(path: pathlib.Path, shapes: State, config: ml_collections.ConfigDict) -> State:
     """All of a named checkpoint, on the mesh; errors as `load_average`, and those of `check_projector`.
 

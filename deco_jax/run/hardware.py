@@ -4,8 +4,11 @@ and the compiler flags that the program sets for itself.
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import hashlib
 import os
+import platform
 import re
 from importlib.metadata import version
 from typing import NamedTuple
@@ -108,6 +111,22 @@ def set_xla_flags() -> None:
     wanted = {_CPU_KERNELS: "reduce", **(_GPU_FLAGS if has_nvidia_gpu() else {})}
     added = [f"{name}={value}" for name, value in wanted.items() if name not in flags]
     os.environ["XLA_FLAGS"] = " ".join([*flags.split(), *added])
+
+
+def keep_compiled_programs() -> None:
+    """Keep compiled programs in the user's cache folder, so that the same command starts in seconds the next time.
+
+    JAX's own settings go first: JAX_COMPILATION_CACHE_DIR is another folder, JAX_ENABLE_COMPILATION_CACHE=false none.
+    """
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
+        return
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    # Programs for a CPU are of its instructions: machines that share a home folder may have others.
+    features = platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        features += next((line for line in file if line.startswith(("flags", "Features"))), "")
+    name = hashlib.sha256(features.encode()).hexdigest()[:12]
+    jax.config.update("jax_compilation_cache_dir", os.path.join(root, "deco_jax", "xla", name))
 
 
 def has_nvidia_gpu() -> bool:

@@ -1,21 +1,37 @@
-"""Stopping on request: SIGTERM (a pod taken away, a scheduler's limit) and Ctrl-C end a run after saving."""
+"""Stopping on request: SIGTERM (a pod taken away, a scheduler's limit), SIGUSR1 (SLURM's warning), SIGHUP (a closed
+terminal) and Ctrl-C end a run after saving."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
+_interruptible: Watch | None = None  # of what may be left between two batches
+
+
+class StopRequestedError(Exception):
+    """The run was asked to stop while it did something that can be left."""
+
+
+def check() -> None:
+    """Call between the batches of what takes minutes; raises StopRequestedError where it should be left now."""
+    if _interruptible is not None and _interruptible.asked:
+        raise StopRequestedError
+
 
 class Watch:
-    """While entered, SIGTERM and the first Ctrl-C only ask the loop to stop; a second Ctrl-C ends at once.
+    """While entered, the signals above only ask the loop to stop; a second Ctrl-C ends at once.
 
-    With several hosts JAX's preemption service spreads the signal, and all hosts agree on one step; a Ctrl-C is passed
-    on to it as a SIGTERM.
+    With several hosts JAX's preemption service spreads the signal, and all hosts agree on one step; the other signals
+    are passed on to it as a SIGTERM.
     """
 
     def __init__(self) -> None:
@@ -23,8 +39,11 @@ class Watch:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Watch:
-        # With several hosts SIGTERM belongs to the preemption service, which jax.distributed starts.
-        handled = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+        handled = [signal.SIGINT, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
+            handled.append(signal.SIGHUP)
+        if jax.process_count() == 1:  # with several, SIGTERM belongs to the preemption service
+            handled.append(signal.SIGTERM)
         for number in handled:
             self._previous[number] = signal.signal(number, self._receive)
         return self
@@ -37,21 +56,50 @@ class Watch:
         if self._signal == signal.SIGINT == number:
             raise KeyboardInterrupt
         self._signal = number
+        if number == signal.SIGHUP:
+            _leave_terminal()
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
+
+    @property
+    def asked(self) -> bool:
+        """Whether this process alone was asked to stop; several hosts agree in `stopping`."""
+        return self._signal is not None and jax.process_count() == 1
 
     def stopping(self, step: int) -> bool:
         """Whether to save after this step and stop; the same answer on every host."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self._signal = self._signal or signal.SIGTERM
             return True
-        return self._signal is not None and jax.process_count() == 1
+        return self.asked
+
+    @contextlib.contextmanager
+    def leaving(self) -> Iterator[None]:
+        """Leave what is done in here between two batches, with a StopRequestedError, when the run is asked to stop."""
+        global _interruptible
+        _interruptible = self
+        try:
+            yield
+        finally:
+            _interruptible = None
 
     @property
     def reason(self) -> str:
-        return "interrupted" if self._signal == signal.SIGINT else "asked to end (SIGTERM)"
+        if self._signal == signal.SIGINT:
+            return "interrupted"
+        return f"asked to end ({signal.Signals(self._signal or signal.SIGTERM).name})"
 
     @property
     def exit_code(self) -> int:
-        """0 after SIGTERM, which asked for this; 130 after Ctrl-C on a single host, so that scripts stop too."""
+        """130 after Ctrl-C on a single host, so that scripts stop too; 0 after the others, which asked for this."""
         return 130 if self._signal == signal.SIGINT and jax.process_count() == 1 else 0
+
+
+def _leave_terminal() -> None:
+    """Write to nowhere instead of to a terminal that was closed, where each line would be an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            if os.isatty(stream.fileno()):
+                os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

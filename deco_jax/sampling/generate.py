@@ -23,7 +23,7 @@ from deco_jax.data.transforms import image_sides
 from deco_jax.images import to_uint8
 from deco_jax.method.predictions import Prediction, make_prediction
 from deco_jax.models.network import Network, Params
-from deco_jax.run import checkpoint
+from deco_jax.run import checkpoint, preemption
 from deco_jax.run.sharding import BATCH, WHOLE, batch_sharding, each_device, place_everywhere, replicated, specs
 from deco_jax.sampling import guidance, samplers
 
@@ -94,6 +94,7 @@ def generate_images(
     devices, count = mesh.size, requests.count
     batch_size = -(-min(batch_size, count) // devices) * devices
     for first in range(start, count, batch_size):
+        preemption.check()
         images = gather(generator(params, place_everywhere(mesh, requests.batch(first, batch_size)), requests.null))
         yield np.asarray(images)[: count - first]
 
