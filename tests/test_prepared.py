@@ -32,7 +32,13 @@ def make_images(folder: pathlib.Path, captions: bool) -> pathlib.Path:
 
 def config(path: object, captions: bool = False, **more: object) -> ml_collections.ConfigDict:
     data = {"source": "captioned_folder" if captions else "image_folder", "path": str(path), "split": ""}
-    shown = {"image_size": SIZE, "num_workers": 0, "max_unreadable": 0.01, "prepared_images": "pixels"}
+    shown = {
+        "image_size": SIZE,
+        "num_workers": 0,
+        "max_unreadable": 0.01,
+        "prepared_images": "pixels",
+        "random_crop": False,
+    }
     return ml_collections.ConfigDict({"data": {**data, **shown, **more}})
 
 

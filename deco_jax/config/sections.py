@@ -70,6 +70,12 @@ class Data:
         1024, "How many of them the validation loss takes at most, in whole batches.", at_least(1, 10_000_000)
     )
     flip: bool = setting(False, "Mirror half of the images at random; the paper's recipe does not.")
+    random_crop: bool = setting(
+        False, "Cut images at random, at least 0.8 of the shorter side; the paper's recipe does not."
+    )
+    weights: str = setting(
+        "", "For several data sets of one kind, their paths comma separated in path: each one's share, as in 3,1."
+    )
     max_unreadable: float = setting(
         0.001, "Share of the images that may be unreadable before training stops.", between(0, 1)
     )

@@ -8,6 +8,8 @@ the number of workers or hosts, and a run resumes by starting at its step.
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ import numpy as np
 from absl import flags, logging
 
 from deco_jax.data import transforms
+from deco_jax.data.mixture import Mixture
 from deco_jax.data.source import BlockOrder
 from deco_jax.data.sources import Source
 from deco_jax.data.workers import follow_main
@@ -96,6 +99,7 @@ def train_batches(
     host_count: int = 1,
     num_workers: int = 0,
     flip: bool = False,
+    random_crop: bool = False,
     max_unreadable: float = 0.01,
     encode_caption: EncodeCaption | None = None,
 ) -> Batches:
@@ -103,14 +107,18 @@ def train_batches(
 
     `image_size` is (height, width), `batch_size` global. Host i gets rows i·local to (i + 1)·local of each global
     batch, local = batch_size / host_count: the hosts' rows in their order are what a single host would get.
-    `flip` mirrors half of the images. `encode_caption` runs in the workers and is pickled to them.
+    `flip` mirrors half of the images, `random_crop` cuts them at random. `encode_caption` runs in the workers and is
+    pickled to them.
     """
 
     def maybe_flip(sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         return {**sample, "image": transforms.flip(sample["image"])} if rng.random() < 0.5 else sample
 
     samples = _in_random_order(source, seed)
-    samples = samples.map(lambda index: read_one(source, index, image_size, encode_caption))
+    if random_crop:
+        samples = samples.random_map(lambda index, rng: read_one(source, index, image_size, encode_caption, rng))
+    else:
+        samples = samples.map(lambda index: read_one(source, index, image_size, encode_caption))
     if flip:
         samples = samples.random_map(maybe_flip)
     # Hosts take turns with whole local batches, which makes their rows contiguous in the global one.
@@ -121,6 +129,13 @@ def train_batches(
 
 def _in_random_order(source: Source, seed: int) -> grain.MapDataset:
     """Endless indices of a source, in another order every epoch."""
+    if isinstance(source, Mixture):
+        # Each part has an order of its own, whatever the shares of the others are.
+        orders = [
+            _in_random_order(part, seed + number).map(functools.partial(operator.add, start))
+            for number, (part, start) in enumerate(zip(source.parts, source.starts(), strict=True))
+        ]
+        return grain.MapDataset.mix(orders, source.weights).seed(seed)
     if source.blocks is None:
         return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     return grain.MapDataset.range(2**62).seed(seed).map(BlockOrder(source.blocks, seed))
@@ -153,19 +168,28 @@ def epoch(
 
 
 def read_one(
-    source: Source, index: int, image_size: tuple[int, int], encode_caption: EncodeCaption | None = None
+    source: Source,
+    index: int,
+    image_size: tuple[int, int],
+    encode_caption: EncodeCaption | None = None,
+    rng: np.random.Generator | None = None,
 ) -> dict[str, Any]:
     """One sample: `image` uint8 `[height, width, 3]`, `label` int32, `unreadable` int64, and what its source adds.
 
     An unreadable image is replaced by the next readable one of its class, and `unreadable` is then `index` instead
     of −1. A caption is replaced by what `encode_caption` makes of it and of the index of the image that is used;
-    without `encode_caption` it is dropped. Raises UserError where no image of the class can be read.
+    without `encode_caption` it is dropped. With `rng` the crop is random. Raises UserError where no image of the class
+    can be read.
     """
     used = index
     while True:
         try:
             sample = source[used]
-            image = transforms.center_crop(transforms.decode(sample["image"]), image_size)
+            picture = transforms.decode(sample["image"])
+            if rng is None:
+                image = transforms.center_crop(picture, image_size)
+            else:
+                image = transforms.random_crop(picture, image_size, rng)
         except UserError:
             raise
         except Exception as error:  # on a damaged file PIL raises nearly anything

@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import ml_collections
 import numpy as np
 
 from deco_jax.data.captioned_folder import CaptionedFolder
+from deco_jax.data.mixture import Mixture
 from deco_jax.data.parquet import Parquet
 from deco_jax.data.prepared import Prepared
 from deco_jax.data.source import IMAGE_SUFFIXES, Source, printable
@@ -268,6 +270,8 @@ def open_source(data: Any) -> Source:
     Of the sources with captions only images of at least `image_size` are taken; they read many headers in
     `num_workers` processes. Raises UserError for an unknown source, a missing folder, a folder without images.
     """
+    if data.get("weights"):
+        return _open_mixture(data)
     path, split = os.path.expanduser(data.get("path") or ""), data.get("split") or ""
     if data.source not in SOURCES:
         raise UserError(f"unknown data.source '{data.source}'; choose one of {', '.join(SOURCES)}")
@@ -293,6 +297,18 @@ def open_source(data: Any) -> Source:
         return ImageFolder(root)
     captioned = CaptionedFolder if data.source == "captioned_folder" else WebDataset
     return captioned(root, image_sides(data.image_size), data.get("num_workers") or 0)
+
+
+def _open_mixture(data: Any) -> Mixture:
+    """The data sets whose paths are in data.path, comma separated, at the shares of data.weights."""
+    try:
+        weights = [float(weight) for weight in data.weights.split(",")]
+    except ValueError as error:
+        raise UserError(f"config.data.weights={data.weights} must be numbers with commas, as in 3,1") from error
+    paths = [path.strip() for path in data.path.split(",")]
+    settings = {name: data[name] for name in data}
+    parts = [open_source(ml_collections.ConfigDict({**settings, "path": path, "weights": ""})) for path in paths]
+    return Mixture(parts, weights)
 
 
 def check_classes(source: Source, num_classes: int) -> None:

@@ -12,6 +12,9 @@ from PIL import Image
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
+MIN_CROP = 0.8  # the least share of the shorter side that a random crop shows
+
+
 def image_sides(size: int | tuple[int, int]) -> tuple[int, int]:
     """(height, width) of config.data.image_size."""
     return (size, size) if isinstance(size, int) else tuple(size)  # type: ignore[return-value]
@@ -50,6 +53,23 @@ def center_crop(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
         raise ValueError(f"an image of {image.width}×{image.height} pixels is too elongated for {width}×{height}")
     pixels = np.asarray(image.resize(covering, resample=Image.Resampling.BICUBIC))
     top, left = (covering[1] - height) // 2, (covering[0] - width) // 2
+    return pixels[top : top + height, left : left + width]
+
+
+def random_crop(image: Image.Image, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """A random part of an RGB picture as uint8 `[height, width, 3]`, `size` being (height, width).
+
+    As ADM's random crop: the picture is made to cover the target enlarged by a factor from 1 to 1.25, and the target is
+    cut out of it anywhere. Raises as `center_crop`.
+    """
+    height, width = size
+    factor = rng.uniform(1, 1 / MIN_CROP)
+    tall, wide = round(height * factor), round(width * factor)
+    scale = max(wide / image.width, tall / image.height)
+    # Of the covering picture only what may be cut: all of the longer side, so that every part has its chance.
+    covering = max(tall, round(image.height * scale)), max(wide, round(image.width * scale))
+    pixels = center_crop(image, covering)
+    top, left = rng.integers(covering[0] - height + 1), rng.integers(covering[1] - width + 1)
     return pixels[top : top + height, left : left + width]
 
 

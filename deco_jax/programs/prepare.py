@@ -38,6 +38,11 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> None:
     data, folder = config.data, storage.path(workdir)
     if workdir.startswith("s3://"):
         raise UserError(f"--workdir={workdir}: ArrayRecord's reader opens disks and gs://; give one of these")
+    if data.random_crop and data.prepared_images != "files":
+        raise UserError(
+            f"config.data.random_crop needs whole images and config.data.prepared_images={data.prepared_images} stores "
+            "cropped ones; prepare with config.data.prepared_images=files"
+        )
     source = sources.open_source(data)
     distributed.check_same_data(source)
     size = image_sides(data.image_size)

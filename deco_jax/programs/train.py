@@ -255,6 +255,7 @@ def open_batches(
         host_count=jax.process_count(),
         num_workers=data.num_workers,
         flip=data.flip,
+        random_crop=data.random_crop,
         max_unreadable=data.max_unreadable,
         encode_caption=condition.encode_caption,
     )
