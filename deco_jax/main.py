@@ -13,6 +13,11 @@ import time
 import traceback
 from typing import Any, NamedTuple
 
+from deco_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()
+
 # Data workers import this file again: everything heavy is imported inside the functions.
 from absl import app, flags
 from ml_collections import config_flags
@@ -102,6 +107,15 @@ _CHECKPOINT = flags.DEFINE_string(
 )
 
 
+# By whether the mode trains.
+OUT_OF_MEMORY = {
+    True: "a device is out of memory; raise --config.optimizer.accumulate_steps or --config.mesh.fsdp, set "
+    "--config.model.remat=full, or lower --config.data.batch_size; --mode=compile --search shows what fits",
+    False: "a device is out of memory; lower the batch_size of what this mode draws or measures (config.sample, "
+    "config.evaluate, config.spectrum), or raise --config.mesh.fsdp",
+}
+
+
 def main(_: list[str]) -> None:
     code: int | None = None
     try:
@@ -187,7 +201,7 @@ def _run() -> None:
     except UserError as error:
         command_line.fail(str(error))
     except KeyboardInterrupt:  # before or between what can be saved
-        print("interrupted; the same command goes on from what is saved", file=sys.stderr)
+        print(interrupts.LINE, file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         from deco_jax.run import storage
@@ -196,6 +210,8 @@ def _run() -> None:
             command_line.fail(f"{str(error.filename or workdir)[:80]}... is too long for a path; choose a shorter one")
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             command_line.fail(f"writing to {workdir} failed: {error.strerror}; free space there and start again")
+        if "RESOURCE_EXHAUSTED" in str(error):
+            command_line.fail(OUT_OF_MEMORY[mode.trains])
         if line := storage.refusal(error):
             command_line.fail(line)
         raise
@@ -206,7 +222,12 @@ def cli() -> None:
     if command_line.asks_for_help(sys.argv):
         print(command_line.help_text({name: mode.about for name, mode in MODES.items()}))
         return
-    app.run(main, flags_parser=parse)
+    interrupts.raise_always()
+    try:
+        app.run(main, flags_parser=parse)
+    except KeyboardInterrupt:  # before the program began, or while it ended
+        print(interrupts.LINE, file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,69 @@
+"""Ctrl-C in the first seconds, and a device that is full: one line each."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from deco_jax import interrupts
+from tests.helpers import ROOT
+from tests.runs import SMOKE
+
+
+@pytest.mark.parametrize("seconds", [1.0, 2.0, 4.0])
+def test_one_line_whenever_it_comes(tmp_path, seconds):
+    command = [sys.executable, "-m", "deco_jax.main", SMOKE, f"--workdir={tmp_path}", "--config.train.num_steps=100000"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=100)
+    assert "Traceback" not in errors
+    assert "ignored" not in errors
+    assert process.returncode == 130, errors
+    assert errors.count("interrupted; the same command goes on") <= 1
+
+
+def test_an_interrupt_that_a_callback_swallows_comes_again(monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    before = signal.getsignal(signal.SIGINT)
+
+    def callback(phase, info):
+        gc.callbacks.remove(callback)
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            pass
+
+    def collect_and_wait():
+        gc.collect()
+        time.sleep(5)
+
+    try:
+        interrupts.raise_always()
+        gc.callbacks.append(callback)
+        with pytest.raises(KeyboardInterrupt):
+            collect_and_wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_out_of_memory_is_one_line_with_remedies(tmp_path):
+    program = f"""
+import sys
+from deco_jax import main
+from deco_jax.programs import train
+def full(*_):
+    raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 99 bytes")
+train.train = full
+sys.argv = ["main", "{SMOKE}", "--workdir={tmp_path}"]
+main.cli()
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("\\n") <= 1
+    assert "a device is out of memory; raise --config.optimizer.accumulate_steps" in done.stderr
