@@ -143,6 +143,16 @@ def test_keeps_the_newest(tmp_path, state):
     assert restore(tmp_path) is not None
 
 
+def test_milestones_are_kept_beside_the_newest(tmp_path, state):
+    config, *_ = make()
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1, keep_every=4)
+    for step in (2, 4, 6, 8, 10):
+        checkpoints.save(step, state, config)
+    checkpoints.wait()
+    checkpoints.close()
+    assert checkpoint.complete_steps(tmp_path) == [4, 8, 10]
+
+
 def test_half_written_ones_are_passed_over_and_removed(workdir, state):
     """What a kill in the middle of a save leaves."""
     shutil.copytree(workdir / "checkpoints" / "5", workdir / "checkpoints" / "7.orbax-checkpoint-tmp")

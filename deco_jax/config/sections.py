@@ -236,6 +236,9 @@ class Train:
         at_least(0, MAX_INT32),
     )
     keep_checkpoints: int = setting(3, "Newest checkpoints to keep.", at_least(1, MAX_INT32))
+    keep_every: int = setting(
+        0, "Steps between two checkpoints that are kept for good beside the newest; 0: none.", at_least(0, MAX_INT32)
+    )
     max_skipped_steps: int = setting(
         10, "Steps in a row with a loss or gradient that is not finite before training stops.", at_least(0, MAX_INT32)
     )

@@ -148,7 +148,8 @@ class Save:
         self._run, self._log = run, log
 
     def due(self, step: int, stopping: bool) -> bool:
-        return stopping or self._run.at(step, self._run.config.train.save_every, last=True)
+        train = self._run.config.train
+        return stopping or self._run.at(step, train.save_every, last=True) or self._run.at(step, train.keep_every)
 
     def __call__(self, step: int, state: State) -> None:
         self._log.check(step)

@@ -91,7 +91,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     for written in (folder, *([storage.path(config.evaluate.cache)] if quick_fid and config.evaluate.cache else [])):
         make_workdir(written)
 
-    checkpoints = checkpoint.Checkpoints(folder, config.train.keep_checkpoints)
+    checkpoints = checkpoint.Checkpoints(folder, config.train.keep_checkpoints, keep_every=config.train.keep_every)
     with distributed.stage("reading the newest checkpoint"):
         state = checkpoints.restore(shapes, config)
         if state is None and checkpoint_path:

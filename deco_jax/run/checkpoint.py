@@ -48,13 +48,14 @@ class Checkpoints:
 
     Args:
         keep: so many, the newest.
+        keep_every: and those whose step is a multiple of this, for good; 0: no others.
         copy: host arrays before they are written in the background; False where nobody changes them meanwhile.
 
     Raises:
         UserError: another run is in the workdir.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, keep: int, copy: bool = True) -> None:
+    def __init__(self, workdir: str | pathlib.Path, keep: int, copy: bool = True, keep_every: int = 0) -> None:
         _hush_orbax()
         storage.limit_checkpoint_retries()
         self.folder = storage.absolute(workdir) / FOLDER
@@ -68,6 +69,7 @@ class Checkpoints:
         distributed.on_main_host(self._lock.acquire)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
+            keep_period=keep_every or None,
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._note_checksums),
