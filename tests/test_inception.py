@@ -289,7 +289,8 @@ def test_mesh_of_four_agrees_with_one(weights):
         import jax, numpy as np
         from deco_jax.convert.inception import load_inception
         from deco_jax.models.inception import FeatureExtractor
-        from deco_jax.evaluation.precision_recall import neighbour_radii, precision_recall
+        from deco_jax.evaluation.precision_recall import precision_recall
+        from tests.test_precision_recall import neighbour_radii
         mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
         rng = np.random.default_rng(0)
         images = rng.integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)

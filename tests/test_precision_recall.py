@@ -6,10 +6,16 @@ import numpy as np
 import pytest
 
 from deco_jax.errors import UserError
-from deco_jax.evaluation.precision_recall import neighbour_radii, precision_recall
+from deco_jax.evaluation.precision_recall import _Points, precision_recall
 from tests.helpers import golden, relative_error
 
 pytestmark = pytest.mark.fast
+
+
+def neighbour_radii(features, k=3, row_block=2048, column_block=8192, mesh=None):
+    """The radii of the balls that make a manifold: float32 [n]."""
+    centre = np.asarray(np.mean(features, axis=0, dtype=np.float64), np.float32)
+    return np.sqrt(_Points(features, centre, row_block, column_block, mesh).squared_radii(k))
 
 
 def distances(a, b):

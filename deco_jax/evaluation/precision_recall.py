@@ -46,14 +46,6 @@ def precision_recall(
     return float(precision), float(recall)
 
 
-def neighbour_radii(
-    features: np.ndarray, k: int = 3, row_block: int = 2048, column_block: int = 8192, mesh: Mesh | None = None
-) -> np.ndarray:
-    """Distance of each point [n, features] to its k-th nearest other point: float32 [n]."""
-    centre = np.asarray(np.mean(features, axis=0, dtype=np.float64), np.float32)
-    return np.sqrt(_Points(features, centre, row_block, column_block, mesh).squared_radii(k))
-
-
 class _Points:
     """A set of points, whole on each device as padded blocks of columns, and readable in blocks of rows."""
 
