@@ -20,7 +20,7 @@ from deco_jax.data.transforms import image_sides
 from deco_jax.models import dinov2, vgg
 from deco_jax.models.decoder import POSITION_FEATURES
 from deco_jax.models.qwen3 import Sizes
-from deco_jax.sampling import guidance, samplers
+from deco_jax.sampling.settings import Sampling
 
 
 def forward(model: Mapping[str, Any], image_size: int | tuple[int, int]) -> dict[str, float]:
@@ -112,7 +112,4 @@ def frozen(config: ml_collections.ConfigDict) -> float:
 
 def sampling(config: ml_collections.ConfigDict) -> float:
     """FLOPs of sampling one image by config.sample; a guided evaluation runs the network twice."""
-    settings = config.sample
-    times = samplers.timesteps(settings.num_steps, settings.shift)
-    guided = guidance.guided_steps(times, settings.guidance, settings.guidance_interval)
-    return samplers.num_evaluations(settings.sampler, guided) * forward_total(config.model, config.data.image_size)
+    return Sampling.of(config).num_evaluations() * forward_total(config.model, config.data.image_size)

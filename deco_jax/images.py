@@ -36,10 +36,13 @@ def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.nda
     return canvas
 
 
-def caption_grid(images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-    """A near square grid of enlarged images, each with its caption beneath; one that is too long ends with "..."."""
+def caption_grid(images: np.ndarray, captions: Sequence[str], columns: int | None = None) -> np.ndarray:
+    """A grid of enlarged images, near square unless told, each with its caption beneath.
+
+    A caption that is too long ends with "...".
+    """
     count, height, width, _ = images.shape
-    columns = math.ceil(math.sqrt(count))
+    columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     factor = max(1, round(720 / max(rows * (height + 2), columns * (width + 2))))
     font = ImageFont.load_default(CAPTION_SIZE)
@@ -75,18 +78,14 @@ def _wrapped(text: str, width: int, font: Any) -> list[str]:
     return lines
 
 
-def class_grid(images: np.ndarray, num_classes: int) -> np.ndarray:
-    """A grid of images in class order: a row for each class if they come out even, else near square."""
-    count = len(images)
-    per_class = count // num_classes if num_classes and count % num_classes == 0 else 0
-    return grid(images, columns=per_class if per_class > 1 else None)
+def sample_grid(images: np.ndarray, columns: int | None = None, captions: Sequence[str] | None = None) -> np.ndarray:
+    """A grid of samples, with their captions if there are any, near square unless `columns` says otherwise.
 
-
-def sample_grid(images: np.ndarray, num_classes: int, captions: Sequence[str] | None = None) -> np.ndarray:
-    """`class_grid`, or `caption_grid`; small images enlarged until the longer side is about 720 pixels."""
+    Small images are enlarged until the longer side of the grid is about 720 pixels.
+    """
     if captions is not None:
-        return caption_grid(images, captions)
-    tiled = class_grid(images, num_classes)
+        return caption_grid(images, captions, columns)
+    tiled = grid(images, columns)
     return enlarge(tiled, max(1, round(720 / max(tiled.shape[:2]))))
 
 

@@ -13,6 +13,11 @@ import tempfile
 import time
 from collections.abc import Callable
 
+import jax
+import numpy as np
+
+from deco_jax.models import network as network_lib
+from deco_jax.run import checkpoint
 from tests.helpers import ROOT, run_main
 
 SMOKE = "--config=configs/quickstart.py:smoke"
@@ -79,3 +84,25 @@ def signal_when(number: int, due: Callable[[str], bool], *arguments: object) -> 
         finally:
             process.kill()
             process.wait()
+
+
+def random_checkpoint(workdir, config):
+    """Weights that draw something which hangs on the condition, without training them."""
+    rng = np.random.default_rng(0)
+
+    def weights(path, leaf):
+        return np.asarray((path[-1].key == "scale") + 0.1 * rng.standard_normal(leaf.shape), np.float32)
+
+    params = jax.tree_util.tree_map_with_path(weights, network_lib.build(config.model.to_dict()).shapes)
+    if config.model.text_width:
+        params["text_embed"]["proj"]["kernel"] *= 10
+        params["blocks"]["attention"]["text_kv"]["kernel"] *= 10
+    else:
+        params["label_embed"]["embedding"] *= 10
+    workdir.mkdir(parents=True, exist_ok=True)
+    checkpoints = checkpoint.Checkpoints(workdir, 1)
+    state = {"step": np.int32(1), "skipped": np.int32(0), "params": {"denoiser": params}, "averages": {"ema": params}}
+    checkpoints.save(1, state, config)
+    checkpoints.wait()
+    checkpoints.close()
+    return workdir

@@ -7,18 +7,19 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
+import json
 import re
 import signal
 import socket
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from configs import quickstart, t2i_256
+from deco_jax import api
 from deco_jax.conditioning.condition import open_condition
 from deco_jax.conditioning.requests import Requests, prompt_requests
 from deco_jax.errors import UserError
@@ -26,32 +27,12 @@ from deco_jax.models import network as network_lib
 from deco_jax.programs import demo
 from deco_jax.run import checkpoint, sharding
 from deco_jax.sampling import generate
+from deco_jax.sampling.settings import Sampling
 from tests.helpers import ROOT, browser
-from tests.runs import SMOKE
+from tests.runs import SMOKE, random_checkpoint
 
 EULER = ("--config.sample.sampler=euler", "--config.sample.shift=1.0", "--config.sample.guidance=2.0")
 TEXT = "--config=configs/t2i_256.py:smoke"
-
-
-def random_checkpoint(workdir, config):
-    """Weights that draw something which hangs on the condition, without training them."""
-    rng = np.random.default_rng(0)
-
-    def weights(path, leaf):
-        return np.asarray((path[-1].key == "scale") + 0.1 * rng.standard_normal(leaf.shape), np.float32)
-
-    params = jax.tree_util.tree_map_with_path(weights, network_lib.build(config.model.to_dict()).shapes)
-    if config.model.text_width:
-        params["text_embed"]["proj"]["kernel"] *= 10
-        params["blocks"]["attention"]["text_kv"]["kernel"] *= 10
-    else:
-        params["label_embed"]["embedding"] *= 10
-    checkpoints = checkpoint.Checkpoints(workdir, 1)
-    state = {"step": np.int32(1), "skipped": np.int32(0), "params": {"denoiser": params}, "averages": {"ema": params}}
-    checkpoints.save(1, state, config)
-    checkpoints.wait()
-    checkpoints.close()
-    return workdir
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +45,7 @@ def captions(tmp_path_factory):
     return random_checkpoint(tmp_path_factory.mktemp("captions") / "run", t2i_256.get_config("smoke"))
 
 
-def wish(**changes) -> demo.Wish:
+def asked(**changes) -> demo.Request:
     values = {
         "height": 16,
         "width": 16,
@@ -75,10 +56,10 @@ def wish(**changes) -> demo.Wish:
         "shift": 1.0,
         "seed": 5,
     }
-    return demo.Wish(**values | changes)
+    return demo.Request(**values | changes)
 
 
-def expected(config, workdir, wanted: demo.Wish) -> np.ndarray:
+def expected(config, workdir, wanted: demo.Request) -> np.ndarray:
     """The same images by the path that --mode=sample takes."""
     mesh = sharding.make_mesh(1, 1)
     network = network_lib.build(config.model.to_dict())
@@ -93,8 +74,8 @@ def expected(config, workdir, wanted: demo.Wish) -> np.ndarray:
         labels = np.full(wanted.count, wanted.label, np.int32)
         requests = Requests(wanted.count, labels.__getitem__, np.int32(config.model.num_classes))
     params = checkpoint.load_average(checkpoint.find(workdir), network.shapes, config, mesh)
-    generator = generate.make_generator(network, config, mesh)
-    return np.concatenate(list(generate.generate_images(generator, params, requests, wanted.count, mesh)))
+    generator = generate.Generator(generate.make_denoiser(config), mesh)
+    return np.concatenate(list(generator.images(params, requests, Sampling.of(config), wanted.count)))
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:
@@ -171,9 +152,9 @@ def test_class_to_image_in_a_browser(digits):
         fill(page, "number input for Steps", 3)
         fill(page, "Seed", 5)
         pictures = drawn(page)
-        images = expected(quickstart.get_config("smoke"), digits, wish(label=7))
+        images = expected(quickstart.get_config("smoke"), digits, asked(label=7))
         assert len(pictures) == 2
-        assert not same(images, expected(quickstart.get_config("smoke"), digits, wish(label=2)))
+        assert not same(images, expected(quickstart.get_config("smoke"), digits, asked(label=2)))
         for picture, image in zip(pictures, images, strict=True):
             assert same(picture, image.repeat(16, 0).repeat(16, 1))
         with animated(page) as film:
@@ -198,7 +179,7 @@ def test_text_to_image_in_a_browser(captions):
         pictures = drawn(page)
         config = t2i_256.get_config("smoke")
         sample = config.sample
-        wanted = wish(
+        wanted = asked(
             prompt="three <b>",
             negative_prompt="seven",
             height=32,
@@ -216,8 +197,8 @@ def test_text_to_image_in_a_browser(captions):
         assert not same(image, other)
 
 
-def test_wishes_that_cannot_be(digits):
-    studio = demo.Studio(quickstart.get_config("smoke"), str(digits))
+def test_requests_that_cannot_be(digits):
+    model = api.open_model(quickstart.get_config("smoke"), str(digits))
     for changes, says in [
         ({"label": 10}, "there is no class 10; choose one from 0 to 9"),
         ({"label": -1}, "there is no class -1"),
@@ -228,20 +209,20 @@ def test_wishes_that_cannot_be(digits):
         ({"guidance": float("nan")}, "guidance=nan"),
         ({"shift": 0.0}, "shift=0.0 must be above 0"),
         ({"seed": 2**31}, "seed 2147483648 is too large"),
-        ({"count": 17}, "17 images at once are too many"),
-        ({"count": 0}, "num_images=0 must be at least 1"),
+        ({"count": 17}, "17 images at once can't be on the page; ask for 1 to 16"),
+        ({"count": 0}, "0 images at once"),
     ]:
         with pytest.raises(UserError, match=says) as error:
-            next(studio.draw(wish(**changes)))
+            next(demo.draw(model, asked(**changes)))
         assert "\n" not in str(error.value)
 
 
 def test_any_size_that_the_patch_divides(digits):
-    """A studio draws one size after another; the caller's config stays as it was."""
+    """A model draws one size after another; the caller's config stays as it was."""
     config = quickstart.get_config("smoke")
-    studio = demo.Studio(config, str(digits))
-    wanted = wish(height=8, width=24, label=2, count=1)
-    *_, last = studio.draw(wanted)
+    model = api.open_model(config, str(digits))
+    wanted = asked(height=8, width=24, label=2, count=1)
+    *_, last = demo.draw(model, wanted)
     assert (config.data.image_size, config.sample.num_steps) == ((16, 16), 4)
     assert same(last.images, expected(config, digits, wanted))
 
@@ -257,19 +238,23 @@ def test_fields_of_the_page():
         "shift": 1,
         "seed": 7,
     }
-    assert demo.read_wish(fields) == wish(count=1, num_steps=5, sampler="heun", guidance=3.0, seed=7)
+    assert demo.read_asked(fields) == asked(count=1, num_steps=5, sampler="heun", guidance=3.0, seed=7)
     for empty in (None, "", float("inf")):
         with pytest.raises(UserError, match=r"num steps: .* won't do"):
-            demo.read_wish({**fields, "num_steps": empty})
+            demo.read_asked({**fields, "num_steps": empty})
 
 
 def test_names_of_classes(tmp_path):
     config = quickstart.get_config("smoke")
-    assert demo.class_names(config) == [str(digit) for digit in range(10)]
-    config.model.num_classes = 9
-    assert demo.class_names(config) is None
+    workdir = random_checkpoint(tmp_path / "run", config)
+    assert demo.class_names(api.open_model(config, workdir)) == [str(digit) for digit in range(10)]
     config.data.source, config.data.path = "image_folder", str(tmp_path / "none")
-    assert demo.class_names(config) is None
+    assert demo.class_names(api.open_model(config, workdir)) is None
+    names = [f"class {i}" for i in range(10)]  # the run's own go before the data's
+    (workdir / "classes.json").write_text(json.dumps(names))
+    assert demo.class_names(api.open_model(config, workdir)) == names
+    (workdir / "classes.json").write_text(json.dumps(names[:9]))
+    assert demo.class_names(api.open_model(config, workdir)) is None
 
 
 def test_animation_has_all_states_or_an_even_choice():

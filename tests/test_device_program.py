@@ -39,6 +39,7 @@ from deco_jax.method import training
 from deco_jax.run import sharding
 from deco_jax.run.state import state_shapes
 from deco_jax.sampling import generate
+from deco_jax.sampling.settings import Sampling
 
 folder, cases, rows = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
 for name, case in cases.items():
@@ -70,12 +71,13 @@ for name, case in cases.items():
     ]
     (folder / f"{name}.json").write_text(json.dumps(parameters))
     if name == "fsdp8":
-        generator = generate.make_generator(networks["denoiser"], config, mesh)
+        generator = generate.Generator(generate.make_denoiser(config), mesh)
         placed = sharding.batch_sharding(mesh)
         request = {
             key: jax.ShapeDtypeStruct((rows,), "int32", sharding=placed) for key in ("index", "context")
         }
-        sampler = generator.lower(state["averages"]["ema"], request, jax.ShapeDtypeStruct((), "int32"))
+        null = jax.ShapeDtypeStruct((), "int32")
+        sampler = generator.lower(state["averages"]["ema"], request, null, Sampling.of(config))
         (folder / "sampler.hlo").write_text(sampler.compile().as_text())
         config.model.dtype = "bfloat16"
         networks, observe, frozen = training.abstract_networks(config, mesh, condition)

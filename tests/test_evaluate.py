@@ -14,9 +14,10 @@ from PIL import Image
 
 from configs import quickstart
 from deco_jax.errors import UserError
+from deco_jax.evaluation import adm, image_sets
+from deco_jax.evaluation.statistics import NpzImages
 from deco_jax.models.inception import Features
 from deco_jax.programs import evaluate as evaluate_lib
-from deco_jax.run import sharding
 from tests.helpers import relative_error
 from tests.runs import NO_SAMPLES, SMOKE, rows, signal_when, succeed, two_steps
 
@@ -74,11 +75,11 @@ def state(accumulator):
 
 def measured(images, path=None, extractor=None, num_kept=6):
     extractor = extractor or Projection()
-    return evaluate_lib.measure(images, extractor, path, "digest", num_kept, 4, say=lambda text: None)
+    return adm.measure(images, extractor, path, "digest", num_kept, 4, say=lambda text: None)
 
 
 def test_interrupted_and_continued(tmp_path):
-    images = evaluate_lib.folder_images(as_folder(tmp_path / "images", pictures(15)))
+    images = image_sets.folder_images(as_folder(tmp_path / "images", pictures(15)))
     with pytest.raises(KeyboardInterrupt):
         measured(images, tmp_path / "state.npz", Projection(10))
     rest = Projection(7)
@@ -95,10 +96,9 @@ def test_npz_equals_folder(tmp_path):
     np.savez(tmp_path / "samples.npz", arr_0=images)
     folder = as_folder(tmp_path / "images", images)
     config = settings(samples=str(tmp_path / "samples.npz"))
-    mesh = sharding.make_mesh(1, 1)
-    sets = [evaluate_lib.open_samples(config, str(tmp_path), "", mesh)]
+    sets = [evaluate_lib.open_samples(config, str(tmp_path), "")]
     config.evaluate.samples = str(folder)
-    sets += [evaluate_lib.open_samples(config, str(tmp_path), "", mesh)]
+    sets += [evaluate_lib.open_samples(config, str(tmp_path), "")]
     assert [s.total for s in sets] == [7, 7]
     for a, b in zip(*(state(measured(s)) for s in sets), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -107,7 +107,7 @@ def test_npz_equals_folder(tmp_path):
 def test_kept_features_are_evenly_spread(tmp_path):
     images = pictures(12)
     np.savez(tmp_path / "samples.npz", arr_0=images)
-    samples = evaluate_lib.npz_images(evaluate_lib.NpzImages(tmp_path / "samples.npz"))
+    samples = image_sets.npz_images(NpzImages(tmp_path / "samples.npz"))
     features = Projection()(images).pool3
     assert relative_error(measured(samples, num_kept=4).pool3(), features[2::3]) < 1e-5
     assert len(measured(samples, num_kept=5).pool3()) == 5
@@ -115,13 +115,13 @@ def test_kept_features_are_evenly_spread(tmp_path):
 
 
 def test_data_as_reference():
-    images = evaluate_lib.source_images(settings(num_reference=5))
+    images = image_sets.source_images(settings(num_reference=5))
     assert (images.total, images.size) == (5, (16, 16))
     whole = np.concatenate(list(images.batches(2, 0)))
     assert whole.shape == (5, 16, 16, 3)
     np.testing.assert_array_equal(np.concatenate(list(images.batches(2, 3))), whole[3:])
-    assert evaluate_lib.source_images(settings()).total == 1797
-    assert evaluate_lib.source_images(settings(num_reference=6)).identity != images.identity
+    assert image_sets.source_images(settings()).total == 1797
+    assert image_sets.source_images(settings(num_reference=6)).identity != images.identity
 
 
 def test_as_a_command(tmp_path, weights):
@@ -166,7 +166,7 @@ def test_other_pixels_in_the_same_files_are_another_reference(tmp_path):
     for seed in (0, 0, 1):
         for i, image in enumerate(pictures(3, seed)):
             Image.fromarray(image).save(tmp_path / "data" / "class" / f"{i}.png")
-        seen.append(evaluate_lib.source_images(config).identity)
+        seen.append(image_sets.source_images(config).identity)
     assert seen[0] == seen[1] != seen[2]
 
 
@@ -175,7 +175,7 @@ def test_rebatched(sizes):
     """The network runs on whole batches, however the images come."""
     images = pictures(sum(sizes))
     parts = np.split(images, np.cumsum(sizes)[:-1]) if sizes else []
-    batches = list(evaluate_lib.rebatched(iter(parts), 4))
+    batches = list(image_sets.rebatched(iter(parts), 4))
     assert [len(batch) for batch in batches] == [4] * (len(images) // 4) + [len(images) % 4] * (len(images) % 4 > 0)
     if sizes:
         np.testing.assert_array_equal(np.concatenate(batches), images)
@@ -185,12 +185,12 @@ def test_runs_that_share_a_cache_measure_the_reference_once(tmp_path):
     config = settings(cache=str(tmp_path / "cache"), num_reference=12)
 
     def statistics(run, extractor):
-        reference = evaluate_lib.open_reference(config)
+        reference = adm.open_reference(config)
         found, features = reference.measure(extractor, tmp_path / run, "digest", config)
         return [*found, features]
 
     alone = settings(num_reference=12)
-    expected = evaluate_lib.open_reference(alone).measure(Projection(), tmp_path / "alone", "digest", alone)
+    expected = adm.open_reference(alone).measure(Projection(), tmp_path / "alone", "digest", alone)
     first, second = statistics("first", Projection()), statistics("second", Projection(0))
     for a, b, c in zip(first, second, [*expected[0], expected[1]], strict=True):
         np.testing.assert_array_equal(a, b)

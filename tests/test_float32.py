@@ -9,12 +9,13 @@ import pytest
 
 from configs import imagenet256, t2i_256
 from deco_jax.conditioning.condition import abstract_condition
+from deco_jax.method import training
 from deco_jax.method.optimizer import make_optimizer
 from deco_jax.programs import compile as compile_lib
-from deco_jax.programs import train
 from deco_jax.run import sharding
 from deco_jax.run.state import state_shapes
 from deco_jax.sampling import generate
+from deco_jax.sampling.settings import Sampling
 
 
 def products(program: str) -> list[str]:
@@ -33,18 +34,20 @@ def lower(module, dtype: str) -> tuple[str, str]:
         config.text.encoder, config.text.path = "qwen3", ""
     mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
     condition = abstract_condition(config, mesh)
-    networks, observe, frozen = train.abstract_networks(config, mesh, condition)
+    networks, observe, frozen = training.abstract_networks(config, mesh, condition)
     optimizer = make_optimizer(config.optimizer)
     state = state_shapes(networks, optimizer, mesh)
     batch = compile_lib.batch_shapes(config, mesh, condition)
     with jax.default_matmul_precision("default"):
-        step = train.lower_train_step(networks, optimizer, config, observe, mesh, state, batch, frozen).as_text()
+        step = training.lower_train_step(networks, optimizer, config, observe, mesh, state, batch, frozen).as_text()
         if module is not imagenet256:
             return step, step
         index = jax.ShapeDtypeStruct((8,), "int32", sharding=sharding.batch_sharding(mesh))
-        generator = generate.make_generator(networks["denoiser"], config, mesh)
+        generator = generate.Generator(generate.make_denoiser(config), mesh)
         request = {"index": index, "context": index}
-        return step, generator.lower(state["ema"], request, jax.ShapeDtypeStruct((), "int32")).as_text()
+        average = state["averages"]["ema"]
+        null = jax.ShapeDtypeStruct((), "int32")
+        return step, generator.lower(average, request, null, Sampling.of(config)).as_text()
 
 
 @pytest.mark.parametrize("module", [imagenet256, t2i_256])

@@ -11,10 +11,10 @@ import pytest
 
 from configs import quickstart
 from deco_jax.conditioning.requests import Requests, class_requests, even_labels
-from deco_jax.method.predictions import make_prediction
 from deco_jax.models import network as network_lib
-from deco_jax.run import sharding
+from deco_jax.run import monitor, sharding
 from deco_jax.sampling import generate
+from deco_jax.sampling.settings import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,7 @@ def setup():
     keys = iter(jax.random.split(jax.random.key(1), 100))
     params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape), params)
     params["label_embed"]["embedding"] *= 20
-    mesh = sharding.make_mesh(1, 1)
-    return config, network, params, mesh
+    return config, network, params, generate.Generator(generate.make_denoiser(config), sharding.make_mesh(1, 1))
 
 
 def class_labels(count, num_classes):
@@ -38,12 +37,11 @@ def class_labels(count, num_classes):
 
 
 def draw(setup, labels, batch_size, start=0, **settings):
-    config, network, params, mesh = setup
+    config, _, params, generator = setup
     changed = config.copy_and_resolve_references()
     changed.sample.update(settings)
-    generator = generate.make_generator(network, changed, mesh)
     requests = Requests(len(labels), labels.__getitem__, np.int32(10))
-    batches = list(generate.generate_images(generator, params, requests, batch_size, mesh, start))
+    batches = list(generator.images(params, requests, Sampling.of(changed), batch_size, start))
     assert all(batch.dtype == np.uint8 and len(batch) <= batch_size for batch in batches)
     return np.concatenate(batches)
 
@@ -117,26 +115,36 @@ def test_against_a_plain_loop(setup):
     assert np.abs(drawn.astype(int) - expected).max() <= 1
 
 
-@pytest.mark.parametrize("sampler, evaluations", [("euler", 4), ("heun", 7), ("sde", 4)])
-def test_looking_on_changes_nothing(setup, sampler, evaluations):
-    config, network, params, mesh = setup
-    settings = config.sample.copy_and_resolve_references()
-    settings.sampler, settings.seed = sampler, 3
+@pytest.mark.parametrize("sampler", ["euler", "heun", "heun_reuse", "adams3", "sde"])
+def test_looking_on_changes_nothing(setup, sampler):
+    """The states on the way end in the images that are drawn at once."""
+    config, _, params, generator = setup
+    settings = config.copy_and_resolve_references()
+    settings.sample.sampler, settings.sample.seed = sampler, 3
+    sampling = Sampling.of(settings)
     labels = np.asarray([1, 7], np.int32)
-    requests = Requests(2, labels.__getitem__, np.int32(10))
-    watcher = generate.Watcher(network, make_prediction(config), mesh)
-    looks = list(watcher(params, requests, settings, (16, 16)))
-    assert [look.done for look in looks] == list(range(evaluations + 1))
-    assert {look.total for look in looks} == {evaluations}
-    pictures = [look.images for look in looks if look.images is not None]
-    assert len(pictures) == 5  # the noise, then a state a step
+    batch = {"index": jnp.arange(2), "context": jnp.asarray(labels)}
+    states = [np.asarray(state) for state in generator.states(params, batch, np.int32(10), sampling)]
+    assert len(states) == len(sampling.times) == 5  # the noise, then a state a step
     at_once = draw(setup, labels, 2, sampler=sampler, seed=3)
-    # Compiled in another way, a value may round to the neighbour.
-    assert np.abs(pictures[-1].astype(int) - at_once.astype(int)).max() <= 1
-    for a, b in itertools.pairwise(pictures):
+    np.testing.assert_array_equal(generator.on_host(jnp.asarray(states[-1])), at_once)
+    for a, b in itertools.pairwise(states):
         assert (a != b).any()
 
-    compiled = watcher._evaluate._cache_size()
-    settings.seed, settings.guidance, settings.num_steps, settings.shift = 4, 1.5, 7, 2.0
-    assert len(list(watcher(params, requests, settings, (16, 16)))) == 1 + (13 if sampler == "heun" else 7)
-    assert watcher._evaluate._cache_size() == compiled
+
+def test_settings_are_data_of_one_program(setup):
+    """Other classes, steps, times, guidance, interval and seed, and a sampler of as many velocities: no compilation."""
+    generator = generate.Generator(setup[3].denoiser, sharding.make_mesh(1, 1))
+    fresh = (*setup[:3], generator)
+    labels = np.asarray([1, 7, 2], np.int32)
+    draw(fresh, labels, 3, sampler="euler", guidance=1.0)
+    with monitor.CompileWatch() as compilations:
+        for settings in (
+            {"sampler": "euler", "guidance": 3.5},
+            {"sampler": "euler", "guidance": 3, "guidance_interval": (0.2, 0.6)},
+            {"sampler": "sde", "num_steps": 9, "shift": 2.0, "seed": 2**40},
+        ):
+            draw(fresh, labels[::-1].copy(), 3, **settings)
+        assert compilations.unexpected == 0
+        draw(fresh, labels, 2, sampler="euler")
+        assert compilations.unexpected > 0  # another batch size is another program

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from deco_jax.errors import UserError
-from deco_jax.sampling import guidance
+from deco_jax.sampling.guidance import Guidance, make_velocity
 from deco_jax.sampling.samplers import timesteps
 from tests.helpers import relative_error
 
@@ -17,7 +19,7 @@ pytestmark = pytest.mark.fast
 
 @pytest.mark.parametrize("num_steps", [10, 20, 50, 100, 250])
 def test_the_step_at_the_lower_edge_is_unguided(num_steps):
-    guided = guidance.guided_steps(timesteps(num_steps), 3.2, (0.1, 1.0))
+    guided = Guidance(3.2, (0.1, 1.0)).steps(timesteps(num_steps))
     edge = num_steps // 10
     assert not guided[: edge + 1].any()
     assert guided[edge + 1 :].all()
@@ -26,34 +28,38 @@ def test_the_step_at_the_lower_edge_is_unguided(num_steps):
 
 
 def test_the_upper_edge_is_guided():
-    np.testing.assert_array_equal(guidance.guided_steps(timesteps(4), 2.0, (0.25, 0.5)), [False, False, True, False])
+    np.testing.assert_array_equal(Guidance(2.0, (0.25, 0.5)).steps(timesteps(4)), [False, False, True, False])
 
 
 def test_the_first_step_is_unguided_from_zero():
-    np.testing.assert_array_equal(guidance.guided_steps(timesteps(3), 2.0, (0.0, 1.0)), [False, True, True])
-    np.testing.assert_array_equal(guidance.guided_steps(timesteps(3), 2.0, (-1.0, 1.0)), [True, True, True])
+    np.testing.assert_array_equal(Guidance(2.0, (0.0, 1.0)).steps(timesteps(3)), [False, True, True])
+    np.testing.assert_array_equal(Guidance(2.0, (-1.0, 1.0)).steps(timesteps(3)), [True, True, True])
 
 
 def test_shifted_times_decide():
     # Shift 3 moves 0.5 to 0.25.
-    np.testing.assert_array_equal(guidance.guided_steps(timesteps(2, 3.0), 2.0, (0.25, 1.0)), [False, False])
-    np.testing.assert_array_equal(guidance.guided_steps(timesteps(2, 1.0), 2.0, (0.25, 1.0)), [False, True])
+    np.testing.assert_array_equal(Guidance(2.0, (0.25, 1.0)).steps(timesteps(2, 3.0)), [False, False])
+    np.testing.assert_array_equal(Guidance(2.0, (0.25, 1.0)).steps(timesteps(2, 1.0)), [False, True])
 
 
 def test_guidance_of_one_guides_nothing():
-    assert not guidance.guided_steps(timesteps(50), 1.0, (-1.0, 1.0)).any()
+    assert not Guidance(1.0, (-1.0, 1.0)).steps(timesteps(50)).any()
 
 
 @pytest.mark.parametrize("interval", [(1.0, 0.1), (0.1,), (0.0, 0.5, 1.0), (float("nan"), 1.0)])
 def test_a_wrong_interval_is_refused(interval):
     with pytest.raises(UserError, match="guidance interval"):
-        guidance.guided_steps(timesteps(4), 2.0, interval)
+        Guidance(2.0, interval).steps(timesteps(4))
 
 
 def test_guide():
-    assert guidance.guide(3.0, 1.0, 1.0) == 3.0
-    assert guidance.guide(3.0, 1.0, 0.0) == 1.0
-    assert guidance.guide(3.0, 1.0, 2.5) == 6.0
+    assert Guidance(1.0).combine(3.0, 1.0) == 3.0
+    assert Guidance(0.0).combine(3.0, 1.0) == 1.0
+    assert Guidance(2.5).combine(3.0, 1.0) == 6.0
+
+
+def velocity_of(network, condition, null, scale):
+    return make_velocity(lambda params, *inputs: network(*inputs), Guidance(scale), None, (condition, null))
 
 
 def toy_network(x, t, condition):
@@ -73,7 +79,7 @@ def test_guided_evaluations_are_one_doubled_batch():
         batches.append((x.shape[0], t.shape[0], condition["label"].shape[0], condition["text"].shape))
         return toy_network(x, t, condition)
 
-    velocity = guidance.guided_velocity(network, condition, null, 3.2)
+    velocity = velocity_of(network, condition, null, 3.2)
     plain = velocity(x, jnp.float32(0.3), False)
     guided = velocity(x, jnp.float32(0.3), True)
     assert batches == [(3, 3, 3, (3, 4, 5)), (6, 6, 6, (6, 4, 5))]
@@ -90,12 +96,50 @@ def test_labels_stay_integers():
         assert label.dtype == jnp.int32
         return x * jnp.take(jnp.arange(1.0, 12.0), label)[:, None, None, None]
 
-    velocity = guidance.guided_velocity(network, jnp.array([0, 4], jnp.int32), jnp.int32(10), 2.0)
+    velocity = velocity_of(network, jnp.array([0, 4], jnp.int32), jnp.int32(10), 2.0)
     guided = jax.jit(lambda x: velocity(x, 0.5, True))(jnp.ones((2, 1, 1, 1)))
     np.testing.assert_allclose(guided.ravel(), [11 + 2 * (1 - 11), 11 + 2 * (5 - 11)])
 
 
 def test_a_half_precision_network_gives_float32():
-    velocity = guidance.guided_velocity(lambda x, t, c: x.astype(jnp.bfloat16), jnp.zeros(2), jnp.zeros(2), 2.0)
+    velocity = velocity_of(lambda x, t, c: x.astype(jnp.bfloat16), jnp.zeros(2), jnp.zeros(2), 2.0)
     x = jnp.ones((2, 1, 1, 3))
     assert velocity(x, 0.0, True).dtype == velocity(x, 0.0, False).dtype == jnp.float32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FromAWeakerNetwork(Guidance):
+    """A rule as another paper would add it: the guide is the same network with other parameters, same condition."""
+
+    weak: jax.Array | float = 0.0
+
+    def halves(self, denoiser, params, x, t, conditions):
+        times = jnp.full(len(x), t)
+        return jnp.stack([denoiser(p, x, times, conditions[0]) for p in (params, self.weak)])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Halved(Guidance):
+    def combine(self, conditional, unconditional):
+        return super().combine(conditional, unconditional) / 2
+
+
+def test_another_rule_is_a_class():
+    """Its numbers are data: another scale doesn't trace again."""
+    traced = []
+
+    def denoiser(params, x, t, label):
+        return x * params * label[:, None, None, None]
+
+    @jax.jit
+    def guided(rule, x):
+        traced.append(type(rule).__name__)
+        return make_velocity(denoiser, rule, 5.0, (jnp.asarray([1.0, 2.0]), 0.0))(x, 0.5, True)
+
+    x = jnp.ones((2, 1, 1, 1))
+    np.testing.assert_allclose(guided(FromAWeakerNetwork(3.0, weak=2.0), x).ravel(), [2 + 3 * 3, 2 * (2 + 3 * 3)])
+    np.testing.assert_allclose(guided(FromAWeakerNetwork(2.0, (0.2, 0.4), weak=1.0), x).ravel(), [9, 18])
+    np.testing.assert_allclose(guided(Halved(3.0), x).ravel(), [7.5, 15])
+    assert traced == ["FromAWeakerNetwork", "Halved"]

@@ -34,12 +34,12 @@ def test_grid_places_images_row_by_row_on_white():
     np.testing.assert_array_equal(grid, expected)
 
 
-def test_class_grid_has_a_row_for_each_class():
+def test_columns_of_a_grid_of_samples():
     tiles = np.zeros((20, 4, 4, 3), np.uint8)
-    assert images.class_grid(tiles, 10).shape == (10 * 6 + 2, 2 * 6 + 2, 3)
-    # One of each class, a count that doesn't divide, no classes: near square.
-    for count, classes in [(10, 10), (10, 3), (10, 0)]:
-        assert images.class_grid(tiles[:count], classes).shape == (3 * 6 + 2, 4 * 6 + 2, 3)
+    factor = round(720 / (10 * 6 + 2))
+    assert images.sample_grid(tiles, 2).shape == (factor * (10 * 6 + 2), factor * (2 * 6 + 2), 3)
+    factor = round(720 / (4 * 6 + 2))
+    assert images.sample_grid(tiles[:10]).shape == (factor * (3 * 6 + 2), factor * (4 * 6 + 2), 3)
 
 
 def test_enlarge_repeats_pixels():
@@ -69,4 +69,4 @@ def test_captions_stand_beneath_their_images():
         grid[top : top + height + below, left : left + width] = 255
     assert (grid == 255).all()
     assert ink[2] > ink[0] > ink[1] == 0
-    assert images.sample_grid(pictures, 0, ["a", "b", "c"]).shape[1] == 3 * gap + 2 * width
+    assert images.sample_grid(pictures, captions=["a", "b", "c"]).shape[1] == 3 * gap + 2 * width

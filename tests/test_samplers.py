@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -17,13 +18,26 @@ from deco_jax.method.predictions import VPrediction, XPrediction
 from deco_jax.method.times import shift_time
 from deco_jax.models import network
 from deco_jax.sampling import samplers
-from deco_jax.sampling.guidance import guided_steps, guided_velocity
+from deco_jax.sampling.guidance import Guidance, make_velocity
 from tests.helpers import golden, golden_params, nhwc, relative_error
 
 pytestmark = pytest.mark.fast
 
 ODE_SAMPLERS = [name for name in samplers.SAMPLERS if name != "sde"]
 ORDERS = {"euler": 1, "heun": 2, "heun_reuse": 2, "adams1": 1, "adams2": 2, "adams3": 2, "adams4": 2}
+
+
+def sample(velocity, noise, *, sampler, times, guided, step_noise=None, return_trajectory=False):
+    """The images, and if asked all states [steps + 1, ...], noise first, by the loop that draws them."""
+    table = samplers.make_table(sampler, times)
+    rows = samplers.rows(table, guided)
+    carry = samplers.start(noise, table.advance.shape[1])
+    states = [carry.state]
+    for between in samplers.evaluations_of_steps(table):
+        carry = samplers.integrate(velocity, carry, rows, between, step_noise or (lambda step: jnp.zeros_like(noise)))
+        states.append(carry.state)
+    states[-1] = carry.point
+    return (carry.point, jnp.stack(states)) if return_trajectory else carry.point
 
 
 def unguided(times: np.ndarray) -> np.ndarray:
@@ -41,6 +55,12 @@ def integrate_in_numpy(velocity, x: float, table: samplers.Table, previous=()) -
     return point
 
 
+def from_full_history(table: samplers.Table, order: int) -> samplers.Table:
+    """Without the first steps, which have fewer velocities."""
+    columns = {field.name: getattr(table, field.name) for field in dataclasses.fields(table)}
+    return samplers.Table(**{name: column[order - 1 :] for name, column in columns.items()})
+
+
 def growing(x, t):
     """x' = 2t·x, solved by exp(t²). All derivatives are positive, so errors of different steps don't cancel."""
     return 2 * t * x
@@ -56,7 +76,7 @@ def test_a_constant_velocity_is_integrated_exactly(name, num_steps):
     times = samplers.timesteps(num_steps, 2.5)
     noise = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
     slope = jax.random.normal(jax.random.key(1), (2, 4, 4, 3))
-    images, trajectory = samplers.sample(
+    images, trajectory = sample(
         lambda x, t, guided: slope, noise, sampler=name, times=times, guided=unguided(times), return_trajectory=True
     )
     assert images.dtype == jnp.float32
@@ -85,20 +105,18 @@ def test_order_of_adams_from_an_exact_history(order, shift):
     errors = []
     for num_steps in (80, 160):
         grid = samplers.timesteps(num_steps, shift)
-        past, times = grid[: order - 1], grid[order - 1 :]
+        past, table = grid[: order - 1], from_full_history(samplers.adams(grid, order), order)
         previous = [growing(exact(t), t) for t in past[::-1]]
-        table = samplers.adams(times, order, past)
-        errors.append(abs(integrate_in_numpy(growing, exact(times[0]), table, previous) - exact(1.0)))
+        errors.append(abs(integrate_in_numpy(growing, exact(grid[order - 1]), table, previous) - exact(1.0)))
     assert abs(np.log2(errors[0] / errors[1]) - order) < 0.3, errors
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_adams_is_exact_for_polynomials_below_its_order(order):
     grid = np.array([0.0, 0.05, 0.2, 0.3, 0.55, 0.7, 1.0])
-    past, times = grid[: order - 1], grid[order - 1 :]
-    previous = [order * t ** (order - 1) for t in past[::-1]]
-    table = samplers.adams(times, order, past)
-    end = integrate_in_numpy(lambda x, t: order * t ** (order - 1), times[0] ** order, table, previous)
+    previous = [order * t ** (order - 1) for t in grid[: order - 1][::-1]]
+    table = from_full_history(samplers.adams(grid, order), order)
+    end = integrate_in_numpy(lambda x, t: order * t ** (order - 1), grid[order - 1] ** order, table, previous)
     assert end == pytest.approx(1.0, abs=1e-12)
 
 
@@ -113,27 +131,11 @@ def test_classical_adams_bashforth_coefficients():
 @pytest.mark.parametrize("name", ODE_SAMPLERS)
 def test_the_loop_on_the_device_does_what_the_table_says(name):
     times = samplers.timesteps(9, 2.0)
-    images = samplers.sample(
+    images = sample(
         lambda x, t, guided: growing(x, t), jnp.ones((1, 1, 1, 3)), sampler=name, times=times, guided=unguided(times)
     )
     expected = integrate_in_numpy(growing, 1.0, samplers.make_table(name, times))
     np.testing.assert_allclose(images, expected, rtol=1e-6)
-
-
-def test_a_history_given_to_the_loop():
-    grid = samplers.timesteps(8, 3.0)
-    past, times = grid[:3], grid[3:]
-    previous = [growing(exact(t), t) for t in past[::-1]]
-    table = samplers.adams(times, 4, past)
-    end, states = samplers.integrate(
-        lambda x, t, guided: growing(x, t),
-        jnp.full((1,), exact(times[0])),
-        table,
-        unguided(times),
-        previous=[jnp.full((1,), v, jnp.float32) for v in previous],
-    )
-    assert states is None
-    np.testing.assert_allclose(end, integrate_in_numpy(growing, exact(times[0]), table, previous), rtol=1e-6)
 
 
 def by_hand(name: str, velocity, x, times, guided):
@@ -156,14 +158,14 @@ def by_hand(name: str, velocity, x, times, guided):
 @pytest.mark.parametrize("name", ["euler", "heun", "heun_reuse"])
 def test_against_plain_loops_with_guidance(name, num_steps):
     times = samplers.timesteps(num_steps, 2.0)
-    guided = guided_steps(times, 3.0, (0.2, 0.7))
+    guided = Guidance(3.0, (0.2, 0.7)).steps(times)
     noise = np.random.default_rng(0).normal(size=(2, 2, 2, 3))
 
     def velocity(x, t, guided, math=np):
         return (2.0 if guided else 1.0) * math.sin(3 * x + t)
 
     _, trajectory = jax.jit(
-        lambda x: samplers.sample(
+        lambda x: sample(
             functools.partial(velocity, math=jnp), x, sampler=name, times=times, guided=guided, return_trajectory=True
         )
     )(jnp.asarray(noise, jnp.float32))
@@ -178,16 +180,18 @@ INTERVALS = {"none": (2.0, 3.0), "some": (0.3, 1.0), "all": (-1.0, 1.0)}
 def test_the_network_runs_as_often_as_said(name, interval):
     """Counts the images that really pass through the network."""
     times = samplers.timesteps(8)
-    guided = guided_steps(times, 2.0, INTERVALS[interval])
+    guided = Guidance(2.0, INTERVALS[interval]).steps(times)
     seen = []
 
     def network_fn(x, t, label):
         jax.debug.callback(lambda t: seen.append(np.asarray(t)), t)
         return x * t[:, None, None, None]
 
-    velocity = guided_velocity(network_fn, jnp.zeros(3), jnp.ones(3), 2.0)
+    velocity = make_velocity(
+        lambda params, *inputs: network_fn(*inputs), Guidance(2.0), None, (jnp.zeros(3), jnp.ones(3))
+    )
     run = jax.jit(
-        lambda x: samplers.sample(
+        lambda x: sample(
             velocity, x, sampler=name, times=times, guided=guided, step_noise=lambda i: jnp.zeros((3, 2, 2, 3))
         )
     )
@@ -204,22 +208,9 @@ def test_the_network_runs_as_often_as_said(name, interval):
 
 def test_evaluations_of_the_papers_sampling():
     times = samplers.timesteps(100)
-    guided = guided_steps(times, 3.2, (0.1, 1.0))
+    guided = Guidance(3.2, (0.1, 1.0)).steps(times)
     assert samplers.num_evaluations("euler", guided) == 11 + 2 * 89
     assert samplers.num_evaluations("heun", guided) == 2 * 11 + 2 * (2 * 89 - 1)
-
-
-@pytest.mark.parametrize("interval", ["none", "all"])
-def test_no_conditional_where_all_steps_agree(interval):
-    times = samplers.timesteps(4)
-
-    def sample(x, interval):
-        guided = guided_steps(times, 2.0, interval)
-        return samplers.sample(lambda x, t, guided: x * t, x, sampler="euler", times=times, guided=guided)
-
-    x = jnp.ones((1, 1, 1, 3))
-    assert "cond[" not in str(jax.make_jaxpr(lambda x: sample(x, INTERVALS[interval]))(x))
-    assert "cond[" in str(jax.make_jaxpr(lambda x: sample(x, INTERVALS["some"]))(x))
 
 
 def test_sde_keeps_the_marginals():
@@ -236,7 +227,7 @@ def test_sde_keeps_the_marginals():
         return jax.random.normal(jax.random.fold_in(jax.random.key(1), step), (count,))
 
     _, trajectory = jax.jit(
-        lambda x: samplers.sample(
+        lambda x: sample(
             velocity,
             x,
             sampler="sde",
@@ -272,7 +263,7 @@ def test_sde_step_by_hand():
         score, w = (t * v - x) / (1 - t), 1 - t
         x = x + v * dt + score * w * dt + np.sqrt(2 * w * dt) * steps[i]
     x = x + velocity(x, times[2]) * (1 - times[2])
-    images = samplers.sample(
+    images = sample(
         lambda x, t, guided: velocity(x, t, jnp),
         jnp.asarray(noise, jnp.float32),
         sampler="sde",
@@ -283,23 +274,17 @@ def test_sde_step_by_hand():
     assert relative_error(images, x) < 1e-6
 
 
-def test_sde_without_noise_is_an_error():
-    times = samplers.timesteps(3)
-    with pytest.raises(ValueError, match="step_noise"):
-        samplers.sample(lambda x, t, g: x, jnp.ones((1, 1)), sampler="sde", times=times, guided=unguided(times))
-
-
 def test_an_unknown_sampler_is_refused_with_the_names():
     times = samplers.timesteps(3)
     with pytest.raises(UserError, match="euler, heun, heun_reuse, adams1, adams2, adams3, adams4, sde"):
-        samplers.sample(lambda x, t, g: x, jnp.ones((1, 1)), sampler="ddim", times=times, guided=unguided(times))
+        sample(lambda x, t, g: x, jnp.ones((1, 1)), sampler="ddim", times=times, guided=unguided(times))
     with pytest.raises(UserError, match="'dpm'"):
         samplers.num_evaluations("dpm", unguided(times))
 
 
 def test_flags_and_times_must_agree():
     with pytest.raises(ValueError, match="3 steps"):
-        samplers.sample(
+        sample(
             lambda x, t, g: x, jnp.ones((1, 1)), sampler="euler", times=samplers.timesteps(3), guided=np.ones(4, bool)
         )
 
@@ -351,18 +336,18 @@ def test_golden_trajectories(file, key, sampler, num_steps, shift, guidance, int
 
     @jax.jit
     def run(params, noise, labels, null_labels):
-        velocity = guided_velocity(
-            lambda x, t, label: prediction.velocity(net.apply(params, x, t, label)[0], x, t),
-            labels,
-            null_labels,
-            guidance,
+        velocity = make_velocity(
+            lambda params, x, t, label: prediction.velocity(net.apply(params, x, t, label)[0], x, t),
+            Guidance(guidance),
+            params,
+            (labels, null_labels),
         )
-        return samplers.sample(
+        return sample(
             velocity,
             noise,
             sampler=sampler,
             times=times,
-            guided=guided_steps(times, guidance, interval),
+            guided=Guidance(guidance, interval).steps(times),
             step_noise=None if step_noise is None else lambda i: step_noise[i],
             return_trajectory=True,
         )[1]

@@ -37,6 +37,7 @@ import jax, numpy as np
 from deco_jax.run import checkpoint, sharding
 from deco_jax.conditioning.requests import class_requests, even_labels
 from deco_jax.sampling import generate
+from deco_jax.sampling.settings import Sampling
 from deco_jax.method import training
 from deco_jax.data import pipeline, sources
 from deco_jax.models import network
@@ -78,8 +79,8 @@ for name, (data, fsdp, parts) in meshes.items():
         losses.append(float(metrics["loss"]))
         batch = place()
     batches.close()
-    generator = generate.make_generator(networks["denoiser"], config, mesh)
-    images = np.concatenate(list(generate.generate_images(generator, state["averages"]["ema"], requests, 8, mesh)))
+    generator = generate.Generator(generate.make_denoiser(config), mesh)
+    images = np.concatenate(list(generator.images(state["averages"]["ema"], requests, Sampling.of(config), 8)))
     np.save(folder / f"{name}.npy", images)
     result[name] = {"held": list(held.values()), "total": total, "rows": split, "losses": losses}
     if name == "fsdp8":

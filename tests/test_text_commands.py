@@ -22,6 +22,7 @@ from deco_jax.programs import evaluate, train
 from deco_jax.run import checkpoint, sharding
 from deco_jax.run.state import create_state, state_shapes
 from deco_jax.sampling import generate
+from deco_jax.sampling.settings import Sampling
 from tests.helpers import relative_error
 from tests.runs import NO_SAMPLES, rows, succeed
 from tests.test_resume import losses
@@ -166,8 +167,7 @@ def setup():
     )
     params["blocks"]["attention"]["text_kv"]["kernel"] *= 10
     mesh = sharding.make_mesh(1, 1)
-    generator = generate.make_generator(network, config, mesh)
-    return config, params, mesh, generator
+    return config, params, mesh, generate.Generator(generate.make_denoiser(config), mesh)
 
 
 def draw(setup, prompts, batch_size, **settings):
@@ -176,15 +176,11 @@ def draw(setup, prompts, batch_size, **settings):
     changed.sample.update(settings)
     texts = condition.open_condition(changed, mesh, None)
     requests = requests_lib.prompt_requests(texts, prompts, changed.sample.negative_prompt)
-    return np.concatenate(list(generate.generate_images(generator, params, requests, batch_size, mesh)))
+    return np.concatenate(list(generator.images(params, requests, Sampling.of(changed), batch_size)))
 
 
 def draw_unguided(setup, prompts):
-    config, params, mesh, _ = setup
-    changed = config.copy_and_resolve_references()
-    changed.sample.guidance = 1.0
-    generator = generate.make_generator(network_lib.build(config.model.to_dict()), changed, mesh)
-    return draw((config, params, mesh, generator), prompts, len(prompts)).astype(int)
+    return draw(setup, prompts, len(prompts), guidance=1.0).astype(int)
 
 
 def test_an_image_depends_on_its_prompt_its_index_and_the_seed(setup):
@@ -230,7 +226,7 @@ def test_evaluation_draws_the_datas_captions(run):
             "sample.num_steps": 2,
         }
     )
-    images = evaluate.drawn_samples(config, str(folder), "", sharding.make_mesh(1, 1))
+    images = evaluate.drawn_samples(config, str(folder), "")
     drawn = np.concatenate(list(images.batches(8, 0)))
     assert (images.total, drawn.shape) == (8, (8, 32, 32, 3))
     where = folder / "checkpoints" / "4"

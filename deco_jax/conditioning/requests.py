@@ -31,6 +31,7 @@ class Requests:
     names: the caption of each image; None for classes, which are drawn in their order.
     noise: indices [n] → which of the seed's noises each image starts from, int [n]; by default its index.
     labels: the class of each image, int32 [count]; None for texts.
+    start: states to start from instead of noise, float32 [count, height, width, 3].
     """
 
     count: int
@@ -39,15 +40,17 @@ class Requests:
     names: Sequence[str] | None = None
     noise: Callable[[np.ndarray], np.ndarray] = np.asarray
     labels: np.ndarray | None = None
+    start: np.ndarray | None = None
 
     def batch(self, first: int, size: int) -> dict[str, np.ndarray]:
         """The images first..first + size − 1 as arrays; what exceeds `count` repeats the last, to fill the batch.
 
         Returns:
-            "context", and "index" int32 [size], by which the noise is drawn.
+            "context"; "index" int32 [size], by which the noise is drawn; and "start" where it is given.
         """
         index = np.minimum(np.arange(first, first + size), self.count - 1)
-        return {"index": np.asarray(self.noise(index), np.int32), "context": self.context(index)}
+        batch = {"index": np.asarray(self.noise(index), np.int32), "context": self.context(index)}
+        return batch if self.start is None else batch | {"start": self.start[index]}
 
     def spread(self, most: int) -> Requests:
         """At most `most` of them, evenly spread; with their number their noise changes, not their conditions."""
@@ -95,6 +98,12 @@ def images_per_class(labels: np.ndarray) -> int | None:
     each = int(places.max(initial=0)) + 1
     whole = len(labels) and len(labels) % each == 0
     return each if whole and np.array_equal(places, np.arange(len(labels)) % each) else None
+
+
+def grid_columns(settings: ml_collections.ConfigDict, labels: np.ndarray | None) -> int | None:
+    """Columns of a grid: settings.grid_columns, else a row for each class where they come out even, else None."""
+    each = images_per_class(labels) if labels is not None else None
+    return settings.grid_columns or (each if each and each > 1 else None)
 
 
 def even_labels(count: int, classes: Sequence[int]) -> np.ndarray:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import ml_collections
 import numpy as np
+from PIL import Image
+
+from deco_jax.data import pipeline, sources, transforms
+from deco_jax.data.transforms import image_sides
+from deco_jax.errors import UserError
+from deco_jax.evaluation.statistics import NpzImages
 
 
 class ImageSet(NamedTuple):
@@ -17,3 +29,134 @@ class ImageSet(NamedTuple):
     size: tuple[int, int]  # (height, width)
     batches: Callable[[int, int], Iterator[np.ndarray]]  # (batch size, first) → uint8 [n, height, width, 3]
     parameters: int | None = None  # of the model that draws them
+
+
+def drawn_images(
+    draw: Callable[..., Iterator[np.ndarray]], count: int, size: tuple[int, int], name: str = "samples"
+) -> ImageSet:
+    """Images that are drawn when they are measured, and not kept.
+
+    Args:
+        draw: (first=) → images first..count − 1, batch by batch.
+    """
+    return ImageSet(name, "", count, size, lambda _, first: draw(first=first))
+
+
+def npz_images(images: NpzImages) -> ImageSet:
+    """The images of an .npz."""
+    status = images.path.stat()
+    identity = f"{images.path.absolute()} {images.key} {status.st_size} {status.st_mtime_ns}"
+    _, height, width, _ = images.shape
+    return ImageSet(str(images.path), identity, len(images), (height, width), images.batches)
+
+
+def folder_images(folder: pathlib.Path) -> ImageSet:
+    """All images under a folder, by path. UserError if there are none, or they are not of one size."""
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in sources.IMAGE_SUFFIXES and p.is_file())
+    if not files:
+        raise UserError(f"{folder} holds no images ({', '.join(sources.IMAGE_SUFFIXES)}); check the path")
+    listing = "".join(f"{p.relative_to(folder)} {p.stat().st_size} {p.stat().st_mtime_ns}\n" for p in files)
+    size = _header(files[0])
+    for path in files:
+        if _header(path) != size:
+            raise UserError(
+                f"{path} is {sides(_header(path))} pixels and {files[0].name} {sides(size)}; "
+                "samples must be of one size"
+            )
+
+    def batches(batch_size: int, start: int) -> Iterator[np.ndarray]:
+        for first in range(start, len(files), batch_size):
+            yield np.stack([_pixels(path) for path in files[first : first + batch_size]])
+
+    return ImageSet(str(folder), f"{folder.absolute()} {digest(listing.encode())}", len(files), size, batches)
+
+
+def _header(path: pathlib.Path) -> tuple[int, int]:
+    """(height, width) as the file's beginning says."""
+    with _readable(path), Image.open(path) as picture:
+        return picture.height, picture.width
+
+
+def _pixels(path: pathlib.Path) -> np.ndarray:
+    with _readable(path):
+        return np.asarray(transforms.decode(str(path)))
+
+
+@contextlib.contextmanager
+def _readable(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # on a damaged file PIL raises nearly anything
+        raise UserError(f"the image {path} can't be read ({error}); remove or replace it") from error
+
+
+def source_images(config: ml_collections.ConfigDict) -> ImageSet:
+    """config.evaluate.num_reference images of config.data, evenly spread, prepared as for training but not mirrored."""
+    data, wanted = config.data, config.evaluate.num_reference
+    source = sources.open_source(data)
+    count = min(wanted, len(source)) if wanted else len(source)
+    indices = np.arange(count, dtype=np.int64) * len(source) // count
+    size = image_sides(data.image_size)
+
+    def batches(batch_size: int, start: int) -> Iterator[np.ndarray]:
+        read = pipeline.epoch(
+            source,
+            size,
+            batch_size=batch_size,
+            num_workers=data.num_workers,
+            max_unreadable=data.max_unreadable,
+            indices=indices[start:],
+        )
+        try:
+            for batch in read:
+                yield batch["image"]
+        finally:
+            read.close()
+
+    identity = json.dumps(
+        [
+            data.source,
+            os.path.abspath(data.path) if os.path.exists(data.path) else data.path,
+            data.split,
+            size,
+            len(source),
+            source.class_names,
+            _contents(source, indices),
+        ]
+    )
+    where = " ".join(part for part in (data.source, data.path, data.split) if part)
+    return ImageSet(f"data {where}", digest(identity.encode()), count, size, batches)
+
+
+def _contents(source: sources.Source, indices: np.ndarray) -> str:
+    """Digest of the names and bytes of up to 200 of the images, evenly spread: all would take as long as measuring."""
+    digest = hashlib.sha256()
+    for i in indices[np.linspace(0, len(indices) - 1, min(len(indices), 200)).astype(int)]:
+        digest.update(source.name(int(i)).encode())
+        with contextlib.suppress(Exception):  # unreadable images are counted where they are measured
+            image = source[int(i)]["image"]
+            digest.update(pathlib.Path(image).read_bytes() if isinstance(image, str) else bytes(image))
+    return digest.hexdigest()
+
+
+def rebatched(batches: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """The same images in batches of `size`, however many each of `batches` brings; the last may be smaller."""
+    waiting: list[np.ndarray] = []
+    for batch in batches:
+        waiting.append(batch)
+        while sum(map(len, waiting)) >= size:
+            whole = np.concatenate(waiting) if len(waiting) > 1 else waiting[0]
+            yield whole[:size]
+            waiting = [whole[size:]]
+    if sum(map(len, waiting)):
+        yield np.concatenate(waiting)
+
+
+def digest(data: bytes) -> str:
+    """Return the SHA-256 of the data in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sides(size: tuple[int, ...]) -> str:
+    """(height, width) for people."""
+    return f"{size[0]}x{size[1]}"

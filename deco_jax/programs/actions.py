@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from deco_jax import images
 from deco_jax.conditioning.condition import Condition
-from deco_jax.conditioning.requests import Requests
+from deco_jax.conditioning.requests import Requests, grid_columns
 from deco_jax.data import pipeline
 from deco_jax.errors import UserError
 from deco_jax.method.optimizer import learning_rate
@@ -29,6 +29,7 @@ from deco_jax.run import checkpoint, distributed, monitor, sharding
 from deco_jax.run.state import State
 from deco_jax.run.writer import Writer
 from deco_jax.sampling import generate
+from deco_jax.sampling.settings import Sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,18 +192,18 @@ class Grid:
 
     def __call__(self, step: int, state: State) -> None:
         run, path = self._run, self._run.folder / "samples" / f"step_{step:08d}.png"
-        grid = sample_grid(self._generator, run.averaged(state), self._requests, run.config, run.mesh)
+        grid = sample_grid(self._generator, run.averaged(state), self._requests, run.config)
         run.writer.write_image(step, "samples", grid, path)
         run.writer.say(f"wrote {path}")
 
 
 def sample_grid(
-    generator: generate.Generator, params: Any, requests: Requests, config: ml_collections.ConfigDict, mesh: Mesh
+    generator: generate.Generator, params: Any, requests: Requests, config: ml_collections.ConfigDict
 ) -> np.ndarray:
     """Draw one uint8 image of samples in class order, or with their captions."""
-    batch_size = config.sample.batch_size
-    samples = np.concatenate(list(generate.generate_images(generator, params, requests, batch_size, mesh)))
-    return images.sample_grid(samples, config.model.num_classes, requests.names)
+    samples = generator.images(params, requests, Sampling.of(config), config.sample.batch_size)
+    columns = grid_columns(config.sample, requests.labels)
+    return images.sample_grid(np.concatenate(list(samples)), columns, requests.names)
 
 
 def check_finite(

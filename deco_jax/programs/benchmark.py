@@ -6,6 +6,7 @@ so its images/s and the step's say which of the two a run would wait for.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from deco_jax.run.state import create_state
 from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import write_json
 from deco_jax.sampling import generate
+from deco_jax.sampling.settings import Sampling
 
 Row = dict[str, Any]
 
@@ -170,7 +172,7 @@ def time_forward(config: ml_collections.ConfigDict, mesh: Mesh, condition: Condi
         add("forward", timed(lambda: forward(params, *inputs), config.benchmark), size, arithmetic)
     if "sample" not in parts:
         return
-    generator = generate.make_generator(network, config, mesh)
+    generator, sampling = generate.Generator(generate.make_denoiser(config), mesh), Sampling.of(config)
     few = ml_collections.ConfigDict({"warmup": 1, "repeats": min(5, config.benchmark.repeats)})
     counts = {"sample one image": mesh.size, f"sample {config.sample.batch_size}": config.sample.batch_size}
     for name, count in counts.items():
@@ -179,7 +181,8 @@ def time_forward(config: ml_collections.ConfigDict, mesh: Mesh, condition: Condi
         count = -(-count // mesh.size) * mesh.size
         request = {"index": np.arange(count, dtype=np.int32), "context": contexts(count)}
         placed = sharding.place_everywhere(mesh, request)
-        add(name, timed(lambda: generator(params, placed, null), few), count, flops.sampling(config) * count)  # noqa: B023
+        sample = functools.partial(generator.draw, params, placed, null, sampling)
+        add(name, timed(sample, few), count, flops.sampling(config) * count)
 
 
 def time_inception(config: ml_collections.ConfigDict, mesh: Mesh, add: Callable[..., None]) -> None:

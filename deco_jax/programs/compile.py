@@ -42,6 +42,7 @@ from deco_jax.run.state import state_shapes
 from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import write_json
 from deco_jax.sampling import generate
+from deco_jax.sampling.settings import Sampling
 
 # A parameter of up to this size may stay whole on every device.
 REPLICATED_LIMIT = 10**6
@@ -171,14 +172,16 @@ def lower_sampling(config: ml_collections.ConfigDict, mesh: Mesh) -> Lowered:
     size = -(-config.sample.batch_size // mesh.size) * mesh.size
     contexts, null = any_contexts(config)
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    batch = {
+    batch: dict[str, Any] = {
         name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=rows)
         for name, array in {"index": np.arange(size, dtype=np.int32), "context": contexts(size)}.items()
     }
     none = jax.ShapeDtypeStruct(null.shape, null.dtype, sharding=whole)
-    generator: Any = generate.make_generator(network, config, mesh)
+    generator = generate.Generator(generate.make_denoiser(config), mesh)
     held = {name: bytes_per_device(tree) for name, tree in {"parameters": params, "batch": batch}.items()}
-    return Lowered(generator.lower(params, batch, none), size, flops.sampling(config) * size, held, params)
+    return Lowered(
+        generator.lower(params, batch, none, Sampling.of(config)), size, flops.sampling(config) * size, held, params
+    )
 
 
 def lower_evaluation(config: ml_collections.ConfigDict, mesh: Mesh) -> Lowered:

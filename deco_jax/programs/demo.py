@@ -1,6 +1,6 @@
 """--mode=demo: a page on 127.0.0.1 to draw images from a checkpoint and see them come out of the noise.
 
-    the page's fields ─ Wish ─ Studio.draw ─ a look a step ─ progress, preview; at the end images and an animation
+    the page's fields ─ Request ─ Model.stream ─ a snapshot a step ─ progress, preview; then images and an animation
 
 The page is Gradio's, an optional package. Nothing leaves this machine: no analytics, no shared link, no fonts or
 scripts from elsewhere.
@@ -13,6 +13,7 @@ import dataclasses
 import html
 import io
 import os
+import pathlib
 import signal
 import socket
 import tempfile
@@ -26,18 +27,10 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from deco_jax import config as config_lib
-from deco_jax import images
-from deco_jax.conditioning.condition import open_condition
-from deco_jax.conditioning.requests import Requests
-from deco_jax.conditioning.texts import Texts
+from deco_jax import api, images
 from deco_jax.data import sources
 from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
-from deco_jax.method.predictions import make_prediction
-from deco_jax.models import network as network_lib
-from deco_jax.run import checkpoint, sharding
-from deco_jax.sampling import generate
 from deco_jax.sampling.samplers import SAMPLERS
 
 HOST = "127.0.0.1"
@@ -49,8 +42,8 @@ SMALLEST_SHOWN = 256  # pixels; smaller images are enlarged
 
 
 @dataclasses.dataclass(frozen=True)
-class Wish:
-    """What one request asks for; `label` is of class-to-image, the prompts are of text-to-image models."""
+class Request:
+    """The page's fields; `label` is of class-to-image, the prompts are of text-to-image models."""
 
     height: int
     width: int
@@ -75,11 +68,11 @@ def demo(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str =
         raise UserError("--mode=demo runs in one process; start it on one host, without --coordinator or a scheduler")
     gradio = import_gradio()
     port = free_port(port)
-    studio = Studio(config, workdir, checkpoint_path)
-    print(f"{config.model.name} from {studio.where}; the first image of a size takes compiling", flush=True)
+    model = api.open_model(config, workdir, checkpoint_path)
+    print(f"{config.model.name} from {model.name}; the first image of a size takes compiling", flush=True)
     with tempfile.TemporaryDirectory(prefix="deco_jax_demo_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        page = make_page(gradio, studio)
+        page = make_page(gradio, model)
         page.launch(
             server_name=HOST,
             server_port=port,
@@ -130,65 +123,35 @@ def free_port(port: int) -> int:
 # ---------------------------------------------------------------------------------------- drawing
 
 
-class Studio:
-    """A checkpoint's EMA weights, and the text encoder if the model has one, ready to draw."""
-
-    def __init__(self, config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str = "") -> None:
-        self.config = config
-        self.where = checkpoint.find(workdir, checkpoint_path, config)
-        self._mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-        self._condition = open_condition(config, self._mesh, None)
-        network = network_lib.build(config.model.to_dict())
-        self._params = checkpoint.load_average(self.where, network.shapes, config, self._mesh)
-        self._encoder = self._condition.load_encoder() if isinstance(self._condition, Texts) else None
-        self._watcher = generate.Watcher(network, make_prediction(config).in_sampling(), self._mesh)
-
-    def draw(self, wish: Wish) -> Iterator[generate.Look]:
-        """The noise, then a look after each evaluation. UserError for a wish that can't be fulfilled."""
-        config = self.settings(wish)
-        yield from self._watcher(self._params, self._requests(wish), config.sample, (wish.height, wish.width))
-
-    def settings(self, wish: Wish) -> ml_collections.ConfigDict:
-        """The config that would draw the same by --mode=sample, checked."""
-        values = self.config.to_dict()
-        values["data"]["image_size"] = (wish.height, wish.width)
-        values["sample"] |= {
-            "num_steps": wish.num_steps,
-            "sampler": wish.sampler,
-            "guidance": wish.guidance,
-            "shift": wish.shift,
-            "seed": wish.seed,
-            "num_images": wish.count,
-            "negative_prompt": wish.negative_prompt,
-        }
-        config = ml_collections.ConfigDict(values)
-        config_lib.check(config)
-        if wish.count > MAX_IMAGES:
-            raise UserError(f"{wish.count} images at once are too many for a page; ask for {MAX_IMAGES} at most")
-        if wish.seed >= 2**31:
-            raise UserError(f"the seed {wish.seed} is too large; choose one below {2**31:,}")
-        return config
-
-    def _requests(self, wish: Wish) -> Requests:
-        if isinstance(self._condition, Texts):
-            if not wish.prompt.strip():
-                raise UserError("the prompt is empty; write what the image should show")
-            context, null = self._condition.encode(self._encoder, [wish.prompt.strip(), wish.negative_prompt.strip()])
-        else:
-            classes = self.config.model.num_classes
-            if not 0 <= wish.label < classes:
-                raise UserError(f"there is no class {wish.label}; choose one from 0 to {classes - 1}")
-            context, null = np.asarray(wish.label, np.int32), np.asarray(classes, np.int32)
-        return Requests(wish.count, lambda index: np.stack([context] * len(index)), null)
+def draw(model: api.Model, request: Request) -> Iterator[api.Snapshot]:
+    """The noise, then a snapshot after each step. UserError for a request that can't be fulfilled."""
+    if not 1 <= request.count <= MAX_IMAGES:
+        raise UserError(f"{request.count} images at once can't be on the page; ask for 1 to {MAX_IMAGES}")
+    if request.seed >= 2**31:
+        raise UserError(f"the seed {request.seed} is too large; choose one below {2**31:,}")
+    settings: api.Settings = {
+        "num_steps": request.num_steps,
+        "sampler": request.sampler,
+        "guidance": request.guidance,
+        "shift": request.shift,
+        "seed": request.seed,
+        "size": (request.height, request.width),
+    }
+    if model.num_classes:
+        return model.stream(classes=[request.label] * request.count, **settings)
+    settings["negative_prompt"] = request.negative_prompt
+    return model.stream(prompts=[request.prompt] * request.count, **settings)
 
 
-def class_names(config: ml_collections.ConfigDict) -> list[str] | None:
-    """Names of the classes as the data of the config gives them; None if it isn't here, or is of other classes."""
+def class_names(model: api.Model) -> list[str] | None:
+    """Names of the classes as the run noted them, else as its data gives them; None if neither is here."""
+    if model.class_names is not None:
+        return model.class_names
     try:
-        names = sources.open_source(config.data).class_names
+        names = sources.open_source(model.config.data).class_names
     except UserError:
         return None
-    return names if len(names) == config.model.num_classes else None
+    return names if len(names) == model.num_classes else None
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -241,13 +204,13 @@ FONT = ("system-ui", "sans-serif")
 FONT_MONO = ("ui-monospace", "monospace")
 
 
-def make_page(gradio: Any, studio: Studio) -> Any:
+def make_page(gradio: Any, model: api.Model) -> Any:
     """The page: fields on the left, what is drawn on the right."""
-    config, sample, model = studio.config, studio.config.sample, studio.config.model
-    height, width = image_sides(config.data.image_size)
-    names = None if model.text_width else class_names(config)
-    patch = model.patch_size
-    title = f"deco_jax: {studio.where.parent.parent.name or model.name}, step {studio.where.name}"
+    config, sample = model.config, model.config.sample
+    height, width = model.image_size
+    names = class_names(model) if model.num_classes else None
+    patch, where = config.model.patch_size, pathlib.Path(model.name)
+    title = f"deco_jax: {where.parent.parent.name or config.model.name}, step {where.name}"
 
     def side(label: str, value: int) -> Any:
         return gradio.Slider(patch * -(-8 // patch), 4 * value, value=value, step=patch, label=label)
@@ -257,7 +220,7 @@ def make_page(gradio: Any, studio: Studio) -> Any:
         with gradio.Row():
             with gradio.Column(scale=1, min_width=300):
                 asked: dict[str, Any] = {}
-                if model.text_width:
+                if not model.num_classes:
                     asked["prompt"] = gradio.Textbox(label="Prompt", lines=2)
                     asked["negative_prompt"] = gradio.Textbox(label="Negative prompt", value=sample.negative_prompt)
                 elif names is not None:
@@ -302,7 +265,7 @@ def make_page(gradio: Any, studio: Studio) -> Any:
 
         def run(values: dict[Any, Any], progress: Any = gradio.Progress()) -> Iterator[Any]:  # noqa: B008
             try:
-                yield from fulfil(studio, read_wish({name: values[field] for name, field in asked.items()}), progress)
+                yield from fulfil(model, read_request({name: values[field] for name, field in asked.items()}), progress)
             except UserError as error:
                 raise gradio.Error(str(error), print_exception=False) from error
 
@@ -327,41 +290,40 @@ def describe(config: ml_collections.ConfigDict) -> str:
     return f"{model.name}, {kind}, trained at {height}×{width}: width {model.width}, {model.depth} blocks."
 
 
-def read_wish(values: dict[str, Any]) -> Wish:
+def read_request(values: dict[str, Any]) -> Request:
     """The page's fields. UserError for one that is empty or no number."""
     kinds = {"int": int, "float": float, "str": str}
     found: dict[str, Any] = {}
-    for field in dataclasses.fields(Wish):
+    for field in dataclasses.fields(Request):
         if field.name not in values:
             continue
         try:
             found[field.name] = kinds[str(field.type)](values[field.name])
         except (TypeError, ValueError, OverflowError):
             raise UserError(f"{field.name.replace('_', ' ')}: {values[field.name]!r} won't do; fill it in") from None
-    return Wish(**found)
+    return Request(**found)
 
 
-def fulfil(studio: Studio, wish: Wish, progress: Any) -> Iterator[tuple[Any, Any]]:
+def fulfil(model: api.Model, request: Request, progress: Any) -> Iterator[tuple[Any, Any]]:
     """What the page shows, from the noise to the images: (gallery, view) again and again."""
     states: list[np.ndarray] = []
     began = spoke = time.monotonic()
     first = 0.0
-    progress((0, wish.num_steps), desc="compiling, if this size is new", unit="steps")
-    for look in studio.draw(wish):
-        if look.images is None:
-            continue
-        states.append(look.images)
-        step = len(states) - 1
+    progress((0, request.num_steps), desc="compiling, if this size is new", unit="steps")
+    for snapshot in draw(model, request):
+        states.append(snapshot.images)
+        step = snapshot.step
         if step:
             first = first or time.monotonic() - began
-            progress((step, wish.num_steps), desc="drawing", unit="steps")
-        if look.done < look.total and (not step or time.monotonic() - spoke > PREVIEW_SECONDS):
+            progress((step, request.num_steps), desc="drawing", unit="steps")
+        if step < snapshot.num_steps and (not step or time.monotonic() - spoke > PREVIEW_SECONDS):
             spoke = time.monotonic()
-            yield [], preview(look.images, f"step {step} of {wish.num_steps}")
+            yield [], preview(snapshot.images, f"step {step} of {request.num_steps}")
     took = time.monotonic() - began
     caption = (
-        f"From noise to image in {wish.num_steps} steps of {wish.sampler}, guidance {wish.guidance:g}, "
-        f"shift {wish.shift:g}, seed {wish.seed}: {took:.1f} s, {first:.1f} s of them until the first step was done"
+        f"From noise to image in {request.num_steps} steps of {request.sampler}, guidance {request.guidance:g}, "
+        f"shift {request.shift:g}, seed {request.seed}: {took:.1f} s, "
+        f"{first:.1f} s of them until the first step was done"
     )
     pictures = [Image.fromarray(image) for image in shown(states[-1])]
     yield pictures, figure(animation(states), "webp", caption)

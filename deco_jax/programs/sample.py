@@ -1,83 +1,119 @@
 """--mode=sample: images from a checkpoint's EMA weights, as a grid and, if asked, as the ADM suite's npz.
 
-Of all classes in their order; or, text-to-image, of config.sample.prompts, or without them of the data's captions.
-
-Finished batches are kept in samples/parts until all are there, so a run that was cut off continues.
+Of all classes in their order, or of config.sample.classes; or, text-to-image, of config.sample.prompts, or without them
+of the data's captions. Finished batches are kept in samples/parts until all are there, so a run that was cut off
+continues. What an earlier request left is kept in samples/earlier.
 """
 
 from __future__ import annotations
 
+import json
 import pathlib
 import time
 import zipfile
+from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 
-from deco_jax import images
+from deco_jax import api, images
 from deco_jax.conditioning import requests as requests_lib
-from deco_jax.conditioning.condition import open_condition
 from deco_jax.conditioning.requests import Prompts, Requests
+from deco_jax.config import to_json
 from deco_jax.data import prompts as prompts_lib
 from deco_jax.data import sources
-from deco_jax.models import network as network_lib
-from deco_jax.run import checkpoint, distributed, files, sharding, storage
+from deco_jax.run import distributed, files, storage
 from deco_jax.run.workdir import make_workdir
-from deco_jax.run.writer import save_png, write_atomically
+from deco_jax.run.writer import save_png, write_atomically, write_json
 from deco_jax.sampling import generate
+from deco_jax.sampling.settings import Sampling
+
+REQUEST = "request.json"  # beside the images: what they are of
 
 
 def sample(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str = "") -> None:
     """Write the images into WORKDIR/samples."""
-    settings = config.sample
-    where = checkpoint.find(workdir, checkpoint_path, config)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     prompts = requests_lib.open_prompts(config)
     from_data = bool(config.model.text_width) and prompts is None
-    condition = open_condition(config, mesh, sources.open_source(config.data) if from_data else None)
-    network = network_lib.build(config.model.to_dict())
-    params = checkpoint.load_average(where, network.shapes, config, mesh)
-    requests = requests_lib.sampling_requests(config.sample, condition, prompts)
-    count = requests.count
+    source = sources.open_source(config.data) if from_data else None
+    model = api.open_model(config, workdir, checkpoint_path, source)
+    requests = requests_lib.sampling_requests(config.sample, model.condition, prompts)
     folder = storage.path(workdir) / "samples"
     make_workdir(folder)
 
-    parts = Parts(folder / "parts", generate.fingerprint(config, where, requests.names))
+    fingerprint = generate.fingerprint(config, model.name, requests.names)
+    parts = Parts(folder / "parts", fingerprint)
     main_host = jax.process_index() == 0
     if main_host:
-        print(f"{count:,} images from {where}, {parts.count:,} of them done; compiling ...", flush=True)
-    generator = generate.make_generator(network, config, mesh)
+        print(f"{requests.count:,} images from {model.name}, {parts.count:,} of them done; compiling ...", flush=True)
     began, compiled = time.monotonic(), False
-    for batch in generate.generate_images(generator, params, requests, settings.batch_size, mesh, parts.count):
+    for batch in model.images(requests, Sampling.of(config), config.sample.batch_size, parts.count):
         parts.add(batch, write=main_host)
         took = "" if compiled else f" (compiled and drawn in {time.monotonic() - began:.1f} s)"
         compiled = True
         if main_host:
-            print(f"{parts.count:,} of {count:,} images{took}", flush=True)
+            print(f"{parts.count:,} of {requests.count:,} images{took}", flush=True)
+    request = {"fingerprint": fingerprint, "checkpoint": model.name, "sample": to_json(config)["sample"]}
     # The others wait: a host that ends early is taken for lost.
-    distributed.on_main_host(lambda: write_all(config, folder, parts, requests, prompts))
+    distributed.on_main_host(lambda: write_all(config, folder, parts, requests, prompts, request))
 
 
 def write_all(
-    config: ml_collections.ConfigDict, folder: pathlib.Path, parts: Parts, requests: Requests, prompts: Prompts | None
+    config: ml_collections.ConfigDict,
+    folder: pathlib.Path,
+    parts: Parts,
+    requests: Requests,
+    prompts: Prompts | None,
+    request: dict[str, Any],
 ) -> None:
-    """What is asked for of the finished images, into `folder`; then the parts go."""
-    shown = np.unique(np.linspace(0, parts.count - 1, min(config.sample.grid_images, parts.count)).round().astype(int))
-    captions = None if requests.names is None else [requests.names[int(i)] for i in shown]
-    save_png(folder / "grid.png", images.sample_grid(parts.take(shown), config.model.num_classes, captions))
-    print(f"wrote {folder / 'grid.png'}")
+    """Write what is asked for of the finished images into `folder`, of which another request's move away first."""
+    settings, paths = config.sample, [folder / "grid.png"]
+    keep_earlier(folder, request["fingerprint"])
+    write_json(folder / REQUEST, request)
+    shown = np.unique(np.linspace(0, parts.count - 1, min(settings.grid_images, parts.count)).round().astype(int))
+    names = None if requests.names is None else [requests.names[int(i)] for i in shown]
+    columns = requests_lib.grid_columns(settings, None if requests.labels is None else requests.labels[shown])
+    save_png(paths[0], images.sample_grid(parts.take(shown), columns, names))
     if prompts is not None:
-        write_prompted(folder / "images", prompts, parts)
-        print(f"wrote {folder / 'images'}")
-    if config.sample.npz:
-        write_npz(folder / "samples.npz", parts)
-        print(f"wrote {folder / 'samples.npz'}")
+        paths.append(folder / "images")
+        write_prompted(paths[-1], prompts, parts)
+    elif settings.png:
+        paths.append(folder / "images")
+        write_images(paths[-1], parts, requests.labels)
+    if settings.npz:
+        paths.append(folder / "samples.npz")
+        write_npz(paths[-1], parts)
+    for path in paths:
+        print(f"wrote {path}")
     parts.remove()
 
 
+def keep_earlier(folder: pathlib.Path, fingerprint: str) -> None:
+    """Move what another request left in `folder` to folder/earlier/NUMBER, counted from 1."""
+    found = [folder / name for name in (REQUEST, "grid.png", "samples.npz", "images") if (folder / name).exists()]
+    note = folder / REQUEST
+    if not found or (note.exists() and json.loads(note.read_text())["fingerprint"] == fingerprint):
+        return
+    earlier = folder / "earlier"
+    numbers = [int(entry.name) for entry in earlier.glob("*") if entry.name.isdigit()]
+    kept = earlier / str(max(numbers, default=0) + 1)
+    kept.mkdir(parents=True)
+    for path in found:
+        path.rename(kept / path.name)
+    print(f"the images of an earlier request are kept in {kept}", flush=True)
+
+
+def write_images(folder: pathlib.Path, parts: Parts, labels: np.ndarray | None) -> None:
+    """All images as INDEX.png, of classes as INDEX_class_LABEL.png; the folder appears when it is complete."""
+    with storage.replaced_folder(folder) as part:
+        for index in range(parts.count):
+            name = f"{index:06d}" + ("" if labels is None else f"_class_{labels[index]}")
+            save_png(part / f"{name}.png", parts.take(np.asarray([index]))[0])
+
+
 def write_prompted(folder: pathlib.Path, prompts: Prompts, parts: Parts) -> None:
-    """All images in their benchmark's layout; the folder appears when it is complete, and replaces an older one."""
+    """All images in their benchmark's layout; the folder appears when it is complete."""
     each = prompts.images_each
     with storage.replaced_folder(folder) as part:
         for i in range(len(prompts.set)):

@@ -16,28 +16,22 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax.sharding import Mesh
 
-from deco_jax.conditioning.requests import class_requests, even_labels
+from deco_jax import api
+from deco_jax.conditioning.requests import data_requests
 from deco_jax.config import COMPUTED, to_json
 from deco_jax.data import pipeline, sources
 from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
-from deco_jax.evaluation.spectrum import BLOCK, block_energy, normalised_spectrum
+from deco_jax.evaluation.spectrum import BLOCK, ModelSpectrum, block_energy, normalised_spectrum
 from deco_jax.images import to_float
 from deco_jax.method.dct import zigzag
 from deco_jax.method.losses.frequency import jpeg_weights
-from deco_jax.method.predictions import make_prediction
-from deco_jax.models import network as network_lib
-from deco_jax.models.network import Network, Params
 from deco_jax.report import style
-from deco_jax.run import checkpoint, files, sharding, storage
+from deco_jax.run import checkpoint, files, storage
 from deco_jax.run.workdir import listed, make_workdir, short_names
 from deco_jax.run.writer import write_json
-from deco_jax.sampling import generate, guidance, samplers
-
-# (params, {"index", "label", "weight"}) → summed energies {"dit": [block, block], "velocity": [8, 8]}
-Measure = Callable[[Params, dict[str, jax.Array]], dict[str, jax.Array]]
+from deco_jax.sampling.settings import Sampling
 
 
 def spectrum(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str = "") -> None:
@@ -48,7 +42,6 @@ def spectrum(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: s
         raise UserError("drawing the spectrum needs matplotlib; run: pip install matplotlib") from None
 
     folder = storage.path(workdir)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     named = listed(config.spectrum.checkpoints)
     if named and checkpoint_path:
         raise UserError("--checkpoint and config.spectrum.checkpoints name checkpoints; give one of them")
@@ -62,7 +55,7 @@ def spectrum(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: s
     curves = []
     for (name, where), theirs in zip(runs, stored, strict=True):
         say(f"{config.spectrum.num_images} images from {where} ...")
-        energies = model_energies(theirs, where, mesh)
+        energies = model_energies(theirs, where)
         block = len(energies["dit"])
         if block < BLOCK:
             say(f"{name}: a token grid this small has no {BLOCK}x{BLOCK} block; its map's is {block}x{block}")
@@ -123,83 +116,11 @@ def stored_config(where: pathlib.Path, config: ml_collections.ConfigDict) -> ml_
     return theirs
 
 
-def model_energies(config: ml_collections.ConfigDict, where: pathlib.Path, mesh: Mesh) -> dict[str, np.ndarray]:
-    """Mean energies of a checkpoint's EMA over config.spectrum.num_images images and all sampling steps.
-
-    Returns:
-        {"dit": [block, block], "velocity": [8, 8]}, float64.
-    """
-    network = network_lib.build(config.model.to_dict())
-    params = checkpoint.load_average(where, network.shapes, config, mesh)
-    measure = make_measure(network, config, mesh)
-    count = config.spectrum.num_images
-    classes = config.model.num_classes
-    requests = class_requests(even_labels(count, range(classes)), classes)
-    batch_size = -(-min(config.spectrum.batch_size, count) // mesh.size) * mesh.size
-    totals: dict[str, np.ndarray] = {}
-    for first in range(0, count, batch_size):
-        index = np.arange(first, first + batch_size, dtype=np.int32)
-        # The last batch is filled up with images that count nothing.
-        batch: dict[str, Any] = {
-            "index": index,
-            "label": requests.context(np.minimum(index, count - 1)),
-            "weight": (index < count).astype(np.float32),
-        }
-        for name, energy in measure(params, sharding.place_everywhere(mesh, batch)).items():
-            totals[name] = totals.get(name, 0.0) + np.asarray(energy, np.float64)
-    return {name: total / count for name, total in totals.items()}
-
-
-def make_measure(network: Network, config: ml_collections.ConfigDict, mesh: Mesh) -> Measure:
-    """The jitted function: draw a batch as config.sample says, then look at the model at each state on the way.
-
-    The states are those of guided sampling; the outputs those of the class-conditional half.
-    """
-    settings, model, prediction = config.sample, config.model, make_prediction(config).in_sampling()
-    height, width = image_sides(config.data.image_size)
-    rows, columns = height // model.patch_size, width // model.patch_size
-    block = min(BLOCK, rows, columns)
-    times = samplers.timesteps(settings.num_steps, settings.shift)
-    guided = guidance.guided_steps(times, settings.guidance, settings.guidance_interval)
-
-    def of_rows(params: Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        params = network.whole(params)
-        normal = generate.noise_of(settings.seed, batch["index"], (height, width))
-
-        def look(x: jax.Array, t: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-            output, intermediates = network.apply(params, x, t, labels)
-            tokens = intermediates["low_frequency"]
-            dit = tokens.reshape(tokens.shape[0], rows, columns, -1)
-            return prediction.velocity(output, x, t), dit
-
-        null = jnp.asarray(model.num_classes, jnp.int32)
-        velocity = guidance.guided_velocity(
-            lambda x, t, labels: look(x, t, labels)[0], batch["label"], null, settings.guidance
-        )
-        _, states = samplers.sample(
-            velocity,
-            normal(0),
-            sampler=settings.sampler,
-            times=times,
-            guided=guided,
-            step_noise=lambda i: normal(1 + i),
-            return_trajectory=True,
-        )
-
-        def energies(state_and_time: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
-            x, t = state_and_time
-            v, dit = look(x, jnp.full((x.shape[0],), t, jnp.float32), batch["label"])
-            measured = {"dit": block_energy(dit, block), "velocity": block_energy(v)}
-            return {name: jnp.einsum("b,bkl->kl", batch["weight"], e) for name, e in measured.items()}
-
-        steps = jax.lax.map(energies, (states[:-1], jnp.asarray(times[:-1], jnp.float32)))
-        return sharding.sum_over_devices(jax.tree.map(lambda e: jnp.mean(e, axis=0), steps), mesh)
-
-    def measure(params: Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        arguments = (sharding.specs(mesh, params), sharding.BATCH)
-        return sharding.each_device(of_rows, mesh, arguments, sharding.WHOLE)(params, batch)
-
-    return jax.jit(measure, out_shardings=sharding.replicated(mesh))
+def model_energies(config: ml_collections.ConfigDict, where: pathlib.Path) -> dict[str, np.ndarray]:
+    """Mean energies of a checkpoint's EMA over config.spectrum.num_images images, as `ModelSpectrum.energies`."""
+    model = api.open_model(config, str(where))
+    requests = data_requests(config.sample, model.condition, config.spectrum.num_images)
+    return ModelSpectrum(model.generator, requests, Sampling.of(config), config, model.mesh).energies(model.params)
 
 
 def data_energy(config: ml_collections.ConfigDict, source: sources.Source) -> np.ndarray:

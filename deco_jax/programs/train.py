@@ -7,7 +7,7 @@ import functools
 import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,11 +15,13 @@ import ml_collections
 from jax.sharding import Mesh
 
 from deco_jax.conditioning.condition import Condition, open_condition
-from deco_jax.conditioning.requests import Prompts, Requests, open_prompts, sampling_requests
+from deco_jax.conditioning.requests import Prompts, Requests, data_requests, open_prompts, sampling_requests
 from deco_jax.data import imagenet, pipeline, sources
 from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
+from deco_jax.evaluation.adm import ADM, make_quick_fid
 from deco_jax.evaluation.evaluator import Subject
+from deco_jax.evaluation.image_sets import drawn_images
 from deco_jax.evaluation.validation_loss import ValidationLoss
 from deco_jax.method.averages import EMA
 from deco_jax.method.objective import make_method
@@ -27,12 +29,12 @@ from deco_jax.method.optimizer import make_optimizer
 from deco_jax.method.training import Batch, Metrics, choose_remat, lower_train_step, make_networks
 from deco_jax.models.network import build
 from deco_jax.programs.actions import Action, Evaluate, FirstTime, Grid, Log, Reader, Save, TrainingRun
-from deco_jax.programs.evaluate import QuickFID
 from deco_jax.run import checkpoint, distributed, monitor, preemption, settings, sharding, storage
 from deco_jax.run.state import State, create_state, state_shapes
 from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import Writer, write_json, write_overview
 from deco_jax.sampling import generate
+from deco_jax.sampling.settings import Sampling
 
 CLASSES = "classes.json"  # their names in the order of the labels
 
@@ -73,7 +75,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
         settings.check_kept(folder, config)
         changed = settings.changes(folder, config)
     check_same_classes(folder, source.class_names)
-    quick_fid = QuickFID(config, folder, mesh) if config.evaluate.every else None
+    quick_fid = make_quick_fid(config, folder, mesh) if config.evaluate.every else None
     settled, remat = choose_remat(config, mesh, condition)
     networks, observe, frozen = make_networks(settled, mesh, condition)
     optimizer = make_optimizer(config.optimizer)
@@ -127,14 +129,13 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
         return
 
     run = TrainingRun(config, folder, mesh, condition, frozen, checkpoints, writer)
-    generator = generate.make_generator(networks["denoiser"], config, mesh)
+    generator = generate.Generator(generate.make_denoiser(config), mesh)
 
     def make_actions(log: Log) -> list[Action]:
         """In this order: what takes minutes comes after the save, which it must not cost."""
         actions: list[Action] = [log, Save(run, log)]
         if quick_fid is not None:
-            measure = functools.partial(quick_fid, generator, condition=condition, frozen=frozen)
-            actions.append(Evaluate(run, config.evaluate.every, lambda average: {"fid": measure(average)}))
+            actions.append(Evaluate(run, config.evaluate.every, fid_of_samples(run, generator, quick_fid)))
         if validation is not None:
             every, score = config.train.validate_every, validation
             actions.append(Evaluate(run, every, lambda average: score(Subject(None, average, frozen)).values))
@@ -259,6 +260,22 @@ def open_batches(
         max_unreadable=data.max_unreadable,
         encode_caption=condition.encode_caption,
     )
+
+
+def fid_of_samples(
+    run: TrainingRun, generator: generate.Generator, quick_fid: ADM
+) -> Callable[[Any], Mapping[str, float]]:
+    """The quick FID of samples of given weights, of all classes or of the data's captions."""
+    config, count = run.config, run.config.evaluate.during_training_images
+    sampling = Sampling.of(config)
+    requests = functools.cache(lambda: data_requests(config.sample, run.condition, count, run.frozen))
+
+    def measure(params: Any) -> Mapping[str, float]:
+        draw = functools.partial(generator.images, params, requests(), sampling, config.sample.batch_size)
+        samples = drawn_images(draw, count, sampling.size)
+        return quick_fid(Subject(samples, params, run.frozen)).values
+
+    return measure
 
 
 def grid_requests(

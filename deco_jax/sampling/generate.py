@@ -1,11 +1,14 @@
-"""Batches of images by index: the one path on which train, sample and evaluate draw pictures.
+"""Batches of images by index: the one path on which everything draws, whole images and the states on the way alike.
 
 Image i depends on the seed, i and its class or caption alone: not on the batch it is drawn in, nor on the devices.
+
+    Requests ─ batch ─┐
+    Sampling ─ table ─┼─ Generator: noise ─ integrate(make_velocity(network, guidance)) ─ state after each step ─ uint8
+    weights ──────────┘
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import pathlib
@@ -19,48 +22,19 @@ from jax.sharding import Mesh
 
 from deco_jax.conditioning.requests import Requests
 from deco_jax.config import to_json
-from deco_jax.data.transforms import image_sides
 from deco_jax.images import to_uint8
 from deco_jax.method.predictions import Prediction, make_prediction
+from deco_jax.models import network as network_lib
 from deco_jax.models.network import Network, Params
 from deco_jax.run import checkpoint, preemption
 from deco_jax.run.sharding import BATCH, WHOLE, batch_sharding, each_device, place_everywhere, replicated, specs
-from deco_jax.sampling import guidance, samplers
+from deco_jax.sampling import samplers
+from deco_jax.sampling.guidance import make_velocity
+from deco_jax.sampling.settings import Sampling
 
-# (params, {"index": int32 [batch], "context": labels or text features}, null) → uint8 [batch, height, width, 3]
-Generator = Callable[[Params, dict[str, jax.Array], Any], jax.Array]
-
-
-def make_generator(network: Network, config: ml_collections.ConfigDict, mesh: Mesh) -> Generator:
-    """The jitted sampler of config.sample for batches placed by `place_everywhere`.
-
-    Raises:
-        UserError: settings that no sampler can take.
-    """
-    settings, prediction = config.sample, make_prediction(config).in_sampling()
-    height, width = image_sides(config.data.image_size)
-    times = samplers.timesteps(settings.num_steps, settings.shift)
-    guided = guidance.guided_steps(times, settings.guidance, settings.guidance_interval)
-
-    def of_rows(params: Params, batch: dict[str, jax.Array], null: jax.Array) -> jax.Array:
-        params = network.whole(params)
-        normal = noise_of(settings.seed, batch["index"], (height, width))
-        images = samplers.sample(
-            guidance.guided_velocity(
-                velocity_of(network, prediction, params), batch["context"], null, settings.guidance
-            ),
-            normal(0),
-            sampler=settings.sampler,
-            times=times,
-            guided=guided,
-            step_noise=lambda i: normal(1 + i),
-        )
-        return to_uint8(images)
-
-    def generate(params: Params, batch: dict[str, jax.Array], null: jax.Array) -> jax.Array:
-        return each_device(of_rows, mesh, (specs(mesh, params), BATCH, WHOLE), BATCH)(params, batch, null)
-
-    return jax.jit(generate, out_shardings=batch_sharding(mesh))
+# As `Requests.batch` makes them, on the mesh: "index" int32 [batch], "context" labels or text features, and perhaps
+# "start", the states to start from instead of the indices' noise.
+Batch = dict[str, jax.Array]
 
 
 def noise_of(seed: int | jax.Array, index: jax.Array, sides: tuple[int, int]) -> Callable[[int | jax.Array], jax.Array]:
@@ -73,147 +47,169 @@ def noise_of(seed: int | jax.Array, index: jax.Array, sides: tuple[int, int]) ->
     return normal
 
 
-def velocity_of(network: Network, prediction: Prediction, params: Params) -> Callable[..., jax.Array]:
-    """(x [n, height, width, 3], t [n], context) → velocity, whatever the network predicts."""
+class Denoiser(NamedTuple):
+    """A network, and what its output stands for."""
 
-    def velocity(x: jax.Array, t: jax.Array, context: jax.Array) -> jax.Array:
-        output, _ = network.apply(params, x, t, context)
-        return prediction.velocity(output, x, t)
+    network: Network
+    prediction: Prediction
 
-    return velocity
+    def velocity(self, params: Params, x: jax.Array, t: jax.Array, context: Any) -> jax.Array:
+        """The velocity [n, height, width, 3] at states x, whatever the network predicts; t [n]."""
+        return self.velocity_and_features(params, x, t, context)[0]
 
-
-def generate_images(
-    generator: Generator, params: Params, requests: Requests, batch_size: int, mesh: Mesh, start: int = 0
-) -> Iterator[np.ndarray]:
-    """Images start..requests.count − 1, batch by batch, as uint8 [at most batch_size, height, width, 3] on every host.
-
-    The last batch is filled up with images that are thrown away, so that one compilation serves all.
-    """
-    gather = _gather(mesh)
-    devices, count = mesh.size, requests.count
-    batch_size = -(-min(batch_size, count) // devices) * devices
-    for first in range(start, count, batch_size):
-        preemption.check()
-        images = gather(generator(params, place_everywhere(mesh, requests.batch(first, batch_size)), requests.null))
-        yield np.asarray(images)[: count - first]
+    def velocity_and_features(
+        self, params: Params, x: jax.Array, t: jax.Array, context: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The same, and the network's intermediates by name."""
+        output, intermediates = self.network.apply(params, x, t, context)
+        return self.prediction.velocity(output, x, t), intermediates
 
 
-# ---------------------------------------------------------------------------------------- what to draw
+def make_denoiser(config: ml_collections.ConfigDict) -> Denoiser:
+    """The network of config.model, as it is used in sampling."""
+    return Denoiser(network_lib.build(config.model.to_dict()), make_prediction(config).in_sampling())
 
 
-def fingerprint(config: ml_collections.ConfigDict, where: pathlib.Path, names: Sequence[str] | None = None) -> str:
-    """Names everything that the images depend on; `names` are their captions."""
-    values = to_json(config)
-    drawn_from = {
-        "checkpoint": [str(where), checkpoint.written(where)],
-        "model": values["model"],
-        "size": values["data"]["image_size"],
-        "sample": {k: v for k, v in values["sample"].items() if k not in ("npz", "grid_images", "batch_size")},
-    }
-    if names is not None:
-        drawn_from |= {"captions": list(names), "text": values["text"]}
-    return hashlib.sha256(json.dumps(drawn_from, sort_keys=True).encode()).hexdigest()
+class Generator:
+    """Draws batches of images with the weights it is given.
 
-
-# ---------------------------------------------------------------------------------------- to look on
-
-
-class Look(NamedTuple):
-    """After an evaluation of the network."""
-
-    done: int  # evaluations
-    total: int
-    images: np.ndarray | None  # where a step ends: its state as uint8 [batch, height, width, 3]; after the last: images
-
-
-class Watcher:
-    """The same images as `make_generator`'s, one evaluation a call, so that one can look on.
-
-    Compiled for an image size, a number of images, a number of past velocities, and for guided and unguided steps;
-    steps, times, shift, guidance, seed and conditions are data.
+    Compiled once for an image size, a batch size and the number of velocities that a sampler remembers: steps, times,
+    guidance, seed, conditions and weights are data of the program.
     """
 
-    def __init__(self, network: Network, prediction: Prediction, mesh: Mesh) -> None:
-        self._mesh, by_batch = mesh, batch_sharding(mesh)
+    def __init__(self, denoiser: Denoiser, mesh: Mesh) -> None:
+        self.denoiser, self._mesh, by_batch = denoiser, mesh, batch_sharding(mesh)
 
-        def begin(seed: jax.Array, index: jax.Array, sides: tuple[int, int]) -> jax.Array:
-            return noise_of(seed, index, sides)(0)
+        def noise(seed: jax.Array, index: jax.Array, size: tuple[int, int]) -> jax.Array:
+            return noise_of(seed, index, size)(0)
 
-        def evaluate(
+        def run(
             params: Params,
             carry: samplers.Carry,
-            row: dict[str, jax.Array],
-            batch: dict[str, jax.Array],
-            null: jax.Array,
-            scale: jax.Array,
-            seed: jax.Array,
-            guided: bool,
-            noisy: bool,
+            batch: Batch,
+            settings: dict[str, Any],
+            between: tuple[int, int] | None = None,
         ) -> samplers.Carry:
             def of_rows(
-                params: Params, carry: samplers.Carry, batch: dict[str, jax.Array], *whole: Any
+                params: Params, carry: samplers.Carry, batch: Batch, settings: dict[str, Any]
             ) -> samplers.Carry:
-                row, null, scale, seed = whole
-                velocity = guidance.guided_velocity(
-                    velocity_of(network, prediction, params), batch["context"], null, scale
-                )
                 _, height, width, _ = carry.state.shape
-                noise = noise_of(seed, batch["index"], (height, width))(1 + row["step"]) if noisy else None
-                return samplers.update(carry, velocity(carry.point, row["time"], guided), row, noise)
+                normal = noise_of(settings["seed"], batch["index"], (height, width))
+                velocity = make_velocity(
+                    denoiser.velocity,
+                    settings["guidance"],
+                    denoiser.network.whole(params),
+                    (batch["context"], settings["null"]),
+                )
+                return samplers.integrate(
+                    velocity, carry, settings["rows"], between or settings["between"], lambda step: normal(1 + step)
+                )
 
-            arguments = (specs(mesh, params), BATCH, BATCH, *[WHOLE] * 4)
-            return each_device(of_rows, mesh, arguments, BATCH)(params, carry, batch, row, null, scale, seed)
+            arguments = (specs(mesh, params), BATCH, BATCH, WHOLE)
+            return each_device(of_rows, mesh, arguments, BATCH)(params, carry, batch, settings)
 
-        self._begin = jax.jit(begin, static_argnums=2, out_shardings=by_batch)
-        self._evaluate = jax.jit(evaluate, static_argnums=(7, 8), out_shardings=by_batch)
-        self._shown = jax.jit(to_uint8, out_shardings=replicated(mesh))
+        self._noise = jax.jit(noise, static_argnums=2, out_shardings=by_batch)
+        self._start = jax.jit(samplers.start, static_argnums=1, out_shardings=by_batch)
+        self._run = jax.jit(run, static_argnums=4, out_shardings=by_batch)
+        self._uint8 = jax.jit(to_uint8, out_shardings=by_batch)
+        self._everywhere = jax.jit(to_uint8, out_shardings=replicated(mesh))
 
-    def __call__(
-        self, params: Params, requests: Requests, settings: ml_collections.ConfigDict, sides: tuple[int, int]
-    ) -> Iterator[Look]:
-        """Draw all of `requests` at once: the noise first, then a look after each evaluation.
-
-        Args:
-            settings: as config.sample; read are num_steps, shift, sampler, guidance, guidance_interval and seed.
-            sides: (height, width).
+    def draw(self, params: Params, batch: Batch, null: Any, sampling: Sampling) -> jax.Array:
+        """Images uint8 [batch, height, width, 3] of a batch on the mesh; they lie split over the devices.
 
         Raises:
             UserError: settings that no sampler can take.
         """
-        times = samplers.timesteps(settings.num_steps, settings.shift)
-        guided = guidance.guided_steps(times, settings.guidance, settings.guidance_interval)
-        table = samplers.make_table(settings.sampler, times)
-        rows = jax.device_get(samplers.rows(table)) | {"step": table.step.astype(np.int32)}
-        total, ends = len(table.step), {*table.ends.tolist(), len(table.step) - 1}
+        return self._uint8(self._final(params, batch, null, sampling))
 
-        filled = -(-requests.count // self._mesh.size) * self._mesh.size
-        batch = place_everywhere(self._mesh, requests.batch(0, filled))
-        seed, scale = np.asarray(settings.seed, np.uint32), np.asarray(settings.guidance, np.float32)
+    def states(self, params: Params, batch: Batch, null: Any, sampling: Sampling) -> Iterator[jax.Array]:
+        """The state float32 [batch, height, width, 3] at each of `sampling.times`: the first, then after each step.
 
-        def shown(x: jax.Array) -> np.ndarray:
-            return np.asarray(self._shown(x))[: requests.count]
+        Raises:
+            UserError: settings that no sampler can take.
+        """
+        table = sampling.table()
+        settings, steps = self._settings(null, sampling, table), samplers.evaluations_of_steps(table)
+        batch, carry = self._begin_at(batch, sampling, table)
+        yield carry.state
+        for step, between in enumerate(steps):
+            carry = self._run(params, carry, batch, settings | {"between": np.asarray(between, np.int32)})
+            yield carry.point if step == len(steps) - 1 else carry.state
 
-        noise = self._begin(seed, batch["index"], sides)
-        carry = jax.device_put(samplers.start(noise, table), batch_sharding(self._mesh))
-        yield Look(0, total, shown(noise))
-        for i in range(total):
-            carry = self._evaluate(
-                params,
-                carry,
-                {name: column[i] for name, column in rows.items()},
-                batch,
-                requests.null,
-                scale,
-                seed,
-                bool(guided[table.step[i]]),
-                bool(table.noise[i]),
-            )
-            last = i == total - 1
-            yield Look(i + 1, total, shown(carry.point if last else carry.state) if i in ends else None)
+    def images(
+        self, params: Params, requests: Requests, sampling: Sampling, batch_size: int, first: int = 0
+    ) -> Iterator[np.ndarray]:
+        """Images first..requests.count − 1, uint8 [at most batch_size, height, width, 3] at a time, on every host.
+
+        The last batch is filled up with images that are thrown away, so that one compilation serves all.
+        """
+        size = self.filled(min(batch_size, requests.count))
+        for start in range(first, requests.count, size):
+            preemption.check()
+            batch = place_everywhere(self._mesh, requests.batch(start, size))
+            yield self.on_host(self._final(params, batch, requests.null, sampling))[: requests.count - start]
+
+    def filled(self, count: int) -> int:
+        """The smallest batch of at least `count` images that the devices divide."""
+        return -(-count // self._mesh.size) * self._mesh.size
+
+    def on_host(self, states: jax.Array) -> np.ndarray:
+        """States as uint8 images on every host."""
+        return np.asarray(self._everywhere(states))
+
+    def lower(self, params: Params, batch: Batch, null: Any, sampling: Sampling) -> jax.stages.Lowered:
+        """The program of `draw` for these settings alone, without running it; arguments may be shapes with shardings.
+
+        It differs from what runs in that its number of evaluations is a constant, for those who count operations.
+        """
+        table = sampling.table()
+        x = jax.eval_shape(lambda index: noise_of(0, index, sampling.size)(0), batch["index"])
+        x = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(self._mesh))
+        carry: Any = samplers.Carry(x, x, (x,) * (table.advance.shape[1] - 1))  # type: ignore[arg-type]
+        return self._run.lower(params, carry, batch, self._settings(null, sampling, table), (0, len(table.step)))
+
+    def _final(self, params: Params, batch: Batch, null: Any, sampling: Sampling) -> jax.Array:
+        table = sampling.table()
+        batch, carry = self._begin_at(batch, sampling, table)
+        return self._run(params, carry, batch, self._settings(null, sampling, table)).point
+
+    def _begin_at(self, batch: Batch, sampling: Sampling, table: samplers.Table) -> tuple[Batch, samplers.Carry]:
+        """What the program takes of a batch, and the first state."""
+        x = batch["start"] if "start" in batch else self._noise(_seed(sampling), batch["index"], sampling.size)
+        return {name: batch[name] for name in ("index", "context")}, self._start(x, table.advance.shape[1])
+
+    def _settings(self, null: Any, sampling: Sampling, table: samplers.Table) -> dict[str, Any]:
+        return {
+            "rows": samplers.rows(table, sampling.guided()),
+            "between": np.asarray((0, len(table.step)), np.int32),
+            "guidance": jax.tree.map(
+                lambda leaf: np.float32(leaf) if isinstance(leaf, (int, float)) else leaf, sampling.guidance
+            ),
+            "null": null,
+            "seed": _seed(sampling),
+        }
 
 
-@functools.cache
-def _gather(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    """All of an array onto every device; made once a mesh, so that it is compiled once."""
-    return jax.jit(lambda x: x, out_shardings=replicated(mesh))
+def _seed(sampling: Sampling) -> np.ndarray:
+    """As JAX takes it from a Python integer."""
+    return np.asarray(sampling.seed & 0xFFFFFFFF, np.uint32)
+
+
+# Settings of config.sample that say how images are shown or computed, not what they are.
+PRESENTATION = ("npz", "png", "grid_images", "grid_columns", "batch_size")
+
+
+def fingerprint(
+    config: ml_collections.ConfigDict, where: str | pathlib.Path, names: Sequence[str] | None = None
+) -> str:
+    """Return a digest of everything that the images of a checkpoint depend on; `names` are their captions."""
+    values = to_json(config)
+    drawn_from = {
+        "checkpoint": [str(where), checkpoint.written(pathlib.Path(where))],
+        "model": values["model"],
+        "size": values["data"]["image_size"],
+        "sample": {k: v for k, v in values["sample"].items() if k not in PRESENTATION},
+    }
+    if names is not None:
+        drawn_from |= {"captions": list(names), "text": values["text"]}
+    return hashlib.sha256(json.dumps(drawn_from, sort_keys=True).encode()).hexdigest()

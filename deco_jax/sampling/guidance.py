@@ -1,7 +1,16 @@
-"""Classifier-free guidance (Ho & Salimans 2022) within an interval of time (Kynkäänniemi et al. 2024)."""
+"""Guidance: what combines a network's conditional velocity with another one, and at which steps.
+
+A rule is a frozen dataclass, registered as a JAX pytree: its type says what is computed, its numbers are data of the
+compiled program, so another scale or interval doesn't compile again. One more rule is one more subclass of `Guidance`:
+
+    velocity of a rescaled step     override `combine`
+    another set of guided steps     override `steps`
+    a weaker network as the guide   override `halves`, with its parameters as a field
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,63 +21,88 @@ from jax import Array
 
 from deco_jax.errors import UserError
 
+# (params, x [n, height, width, 3], t [n], condition with leading axis n) → velocity [n, height, width, 3]
+Denoiser = Callable[[Any, Array, Array, Any], Array]
 
-def guided_steps(times: np.ndarray, guidance: float, interval: Sequence[float] = (0.0, 1.0)) -> np.ndarray:
-    """Which sampling steps are guided: those whose start time t has low < t <= high.
 
-    Decided on the host in float64, so that 5/50, 10/100 and 25/250 all equal 0.1 and lie outside (0.1, 1].
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance (Ho & Salimans 2022) within an interval of time (Kynkäänniemi et al. 2024).
 
     Args:
-        times: float64 [steps + 1] from `samplers.timesteps`, shifted already.
-        guidance: the scale; at 1.0 guidance changes nothing, so no step is guided.
-        interval: (low, high).
-
-    Returns:
-        bool [steps].
-
-    Raises:
-        UserError: the interval is not two numbers in ascending order.
+        scale: 1.0 changes nothing, so that no step costs two evaluations.
+        interval: (low, high); steps whose start time t has low < t <= high are guided.
     """
-    if len(interval) != 2 or not interval[0] <= interval[1]:
-        raise UserError(f"The guidance interval {tuple(interval)} is not (low, high); give two times, low <= high.")
-    low, high = (float(edge) for edge in interval)
-    starts = np.asarray(times, np.float64)[:-1]
-    return (low < starts) & (starts <= high) & (guidance != 1.0)
+
+    scale: float | Array = 1.0
+    interval: Sequence[float] = (0.0, 1.0)
+
+    def steps(self, times: np.ndarray) -> np.ndarray:
+        """Which sampling steps are guided.
+
+        Decided on the host in float64, so that 5/50, 10/100 and 25/250 all equal 0.1 and lie outside (0.1, 1].
+
+        Args:
+            times: float64 [steps + 1] from `samplers.timesteps`, ascending, shifted already.
+
+        Returns:
+            bool [steps].
+
+        Raises:
+            UserError: the interval is not two numbers in ascending order.
+        """
+        if len(self.interval) != 2 or not self.interval[0] <= self.interval[1]:
+            raise UserError(
+                f"The guidance interval {tuple(self.interval)} is not (low, high); give two times, low <= high."
+            )
+        low, high = (float(edge) for edge in self.interval)
+        starts = np.asarray(times, np.float64)[:-1]
+        return (low < starts) & (starts <= high) & (self.scale != 1.0)
+
+    def halves(self, denoiser: Denoiser, params: Any, x: Array, t: Array, conditions: tuple[Any, Any]) -> Array:
+        """The conditional velocity and the one to lead away from, float32 [2, batch, height, width, 3].
+
+        Here both are one evaluation of 2 · batch images. Arguments as of `make_velocity`, `t` a scalar.
+        """
+        condition, null = conditions
+        batch = x.shape[0]
+        both = jax.tree.map(_interleave, condition, null)
+        v = denoiser(params, _interleave(x, x), jnp.full((2 * batch,), t, jnp.float32), both)
+        return jnp.moveaxis(v.astype(jnp.float32).reshape(batch, 2, *v.shape[1:]), 1, 0)
+
+    def combine(self, conditional: Array, unconditional: Array) -> Array:
+        """unconditional + scale · (conditional − unconditional), all [batch, height, width, 3]."""
+        return unconditional + self.scale * (conditional - unconditional)
 
 
-def guide(conditional: Array, unconditional: Array, scale: float | Array) -> Array:
-    """unconditional + scale · (conditional − unconditional)."""
-    return unconditional + scale * (conditional - unconditional)
+def _interleave(a: Array, b: Array) -> Array:
+    """[batch, ...] and what broadcasts to it → [2 · batch, ...], pairs side by side."""
+    # So that on a mesh both halves of an example stay on the example's device.
+    return jnp.stack([a, jnp.broadcast_to(b, a.shape)], axis=1).reshape(2 * a.shape[0], *a.shape[1:])
 
 
-def guided_velocity(
-    velocity_fn: Callable[[Array, Array, Any], Array], condition: Any, null_condition: Any, scale: float | Array
+def make_velocity(
+    denoiser: Denoiser, guidance: Guidance, params: Any, conditions: tuple[Any, Any]
 ) -> Callable[[Array, Array, bool], Array]:
-    """Bind a network to its conditions and guidance: the function of state and time that samplers integrate.
+    """Bind a network to its parameters, conditions and guidance: the function of state and time that is integrated.
 
     Args:
-        velocity_fn: (x [n, height, width, 3], t [n], condition with leading axis n) -> velocity [n, height, width, 3];
-            called with n = batch or 2 · batch.
-        condition: array or tree of arrays with a leading batch axis: labels [batch], text [batch, tokens, features].
-        null_condition: same tree, its leaves broadcast to the condition's: the "no class" label, the empty prompt.
-        scale: the guidance scale.
+        denoiser: called with n = batch images, or with 2 · batch in a guided step.
+        conditions: (condition, null). A condition is an array or a tree of arrays with a leading batch axis: labels
+            [batch], text [batch, tokens, features]. Null is the same tree, its leaves broadcast to the condition's:
+            the "no class" label, the empty prompt.
 
     Returns:
-        f(x, t scalar, guided) -> float32 velocity. Guided calls evaluate both halves as one batch of 2 · batch,
-        unguided ones only the conditional half.
+        f(x [batch, height, width, 3], t scalar, guided) → float32 velocity. An unguided call evaluates the conditional
+        half alone.
     """
-
-    def interleave(a: Array, b: Array) -> Array:
-        # Pairs lie side by side, so that on a mesh both halves of an example stay on the example's device.
-        return jnp.stack([a, jnp.broadcast_to(b, a.shape)], axis=1).reshape(2 * a.shape[0], *a.shape[1:])
 
     def velocity(x: Array, t: Array, guided: bool) -> Array:
-        batch = x.shape[0]
-        if not guided:
-            return velocity_fn(x, jnp.full((batch,), t, jnp.float32), condition).astype(jnp.float32)
-        both = jax.tree.map(interleave, condition, null_condition)
-        v = velocity_fn(interleave(x, x), jnp.full((2 * batch,), t, jnp.float32), both).astype(jnp.float32)
-        v = v.reshape(batch, 2, *v.shape[1:])
-        return guide(v[:, 0], v[:, 1], scale)
+        if guided:
+            conditional, unconditional = guidance.halves(denoiser, params, x, t, conditions)
+            return guidance.combine(conditional, unconditional)
+        times = jnp.full((x.shape[0],), t, jnp.float32)
+        return denoiser(params, x, times, conditions[0]).astype(jnp.float32)
 
     return velocity

@@ -14,8 +14,10 @@ without advancing, then advances by the mean of two velocities. The image is the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, overload
+import functools
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -42,17 +44,15 @@ def _table(step: np.ndarray, time: np.ndarray, advance: np.ndarray, ends: np.nda
     return Table(step, time, advance=advance, ends=ends, **{**defaults, **columns})
 
 
-def adams(times: np.ndarray, order: int, past_times: Sequence[float] = ()) -> Table:
+def adams(times: np.ndarray, order: int) -> Table:
     """Adams–Bashforth on any grid: integrate the polynomial through the last velocities over each step.
 
-    The first steps have fewer velocities and so a lower order, unless `past_times` (ascending, before times[0]) says
-    that velocities from before the start will be given. Order 1 is Euler.
+    The first steps have fewer velocities and so a lower order. Order 1 is Euler.
     """
-    nodes = np.concatenate([np.asarray(past_times, np.float64), times[:-1]])
     steps = len(times) - 1
     advance = np.zeros((steps, order))
     for i in range(steps):
-        last = nodes[: len(past_times) + i + 1][::-1][:order]
+        last = times[: i + 1][::-1][:order]
         dt = times[i + 1] - times[i]
         # Exact for each power of u = (t - times[i]) / dt, whose integral over the step is dt / (power + 1).
         powers = np.arange(len(last))
@@ -108,14 +108,17 @@ def sde(times: np.ndarray) -> Table:
     )
 
 
+# Enough for 512 steps of Heun's method.
+MIN_ROWS = 1024
+
 SAMPLERS: dict[str, Callable[[np.ndarray], Table]] = {
-    "euler": lambda times: adams(times, 1),
+    "euler": functools.partial(adams, order=1),
     "heun": heun,
     "heun_reuse": heun_reuse,
-    "adams1": lambda times: adams(times, 1),
-    "adams2": lambda times: adams(times, 2),
-    "adams3": lambda times: adams(times, 3),
-    "adams4": lambda times: adams(times, 4),
+    "adams1": functools.partial(adams, order=1),
+    "adams2": functools.partial(adams, order=2),
+    "adams3": functools.partial(adams, order=3),
+    "adams4": functools.partial(adams, order=4),
     "sde": sde,
 }
 
@@ -155,129 +158,86 @@ class Carry(NamedTuple):
     previous: tuple[Array, ...]  # velocities, newest first, one fewer than the table has columns
 
 
-def rows(table: Table) -> dict[str, Array]:
-    """The table as arrays with a leading axis [evaluations], one entry of which `update` takes."""
+def rows(table: Table, guided: np.ndarray) -> dict[str, np.ndarray]:
+    """The table as float32 arrays with a leading axis, one entry of which an evaluation takes.
+
+    Filled up with rows that are never reached, so that programs for different numbers of steps are the same program.
+
+    Args:
+        guided: bool [steps], which steps are guided.
+
+    Raises:
+        ValueError: `guided` is of another number of steps.
+    """
+    if np.shape(guided) != (len(table.ends) + 1,):
+        raise ValueError(f"the sampler makes {len(table.ends) + 1} steps, but guided has shape {np.shape(guided)}")
     columns = {name: getattr(table, name) for name in ("time", "keep", "advance", "predict", "noise")}
-    return {name: jnp.asarray(column, jnp.float32) for name, column in columns.items()}
+    columns = {name: np.asarray(column, np.float32) for name, column in columns.items()}
+    columns |= {"step": table.step.astype(np.int32), "guided": np.asarray(guided, bool)[table.step]}
+    length = max(MIN_ROWS, 1 << (len(table.step) - 1).bit_length())
+    return {
+        name: np.concatenate([column, np.zeros((length - len(column), *column.shape[1:]), column.dtype)])
+        for name, column in columns.items()
+    }
 
 
-def start(x: Array, table: Table, previous: Sequence[Array] | None = None) -> Carry:
-    """Before the first evaluation. `previous` as in `integrate`."""
+def evaluations_of_steps(table: Table) -> list[tuple[int, int]]:
+    """For each step the evaluations (first, last + 1) after which its state is reached."""
+    ends = [*(table.ends + 1).tolist(), len(table.step)]
+    return list(itertools.pairwise([0, *ends]))
+
+
+def start(x: Array, velocities: int) -> Carry:
+    """Before the first evaluation, at state `x`; `velocities` is the number of columns of the table."""
     x = x.astype(jnp.float32)
-    return Carry(x, x, tuple(previous or [jnp.zeros_like(x)] * (table.advance.shape[1] - 1)))
+    return Carry(x, x, (jnp.zeros_like(x),) * (velocities - 1))
 
 
-def update(carry: Carry, velocity: Array, row: dict[str, Array], noise: Array | None = None) -> Carry:
-    """What follows from the network's velocity at `carry.point`; `noise` where the row's is not 0."""
+def update(carry: Carry, velocity: Array, row: dict[str, Array], noise: Array) -> Carry:
+    """What follows from the network's velocity at `carry.point`, by the row of that evaluation."""
     velocities = (velocity.astype(jnp.float32), *carry.previous)
 
     def combine(coefficients: Array) -> Array:
         return sum((coefficients[m] * v for m, v in enumerate(velocities)), start=jnp.zeros_like(velocities[0]))
 
-    state = row["keep"] * carry.state + combine(row["advance"])
-    if noise is not None:
-        state += row["noise"] * noise.astype(jnp.float32)
+    state = row["keep"] * carry.state + combine(row["advance"]) + row["noise"] * noise.astype(jnp.float32)
     return Carry(state, state + combine(row["predict"]), velocities[:-1])
 
 
 def integrate(
     velocity: Callable[[Array, Array, bool], Array],
-    x: Array,
-    table: Table,
-    guided: np.ndarray,
-    step_noise: Callable[[Array], Array] | None = None,
-    previous: Sequence[Array] | None = None,
-    keep_states: bool = False,
-) -> tuple[Array, Array | None]:
-    """Run a table from state `x`: the last point, and all states [evaluations, *x.shape] if they are to be kept.
+    carry: Carry,
+    rows: dict[str, Array],
+    between: tuple[int | Array, int | Array],
+    step_noise: Callable[[Array], Array],
+) -> Carry:
+    """Run the evaluations of a table from between[0] up to but without between[1]. To be called under `jax.jit`.
 
-    `previous` are the velocities before the first, newest first, one fewer than the table has columns; None if the
-    table starts without any.
-    """
-    guided = np.asarray(guided, bool)[table.step]
-    noisy = bool(np.any(table.noise))
-    if noisy and step_noise is None:
-        raise ValueError("this sampler is stochastic: give step_noise")
-
-    def evaluate(carry: Carry, row: dict[str, Array]) -> tuple[Carry, Array | None]:
-        if guided.all() or not guided.any():
-            v = velocity(carry.point, row["time"], bool(guided.all()))
-        else:
-            v = lax.cond(
-                row["guided"],
-                lambda point, t: velocity(point, t, True).astype(jnp.float32),
-                lambda point, t: velocity(point, t, False).astype(jnp.float32),
-                carry.point,
-                row["time"],
-            )
-        carry = update(carry, v, row, step_noise(row["step"]) if noisy and step_noise is not None else None)
-        return carry, carry.state if keep_states else None
-
-    steps = {"guided": jnp.asarray(guided), "step": jnp.asarray(table.step, jnp.int32)}
-    last, states = lax.scan(evaluate, start(x, table, previous), rows(table) | steps)
-    return last.point, states
-
-
-@overload
-def sample(
-    velocity: Callable[[Array, Array, bool], Array],
-    noise: Array,
-    *,
-    sampler: str,
-    times: np.ndarray,
-    guided: np.ndarray,
-    step_noise: Callable[[Array], Array] | None = None,
-    return_trajectory: Literal[False] = False,
-) -> Array: ...
-
-
-@overload
-def sample(
-    velocity: Callable[[Array, Array, bool], Array],
-    noise: Array,
-    *,
-    sampler: str,
-    times: np.ndarray,
-    guided: np.ndarray,
-    step_noise: Callable[[Array], Array] | None = None,
-    return_trajectory: Literal[True],
-) -> tuple[Array, Array]: ...
-
-
-def sample(
-    velocity: Callable[[Array, Array, bool], Array],
-    noise: Array,
-    *,
-    sampler: str,
-    times: np.ndarray,
-    guided: np.ndarray,
-    step_noise: Callable[[Array], Array] | None = None,
-    return_trajectory: bool = False,
-) -> Array | tuple[Array, Array]:
-    """Turn noise into images with the named sampler. To be called under `jax.jit`, with times and guided constant.
+    Everything that says how images are drawn is data, so one compiled program serves all numbers of steps, times and
+    guidance. What a row doesn't need is not computed: an unguided evaluation costs one, and noise is drawn where it is
+    added.
 
     Args:
-        velocity: (x [batch, height, width, 3], t scalar, guided: bool) -> velocity, as `guidance.guided_velocity`
-            makes. Which of the two evaluations a step needs is decided when tracing if all steps agree, otherwise
-            by a conditional on the device, so that an unguided step always costs one.
-        noise: [batch, height, width, 3], standard normal.
-        sampler: a name in SAMPLERS.
-        times: float64 [steps + 1] from `timesteps`.
-        guided: bool [steps] from `guidance.guided_steps`.
-        step_noise: traced step index -> standard normal [batch, height, width, 3]; only for "sde".
-        return_trajectory: also return the states [steps + 1, batch, height, width, 3], noise first, images last.
-
-    Returns:
-        float32 images, or (images, trajectory).
-
-    Raises:
-        UserError: no such sampler.
+        velocity: (x [batch, height, width, 3], t scalar, guided: bool) → velocity, as `guidance.make_velocity` makes.
+        rows: of `rows`.
+        step_noise: index of a step → standard normal [batch, height, width, 3].
     """
-    times = np.asarray(times, np.float64)
-    if np.shape(guided) != (len(times) - 1,):
-        raise ValueError(f"{len(times)} times make {len(times) - 1} steps, but guided has shape {np.shape(guided)}")
-    table = make_table(sampler, times)
-    images, states = integrate(velocity, noise, table, guided, step_noise, keep_states=return_trajectory)
-    if states is None:
-        return images
-    return images, jnp.concatenate([noise[None].astype(jnp.float32), states[table.ends], images[None]])
+
+    def evaluate(i: Array, carry: Carry) -> Carry:
+        row = {name: lax.dynamic_index_in_dim(column, i, keepdims=False) for name, column in rows.items()}
+        v = lax.cond(
+            row["guided"],
+            lambda point, t: velocity(point, t, True).astype(jnp.float32),
+            lambda point, t: velocity(point, t, False).astype(jnp.float32),
+            carry.point,
+            row["time"],
+        )
+        noise = lax.cond(
+            row["noise"] != 0,
+            lambda step: step_noise(step).astype(jnp.float32),
+            lambda step: jnp.zeros_like(carry.state),
+            row["step"],
+        )
+        return update(carry, v, row, noise)
+
+    return lax.fori_loop(*between, evaluate, carry)
