@@ -18,7 +18,7 @@ import ml_collections
 from deco_jax.conditioning.encoders import encoder_sizes
 from deco_jax.data.transforms import image_sides
 from deco_jax.models import dinov2, vgg
-from deco_jax.models.decoder import POSITION_FEATURES
+from deco_jax.models.network import architecture
 from deco_jax.models.qwen3 import Sizes
 from deco_jax.sampling.settings import Sampling
 
@@ -30,40 +30,7 @@ def forward(model: Mapping[str, Any], image_size: int | tuple[int, int]) -> dict
         model: config.model.
         image_size: a side, or (height, width), in pixels.
     """
-    height, width_px = image_sides(image_size)
-    patch, width, depth = model["patch_size"], model["width"], model["depth"]
-    tokens, pixels = height * width_px // patch**2, height * width_px
-    text = model["text_length"] if model["text_width"] else 0
-    hidden = 4 * width if text else int(2 * 4 * width / 3)
-
-    parts = {
-        "embeddings": tokens * 3 * patch**2 * width + 256 * width + width**2,  # patches, time
-        "modulation": depth * 6 * width**2,
-        "projections": depth * tokens * 4 * width**2,
-        "attention": depth * 2 * tokens * (tokens + text) * width,
-        "mlp": depth * tokens * 3 * width * hidden,
-    }
-    if text:
-        block = text * (4 * width**2 + 2 * text * width + 3 * width * hidden) + 6 * width**2
-        parts["embeddings"] += text * model["text_width"] * width
-        parts["projections"] += depth * text * 2 * width**2
-        parts["text_blocks"] = model["text_depth"] * block
-    if model["name"] == "dit":
-        parts["head"] = 2 * width**2 + tokens * width * 3 * patch**2
-    if model["name"] == "deco":
-        inner, query = model["decoder_width"], model["decoder_patch_size"]
-        queries, values = pixels // query**2, 3 * query**2
-        modulation = 3 * inner**2 if model["decoder_interaction"] == "adaln" else 0
-        parts["condition"] = tokens * width * (patch // query) ** 2 * inner
-        parts["pixel_embed"] = queries * ((values + POSITION_FEATURES) * inner + inner**2)
-        parts["pixel_blocks"] = queries * model["decoder_depth"] * (modulation + 2 * inner**2)
-        parts["pixel_output"] = queries * inner * values
-    if model["name"] == "pixnerd":
-        inner, generated = model["decoder_width"], 2 * model["decoder_ratio"] * model["decoder_width"] ** 2
-        parts["condition"] = model["decoder_depth"] * tokens * width * generated
-        parts["pixel_embed"] = pixels * (3 + POSITION_FEATURES) * inner
-        parts["pixel_blocks"] = model["decoder_depth"] * pixels * generated
-        parts["pixel_output"] = pixels * inner * 3
+    parts = architecture(model["name"]).flops(model, *image_sides(image_size))
     return {name: 2.0 * multiply_adds for name, multiply_adds in parts.items()}
 
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import types
-
 import numpy as np
 import pytest
 
 from deco_jax.convert import deco
 from deco_jax.convert.mapping import flatten
 from deco_jax.errors import UserError
+from deco_jax.models import trunk
 from tests.helpers import golden, golden_params
 
 CONFIGS = {
-    "deco_c2i": types.SimpleNamespace(name="deco", depth=3, decoder_depth=2, patch_size=4, text_depth=0),
-    "deco_t2i": types.SimpleNamespace(name="deco", depth=3, decoder_depth=2, patch_size=4, text_depth=2),
-    "baseline_dit": types.SimpleNamespace(name="dit", depth=3, decoder_depth=0, patch_size=4, text_depth=0),
-    "pixnerd": types.SimpleNamespace(name="pixnerd", depth=3, decoder_depth=2, patch_size=4, text_depth=0),
+    "deco_c2i": dict(name="deco", depth=3, decoder_depth=2, patch_size=4, text_depth=0),
+    "deco_t2i": dict(name="deco", depth=3, decoder_depth=2, patch_size=4, text_depth=2),
+    "baseline_dit": dict(name="dit", depth=3, decoder_depth=0, patch_size=4, text_depth=0),
+    "pixnerd": dict(name="pixnerd", depth=3, decoder_depth=2, patch_size=4, text_depth=0),
 }
 
 
@@ -40,11 +39,11 @@ def test_patch_layouts():
     image = rng.normal(size=(3, patch, patch))  # channel, row, column
     official, ours = image.ravel(), image.transpose(1, 2, 0).ravel()
     into = rng.normal(size=(5, 3 * patch**2))
-    (kernel,) = deco.patch_in(patch).to_ours([into])
+    (kernel,) = trunk.patch_in(patch).to_ours([into])
     np.testing.assert_allclose(ours @ kernel, into @ official, rtol=1e-12)
     out, bias, hidden = rng.normal(size=(3 * patch**2, 5)), rng.normal(size=3 * patch**2), rng.normal(size=5)
-    (kernel,) = deco.patch_out(patch).to_ours([out])
-    (our_bias,) = deco.patch_out_bias(patch).to_ours([bias])
+    (kernel,) = trunk.patch_out(patch).to_ours([out])
+    (our_bias,) = trunk.patch_out_bias(patch).to_ours([bias])
     expected = (out @ hidden + bias).reshape(3, patch, patch).transpose(1, 2, 0)
     np.testing.assert_allclose((hidden @ kernel + our_bias).reshape(patch, patch, 3), expected, rtol=1e-12)
 
@@ -60,22 +59,22 @@ def test_blocks_are_stacked_and_the_fused_mlp_is_split():
 
 
 def test_another_depth_is_refused_with_the_names():
-    config = types.SimpleNamespace(**{**vars(CONFIGS["deco_c2i"]), "depth": 2})
+    config = {**CONFIGS["deco_c2i"], "depth": 2}
     with pytest.raises(UserError, match=r"tensors left over: 12 \(blocks\.2\.norm1\.weight, .* and 8 more\)"):
         deco.from_torch(config, golden_params("deco_c2i"))
-    config.depth = 4
+    config["depth"] = 4
     with pytest.raises(UserError, match=r"tensors missing: 12 \(blocks\.3\.norm1\.weight"):
         deco.from_torch(config, golden_params("deco_c2i"))
 
 
 def test_another_patch_size_is_refused():
-    config = types.SimpleNamespace(**{**vars(CONFIGS["baseline_dit"]), "patch_size": 8})
+    config = {**CONFIGS["baseline_dit"], "patch_size": 8}
     with pytest.raises(UserError, match=r"x_embedder\.proj\.weight of shape \[48, 48\] can't be read"):
         deco.from_torch(config, golden_params("baseline_dit"))
 
 
 def test_an_unknown_model_is_refused():
-    config = types.SimpleNamespace(**{**vars(CONFIGS["deco_c2i"]), "name": "unet"})
+    config = {**CONFIGS["deco_c2i"], "name": "unet"}
     with pytest.raises(UserError, match="unet"):
         deco.from_torch(config, golden_params("deco_c2i"))
 

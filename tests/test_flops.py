@@ -7,6 +7,7 @@ import pytest
 from configs import imagenet256, t2i_256
 from deco_jax import flops
 from deco_jax.conditioning import encoders
+from deco_jax.errors import UserError
 from deco_jax.models import network as network_lib
 from deco_jax.models.qwen3 import Sizes
 
@@ -84,6 +85,7 @@ MODELS = {
     "deco": {"name": "deco", **TRUNK, **DECODER, "decoder_patch_size": 1, "decoder_interaction": "adaln"},
     "patched": {"name": "deco", **TRUNK, **DECODER, "decoder_patch_size": 4, "decoder_interaction": "add"},
     "dit": {"name": "dit", **TRUNK},
+    "class_tokens": {"name": "dit", **TRUNK, "context_tokens": 5, "context_start": 1},
     "pixnerd": {"name": "pixnerd", **TRUNK, **DECODER, "decoder_ratio": 2},
     "text": {
         "name": "deco",
@@ -147,6 +149,11 @@ def test_sampling_counts_guided_evaluations_twice():
     assert flops.sampling(config) == 100 * one
     config.sample.sampler = "heun"
     assert flops.sampling(config) == 199 * one
+
+
+def test_an_unknown_model_has_no_flops():
+    with pytest.raises(UserError, match="name='unet' is not a model; choose one of deco, dit, pixnerd"):
+        flops.forward({"name": "unet"}, 32)
 
 
 def test_the_text_encoders_products_and_where_they_count():

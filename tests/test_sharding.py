@@ -15,7 +15,9 @@ from jax.sharding import PartitionSpec
 from configs import ablation, quickstart, t2i_256
 from deco_jax.errors import UserError
 from deco_jax.method.optimizer import make_optimizer
+from deco_jax.models import dinov2
 from deco_jax.models import network as network_lib
+from deco_jax.models.qwen3 import Qwen3, Sizes
 from deco_jax.run import sharding
 from deco_jax.run.state import initial_state
 from tests.helpers import ROOT, fake_devices
@@ -178,14 +180,31 @@ def test_every_leaf_has_a_rule(name, caplog):
 
 def test_what_does_not_divide_stays_whole_and_is_named(caplog):
     mesh = jax.sharding.AbstractMesh((1, 5), ("data", "fsdp"))
-    leaf = {
-        "qkv": {"kernel": jax.ShapeDtypeStruct((2, 32, 96), np.float32)},
-        "odd": jax.ShapeDtypeStruct((3,), np.float32),
-    }
+    leaf = {"qkv": {"kernel": jax.ShapeDtypeStruct((2, 32, 96), np.float32)}}
     shardings = sharding.state_shardings(mesh, leaf)
     assert all(s.spec == PartitionSpec() for s in jax.tree.leaves(shardings))
     assert "qkv/kernel (2, 32, 96) does not divide over fsdp=5" in caplog.text
-    assert "no sharding rule covers odd (3,)" in caplog.text
+
+
+def test_a_parameter_without_a_rule_is_an_error():
+    mesh = jax.sharding.AbstractMesh((1, 1), ("data", "fsdp"))
+    with pytest.raises(UserError, match=r"no sharding rule covers the parameter odd \(3,\)"):
+        sharding.state_shardings(mesh, {"odd": jax.ShapeDtypeStruct((3,), np.float32)})
+
+
+def test_every_frozen_network_s_leaf_has_a_rule(caplog):
+    """And its matrices are split along the width that divides, not left whole."""
+    mesh = jax.sharding.AbstractMesh((1, 4), ("data", "fsdp"))
+    teacher = dinov2.teacher("B", "", "bfloat16", 16).shapes
+    encoder = network_lib.functional(lambda rngs: Qwen3(Sizes(vocabulary=100, depth=2), rngs=rngs)).shapes
+    placed = sharding.state_shardings(mesh, {"teacher": teacher, "encoder": encoder})
+    split = {sharding.path_name(path) for path, leaf in jax.tree.leaves_with_path(placed) if "fsdp" in leaf.spec}
+    kernels = {
+        sharding.path_name(path)
+        for path, _ in jax.tree.leaves_with_path(placed)
+        if path[-1].key in ("kernel", "positions", "embedding")
+    }
+    assert split == kernels
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import os
 import pathlib
 import shutil
 import sys
-import types
 import zipfile
 
 import ml_dtypes
@@ -23,7 +22,7 @@ from tests.helpers import GOLDEN
 
 pytestmark = pytest.mark.fast
 
-CONFIG = types.SimpleNamespace(name="deco", depth=3, decoder_depth=2, patch_size=4, text_depth=0)
+CONFIG = dict(name="deco", depth=3, decoder_depth=2, patch_size=4, text_depth=0)
 CHECKPOINT = GOLDEN / "lightning.ckpt"
 
 

@@ -6,13 +6,16 @@ Source: DeCo (arXiv 2511.19365).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from flax import nnx
 
-from deco_jax.models.decoder import PixelDecoder
+from deco_jax.convert.mapping import VECTOR, Row
+from deco_jax.models.decoder import POSITION_FEATURES, PixelDecoder
 from deco_jax.models.dit import Trunk, TrunkSettings, intermediates
+from deco_jax.models.trunk import RULES, Architecture, linear_rows, trunk_flops, trunk_rows
 from deco_jax.schema import MAX_INT32, at_least, one_of, setting
 from deco_jax.shapes import Images, Labels, PerExample, Text
 
@@ -99,3 +102,48 @@ class DeCo(Trunk):
         h, time, _, aligned = self.hidden(images, times, context, aligned_layer, keys)
         features = jax.nn.silu(time[:, None] + h)
         return self.decoder(images, features), intermediates(low_frequency=features, aligned=aligned)
+
+
+def flops(model: Mapping[str, Any], height: int, width: int) -> dict[str, float]:
+    """Count the multiply-adds of a forward pass on one image, by part."""
+    patch, inner, query = model["patch_size"], model["decoder_width"], model["decoder_patch_size"]
+    queries, values = height * width // query**2, 3 * query**2
+    modulation = 3 * inner**2 if model["decoder_interaction"] == "adaln" else 0
+    return trunk_flops(model, height, width) | {
+        "condition": height * width // patch**2 * model["width"] * (patch // query) ** 2 * inner,
+        "pixel_embed": queries * ((values + POSITION_FEATURES) * inner + inner**2),
+        "pixel_blocks": queries * model["decoder_depth"] * (modulation + 2 * inner**2),
+        "pixel_output": queries * inner * values,
+    }
+
+
+def table(model: Mapping[str, Any]) -> list[Row]:
+    """Return the rows of DeCo's official checkpoints."""
+    block, many = "dec_net.res_blocks.{i}", {"count": model["decoder_depth"]}
+    rows = [
+        *linear_rows("x_embedder.embedder.0", "decoder.pixel_embed"),
+        *linear_rows("dec_net.cond_embed", "decoder.condition"),
+        *linear_rows("dec_net.input_proj", "decoder.input"),
+        Row(f"{block}.in_ln.weight", "decoder.blocks.norm.scale", VECTOR, **many),
+        Row(f"{block}.in_ln.bias", "decoder.blocks.norm.bias", VECTOR, **many),
+        *linear_rows(f"{block}.mlp.0", "decoder.blocks.mlp_in", **many),
+        *linear_rows(f"{block}.mlp.2", "decoder.blocks.mlp_out", **many),
+        *linear_rows("dec_net.final_layer.linear", "decoder.output"),
+    ]
+    if model.get("decoder_interaction", "adaln") == "adaln":
+        rows += linear_rows(f"{block}.adaLN_modulation.1", "decoder.blocks.modulation", **many)
+    return trunk_rows(model, "s_embedder.proj") + rows
+
+
+ARCHITECTURE = Architecture(
+    DeCo,
+    DeCoSettings,
+    flops,
+    (
+        (r"decoder/condition/kernel$", -2),
+        (r"decoder/(pixel_embed|condition|input|output)/", None),  # the pixel decoder's own layers: some kilobytes
+        (r"decoder/blocks/(norm|modulation|mlp_in|mlp_out)/", None),
+        *RULES,
+    ),
+    table,
+)

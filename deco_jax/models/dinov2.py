@@ -28,6 +28,13 @@ MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
+# How its parameters are split, see `run.sharding`.
+RULES = (
+    (r"teacher/blocks/(attention/qkv|mlp_in)/kernel$", -2),
+    (r"teacher/(blocks/(attention/out|mlp_out)/kernel|positions|patch_embed/kernel)$", -1),
+)
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention with biases."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 from jax.nn import initializers
 
+from deco_jax.convert.mapping import Row
 from deco_jax.models.layers import (
     REMAT_POLICIES,
     Dtype,
@@ -39,6 +40,7 @@ from deco_jax.models.layers import (
     xavier,
     zeros,
 )
+from deco_jax.models.trunk import RULES, Architecture, linear_rows, patch_out, patch_out_bias, trunk_flops, trunk_rows
 from deco_jax.schema import Rule, at_least, one_of, setting
 from deco_jax.shapes import Images, Labels, PerExample, Text
 
@@ -452,3 +454,22 @@ class DiT(Trunk):
 def intermediates(**arrays: jax.Array | None) -> dict[str, jax.Array]:
     """What a model returns beside its output, without the entries that were not asked for."""
     return {name: array for name, array in arrays.items() if array is not None}
+
+
+def flops(model: Mapping[str, Any], height: int, width: int) -> dict[str, float]:
+    """Count the multiply-adds of a forward pass of DiT on one image, by part."""
+    head = 2 * model["width"] ** 2 + height * width * model["width"] * 3
+    return trunk_flops(model, height, width) | {"head": head}
+
+
+def table(model: Mapping[str, Any]) -> list[Row]:
+    """Return the rows of the official baseline's checkpoints."""
+    return [
+        *trunk_rows(model, "x_embedder.proj"),
+        *linear_rows("final_layer.adaLN_modulation.0", "output.modulation"),
+        Row("final_layer.linear.weight", "output.linear.kernel", patch_out(model["patch_size"])),
+        Row("final_layer.linear.bias", "output.linear.bias", patch_out_bias(model["patch_size"])),
+    ]
+
+
+ARCHITECTURE = Architecture(DiT, TrunkSettings, flops, RULES, table)

@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deco_jax.models.deco import DeCo, DeCoSettings
-from deco_jax.models.dit import DiT, TrunkSettings
+from deco_jax.errors import UserError
+from deco_jax.models import deco, dit, pixnerd
 from deco_jax.models.layers import gather_parameters, is_variable
-from deco_jax.models.pixnerd import PixNerd, PixNerdSettings
+from deco_jax.models.trunk import Architecture
 from deco_jax.run import choices
 
-MODELS: dict[str, Callable[..., nnx.Module]] = {"deco": DeCo, "dit": DiT, "pixnerd": PixNerd}
+MODELS: dict[str, Architecture] = {"deco": deco.ARCHITECTURE, "dit": dit.ARCHITECTURE, "pixnerd": pixnerd.ARCHITECTURE}
 # Each model's section of the config; see `deco_jax.schema`.
-SETTINGS: dict[str, type] = {"deco": DeCoSettings, "dit": TrunkSettings, "pixnerd": PixNerdSettings}
+SETTINGS: dict[str, type] = {name: model.settings for name, model in MODELS.items()}
 
 Params = dict[str, Any]
 
@@ -103,6 +103,7 @@ def build(model: Mapping[str, Any]) -> Network:
         model: `name` picks the class; `prediction` belongs to the loss and samplers; every other entry is an
             argument of the class, so an unknown one is a TypeError.
     """
+    kind = architecture(model["name"])
     arguments = {key: value for key, value in dict(model).items() if key not in ("name", "prediction")}
     arguments["dtype"] = jnp.dtype(arguments["dtype"])
     if "attention" in arguments:
@@ -110,4 +111,11 @@ def build(model: Mapping[str, Any]) -> Network:
     if arguments.get("remat") == choices.AUTO:
         # Training has settled it by now, and without a gradient there is nothing to keep.
         arguments["remat"] = "none"
-    return functional(lambda rngs: MODELS[model["name"]](**arguments, rngs=rngs), arguments["dtype"])
+    return functional(lambda rngs: kind.module(**arguments, rngs=rngs), arguments["dtype"])
+
+
+def architecture(name: str) -> Architecture:
+    """Look a denoiser up by config.model.name. UserError if there is none of that name."""
+    if name not in MODELS:
+        raise UserError(f"config.model.name={name!r} is not a model; choose one of {', '.join(MODELS)}")
+    return MODELS[name]

@@ -6,15 +6,18 @@ Source: PixNerd (arXiv 2507.23268) as trained by DeCo's authors for Table 1.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deco_jax.convert.mapping import VECTOR, Row
 from deco_jax.models.decoder import POSITION_FEATURES, cosine_basis, embed_pixels
 from deco_jax.models.dit import Trunk, TrunkSettings, intermediates
 from deco_jax.models.layers import Dtype, Linear, RMSNorm, patchify, run_stack, stack, unpatchify, zeros
+from deco_jax.models.trunk import RULES, Architecture, linear_rows, trunk_flops, trunk_rows
 from deco_jax.schema import at_least, setting
 from deco_jax.shapes import Images, Labels, PerExample, Text
 
@@ -112,3 +115,41 @@ class PixNerd(Trunk):
         h, time, _, aligned = self.hidden(images, times, context, aligned_layer, keys)
         features = jax.nn.silu(time[:, None] + h)
         return self.decoder(images, features), intermediates(low_frequency=features, aligned=aligned)
+
+
+def flops(model: Mapping[str, Any], height: int, width: int) -> dict[str, float]:
+    """Count the multiply-adds of a forward pass on one image, by part."""
+    inner, pixels, depth = model["decoder_width"], height * width, model["decoder_depth"]
+    generated = 2 * model["decoder_ratio"] * inner**2
+    return trunk_flops(model, height, width) | {
+        "condition": depth * (pixels // model["patch_size"] ** 2) * model["width"] * generated,
+        "pixel_embed": pixels * (3 + POSITION_FEATURES) * inner,
+        "pixel_blocks": depth * pixels * generated,
+        "pixel_output": pixels * inner * 3,
+    }
+
+
+def table(model: Mapping[str, Any]) -> list[Row]:
+    """Return the rows of PixNerd's official checkpoints; its decoder blocks are numbered on from the trunk."""
+    many = {"count": model["decoder_depth"], "first": model["depth"]}
+    return [
+        *trunk_rows(model, "s_embedder.proj"),
+        *linear_rows("x_embedder.embedder.0", "decoder.pixel_embed"),
+        *linear_rows("blocks.{i}.param_generator1.0", "decoder.blocks.generator", **many),
+        Row("blocks.{i}.norm.weight", "decoder.blocks.norm.scale", VECTOR, **many),
+        Row("final_layer.norm.weight", "decoder.norm.scale", VECTOR),
+        *linear_rows("final_layer.linear", "decoder.output"),
+    ]
+
+
+ARCHITECTURE = Architecture(
+    PixNerd,
+    PixNerdSettings,
+    flops,
+    (
+        (r"decoder/blocks/generator/kernel$", -1),
+        (r"decoder/(pixel_embed|blocks/norm|norm|output)/", None),  # some kilobytes
+        *RULES,
+    ),
+    table,
+)

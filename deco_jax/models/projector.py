@@ -12,6 +12,8 @@ from deco_jax.models.layers import Dtype, Linear
 from deco_jax.models.network import Network, functional
 from deco_jax.shapes import Tokens
 
+RULES = ((r"projector/\w+/kernel$", -2),)  # how its parameters are split, see `run.sharding`
+
 
 class Projector(nnx.Module):
     """Linear–SiLU–Linear–SiLU–Linear: [batch, tokens, width] → [batch, tokens, teacher_width]."""

@@ -33,6 +33,13 @@ class Sizes:
     norm_epsilon: float = 1e-6
 
 
+# How its parameters are split, see `run.sharding`.
+RULES = (
+    (r"encoder/blocks/.*(query|key|value|gate|up)/kernel$", -2),
+    (r"encoder/(blocks/.*(out|down)/kernel|embed/embedding)$", -1),
+)
+
+
 class Attention(nnx.Module):
     """Causal grouped-query attention without biases; normalised, rotated queries and keys."""
 

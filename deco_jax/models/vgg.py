@@ -44,6 +44,10 @@ LINEAR = one_to_one(
 )
 
 
+# How its parameters are split, see `run.sharding`.
+RULES = ((r"lpips/convolutions/\d+/kernel$", -1), (r"lpips/weights/\d+$", None))
+
+
 class LPIPS(nnx.Module):
     """VGG16's convolutions and the five linear layers that weigh their features.
 

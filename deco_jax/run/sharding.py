@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -29,26 +30,22 @@ AXES = ("data", "fsdp")
 BATCH = PartitionSpec(AXES)
 WHOLE = PartitionSpec()
 
-# The first rule whose pattern is found in a parameter's path says which dimension is split; None: kept whole.
-# Always the model's width (or a multiple of it), which divides by any sensible number of devices, unlike the
-# 1001 labels or the 2730 hidden units.
+# The first rule whose pattern is found in a parameter's path says which dimension is split; None: kept whole. Networks
+# bring their own (`rules`); these are of what all of them have, and of the counters of a state.
 RULES: tuple[tuple[str, int | None], ...] = (
-    (r"decoder/condition/kernel$", -2),
-    (r"decoder/blocks/generator/kernel$", -1),
-    (r"decoder/", None),  # the pixel decoder's own layers: some kilobytes
-    (r"(qkv|text_kv|gate|up|query|key|value)/kernel$", -2),  # [depth, width, ...]
-    (r"(attention/out|down|modulation)/kernel$", -1),  # [depth, ..., width]
-    (r"(patch_embed|patch_reduce|time_embed/\w+|text_embed/proj)/kernel$", -1),
-    (r"(label_embed/embedding|encoder/embed/embedding|text_positions|context_positions)$", -1),
-    (r"output/linear/kernel$", -2),
-    (r"projector/\w+/kernel$", -2),
-    (r"teacher/blocks/mlp_in/kernel$", -2),
-    (r"teacher/(blocks/mlp_out/kernel|positions)$", -1),
-    (r"lpips/convolutions/\d+/kernel$", -1),
-    (r"lpips/weights/\d+$", None),
     (r"(bias|scale\d?|class_token|null)$", None),
     (r"(^|/)(step|skipped|count|mini_step|gradient_step)$", None),
 )
+
+
+@functools.cache
+def rules() -> tuple[tuple[str, int | None], ...]:
+    """The rules of all networks, then the common ones."""
+    # Not before it is needed: the networks import this module.
+    from deco_jax.models import dinov2, network, projector, qwen3, vgg
+
+    denoisers = (rule for model in network.MODELS.values() for rule in model.rules)
+    return (*denoisers, *projector.RULES, *dinov2.RULES, *qwen3.RULES, *vgg.RULES, *RULES)
 
 
 def make_mesh(data: int, fsdp: int, devices: list[jax.Device] | None = None) -> Mesh:
@@ -177,17 +174,23 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
-    """A NamedSharding for each leaf of a state (arrays or their shapes) by RULES; what they don't cover is logged.
+    """A NamedSharding for each leaf of a state (arrays or their shapes) by `rules`.
 
     Optimizer moments and averages have their parameter's path at the end of their own, so the same rules hold.
+
+    Raises:
+        UserError: a leaf is covered by no rule.
     """
     size = mesh.shape["fsdp"]
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = path_name(path)
-        rule = next((dim for pattern, dim in RULES if re.search(pattern, name)), "none")
+        rule = next((dim for pattern, dim in rules() if re.search(pattern, name)), "none")
         if rule == "none":
-            logging.warning("no sharding rule covers %s %s; every device keeps all of it", name, leaf.shape)
+            raise UserError(
+                f"no sharding rule covers the parameter {name} {leaf.shape}; its network's file in deco_jax/models "
+                "must have one (None: kept whole on every device)"
+            )
         if not isinstance(rule, int) or size == 1:
             return replicated(mesh)
         if leaf.shape[rule] % size:
