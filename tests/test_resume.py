@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import pathlib
 import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -16,7 +19,7 @@ import pytest
 from PIL import Image
 
 from deco_jax.run import preemption
-from tests.helpers import run_main
+from tests.helpers import ROOT, run_main
 from tests.runs import NO_SAMPLES, SMOKE, files, rows, signal_when, steps, succeed, two_steps
 
 TOTAL = 40
@@ -151,6 +154,32 @@ def test_other_classes_of_the_same_number_are_refused(tmp_path):
     assert result.returncode == 1
     assert "was trained on other classes: 0 was 'zero' and is '0'" in result.stderr
     assert files(workdir) == before
+
+
+def test_a_killed_data_worker_is_named_after_saving(tmp_path):
+    command = [SMOKE, NO_SAMPLES, "--config.data.num_workers=1", "--config.train.num_steps=100000"]
+    command += ["--config.train.save_every=100000", "--config.train.log_every=1", f"--workdir={tmp_path}"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "deco_jax.main", *command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("step "):
+                break
+        threads = pathlib.Path(f"/proc/{process.pid}/task").glob("*/children")
+        children = [pid for thread in threads for pid in thread.read_text().split()]
+        workers = [pid for pid in children if "spawn_main" in pathlib.Path(f"/proc/{pid}/cmdline").read_text()]
+        assert len(workers) == 1
+        os.kill(int(workers[0]), signal.SIGKILL)
+        said, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "error: a data worker was killed (exit code -9)" in errors
+    assert "Traceback" not in errors
+    saved = re.search(r"saved step (\d+)", said)
+    assert steps(tmp_path) == [saved[1]]
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])

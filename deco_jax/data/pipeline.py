@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import operator
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,6 +32,10 @@ EncodeCaption = Callable[[int, str], dict[str, np.ndarray]]
 
 # The share of unreadable images is judged as if at least this many had been read: one bad file is no reason to stop.
 MIN_IMAGES_JUDGED = 1000
+
+
+class WorkerLostError(UserError):
+    """A data worker was killed, by its number or by the lack of memory."""
 
 
 class Batches(Iterator[dict[str, Any]]):
@@ -66,7 +71,16 @@ class Batches(Iterator[dict[str, Any]]):
     def __next__(self) -> dict[str, Any]:
         if self._iterator is None:
             raise StopIteration
-        batch = next(self._iterator)
+        try:
+            batch = next(self._iterator)
+        except RuntimeError as error:
+            if "Worker process was terminated" not in str(error):
+                raise
+            code = re.search(r"exit code (-?\d+)", str(error))
+            raise WorkerLostError(
+                f"a data worker was killed{f' (exit code {code[1]})' if code else ''}, most often because this host is "
+                "out of memory; lower config.data.num_workers and start the same command again"
+            ) from error
         names = [self._source.name(int(i)) for i in batch["unreadable"] if i >= 0]
         for name in names:
             if name not in self._logged:

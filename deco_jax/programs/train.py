@@ -213,7 +213,17 @@ def loop(
             # While the device works on this step, the host brings the next batch.
             reader.used()
             if step < total:
-                batch = reader()
+                try:
+                    batch = reader()
+                except pipeline.WorkerLostError:
+                    if jax.process_count() == 1:  # several hosts save together or not at all
+                        for action in actions:
+                            if action.hurried and action.due(step, stopping=True):
+                                with may_compile(action):
+                                    action(step, state)
+                        run.checkpoints.wait()
+                        run.writer.say(f"saved step {step}")
+                    raise
 
             stopping = watch.stopping(step)
             done = []
