@@ -57,10 +57,9 @@ class Writer:
         row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._row, self._row_at = {"step": step, **row}, self._file.tell()
         self._put(step, {k: v for k, v in metrics.items() if isinstance(v, int | float)})
-        line = f"step {step}/{self._total}  " + "  ".join(
-            f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float)
-        )
-        self.say(f"{line}  {self._time_left(step)}", live=True)
+        # The time left comes first: a narrow terminal cuts the end.
+        line = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float))
+        self.say(f"step {step}/{self._total}  {self._time_left(step)}  {line}", live=True)
 
     def add(self, step: int, name: str, value: float) -> None:
         """Add a value that took long to measure to the line of its step, which must be the last one written."""
