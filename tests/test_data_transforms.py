@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from deco_jax.data import comparison
+from deco_jax.data.pipeline import read_one
+from deco_jax.data.sources import ImageFolder
 from deco_jax.data.transforms import center_crop, decode, flip
 
 pytestmark = pytest.mark.fast
@@ -143,3 +149,43 @@ def test_orientation_is_left_alone():
     exif[0x0112] = 6
     data = encoded(Image.new("RGB", (20, 10)), "JPEG", exif=exif.tobytes())
     assert decode(data).size == (20, 10)
+
+
+@pytest.mark.parametrize("width, height", [(500, 375), (333, 500), (700, 513), (256, 256)])
+def test_the_fast_crop_differs_by_one_level_in_few_pixels(width, height):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    exact, fast = (center_crop(picture, (256, 256), fast).astype(int) for fast in (False, True))
+    difference = np.abs(exact - fast)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-3
+
+
+def test_the_comparison_with_torch_prepares_the_same_pixels(tmp_path):
+    """Else it would compare two different things."""
+    source = ImageFolder(str(jpegs(tmp_path)))
+    plain = comparison.Plain(source, (64, 64))
+    for index in range(len(source)):
+        np.testing.assert_array_equal(plain[index][0], read_one(source, index, (64, 64))["image"])
+
+
+def jpegs(folder):
+    rng = np.random.default_rng(0)
+    (folder / "class").mkdir()
+    for i, (width, height) in enumerate([(100, 75), (75, 100), (300, 200), (64, 64)]):
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "class" / f"{i}.jpg")
+    return folder
+
+
+def test_a_cores_images(tmp_path):
+    source = ImageFolder(str(jpegs(tmp_path)))
+    assert comparison.images_per_core_second(source, (64, 64), False) > 0
+
+
+def test_processor_time_counts_the_processes_that_were_started():
+    before = comparison.cpu_seconds()
+    busy = "import time; end = time.process_time() + 0.5\nwhile time.process_time() < end: pass\ninput()"
+    with subprocess.Popen([sys.executable, "-c", busy], stdin=subprocess.PIPE) as process:
+        while comparison.cpu_seconds() - before < 0.4:
+            time.sleep(0.05)
+        process.communicate(b"\n")

@@ -97,6 +97,8 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
             f"config.model.patch_size={model.patch_size} does not divide the image, {height}x{width}; "
             f"change it or config.data.image_size"
         )
+    if data.fast_crop and data.random_crop:
+        raise UserError("config.data.fast_crop is of the centre; leave it out with config.data.random_crop")
     if model.width % model.num_heads:
         raise UserError(f"config.model.num_heads={model.num_heads} does not divide config.model.width={model.width}")
     if model.width // model.num_heads % 4:

@@ -116,13 +116,14 @@ def train_batches(
     random_crop: bool = False,
     max_unreadable: float = 0.01,
     encode_caption: EncodeCaption | None = None,
+    fast_crop: bool = False,
 ) -> Batches:
     """Endless batches for training, reshuffled every epoch, from step `start_step` on.
 
     `image_size` is (height, width), `batch_size` global. Host i gets rows i·local to (i + 1)·local of each global
     batch, local = batch_size / host_count: the hosts' rows in their order are what a single host would get.
-    `flip` mirrors half of the images, `random_crop` cuts them at random. `encode_caption` runs in the workers and is
-    pickled to them.
+    `flip` mirrors half of the images, `random_crop` cuts them at random; `fast_crop`: see `transforms.center_crop`.
+    `encode_caption` runs in the workers and is pickled to them.
     """
 
     def maybe_flip(sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
@@ -132,7 +133,7 @@ def train_batches(
     if random_crop:
         samples = samples.random_map(lambda index, rng: read_one(source, index, image_size, encode_caption, rng))
     else:
-        samples = samples.map(lambda index: read_one(source, index, image_size, encode_caption))
+        samples = samples.map(lambda index: read_one(source, index, image_size, encode_caption, fast_crop=fast_crop))
     if flip:
         samples = samples.random_map(maybe_flip)
     # Hosts take turns with whole local batches, which makes their rows contiguous in the global one.
@@ -187,6 +188,7 @@ def read_one(
     image_size: tuple[int, int],
     encode_caption: EncodeCaption | None = None,
     rng: np.random.Generator | None = None,
+    fast_crop: bool = False,
 ) -> dict[str, Any]:
     """One sample: `image` uint8 `[height, width, 3]`, `label` int32, `unreadable` int64, and what its source adds.
 
@@ -201,7 +203,7 @@ def read_one(
             sample = source[used]
             picture = transforms.decode(sample["image"])
             if rng is None:
-                image = transforms.center_crop(picture, image_size)
+                image = transforms.center_crop(picture, image_size, fast_crop)
             else:
                 image = transforms.random_crop(picture, image_size, rng)
         except UserError:

@@ -22,8 +22,9 @@ from jax.sharding import Mesh
 from deco_jax import flops
 from deco_jax.conditioning.condition import Condition, open_condition
 from deco_jax.conditioning.requests import even_labels
-from deco_jax.data import sources
+from deco_jax.data import comparison, sources
 from deco_jax.data.transforms import image_sides
+from deco_jax.errors import UserError
 from deco_jax.method.objective import make_method
 from deco_jax.method.optimizer import make_optimizer
 from deco_jax.method.training import abstract_networks, choose_remat, lower_observe, lower_train_step
@@ -94,6 +95,8 @@ def benchmark(config: ml_collections.ConfigDict, workdir: str, import_seconds: f
         time_forward(config, mesh, condition, add)
     if "input" in parts:
         time_input(config, mesh, source, condition, add)
+        report["input"] = input_per_core(config, source, report["rows"].get("train step"), mesh.size)
+        say(describe_input(report["input"]))
     if "inception" in parts:
         time_inception(config, mesh, add)
     memory = monitor.peak_memory()
@@ -227,6 +230,36 @@ def time_input(
         add("input batch", timed(read, ready), config.data.batch_size)
     finally:
         batches.close()
+
+
+def input_per_core(
+    config: ml_collections.ConfigDict, source: sources.Source, step: Row | None, devices: int
+) -> dict[str, Any]:
+    """Images per second of one core, how many cores a device needs to be fed, and PyTorch's DataLoader if asked for."""
+    sides, fast = image_sides(config.data.image_size), config.data.fast_crop
+    rate = comparison.images_per_core_second(source, sides, fast)
+    values: dict[str, Any] = {"images_per_core_second": rate, "fast_crop": fast}
+    if step is not None:
+        values["cores_per_device"] = step["images_per_second"] / devices / rate
+    if "torch" in config.benchmark.parts.split(","):
+        try:
+            values["against_torch"] = comparison.against_torch(source, sides, fast)
+        except ImportError:
+            raise UserError("config.benchmark.parts: torch needs PyTorch, pip install torch; or leave it out") from None
+    return values
+
+
+def describe_input(values: dict[str, Any]) -> str:
+    text = f"a core reads {values['images_per_core_second']:.4g} images/s"
+    if "cores_per_device" in values:
+        text += f"; a device needs {values['cores_per_device']:.2g} cores to be fed"
+    if "against_torch" in values:
+        rates = values["against_torch"]
+        text += (
+            f"; in batches, with a worker, {rates['deco_jax']:.4g} for a second of a core, PyTorch's DataLoader "
+            f"{rates['torch']:.4g}: {rates['ratio']:.2f} x"
+        )
+    return text
 
 
 def random_batch(config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition) -> dict[str, jax.Array]:

@@ -265,6 +265,7 @@ def open_batches(
         host_index=sharding.host_rank(mesh),
         host_count=jax.process_count(),
         num_workers=data.num_workers,
+        fast_crop=data.fast_crop,
         flip=data.flip,
         random_crop=data.random_crop,
         max_unreadable=data.max_unreadable,
