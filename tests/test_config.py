@@ -164,7 +164,7 @@ def test_every_number_has_a_range():
     ]
     assert len(numbers) > 50
     for name, declared in numbers:
-        for value in (2**80, -(2**80), 10**400):
+        for value in (1e39, -1e39, 10**400) if float in declared.kinds else (2**80, -(2**80), 10**400):
             assert schema.wrong(name, value, declared), name
 
 

@@ -87,9 +87,9 @@ def settle_model(config: ml_collections.ConfigDict, given: Collection[str]) -> N
     Raises:
         UserError: one of them belongs to the model that the config had.
     """
-    name = config.model.name
-    if "model.name" not in given or name not in MODEL:
+    if "model.name" not in given or config.model.name not in MODEL:
         return
+    name = config.model.name
     others = [key for key in config.model if key not in MODEL[name] and f"model.{key}" in given]
     if others:
         raise UserError(f"config.model.{others[0]} is not a setting of the model {name}; leave it out")
