@@ -1,7 +1,8 @@
 """The terms of the objective, one file each.
 
 A file has the loss as a pure function, a `Loss` that hands it what it needs of a step, and `from_config`, which builds
-it from the settings or returns None where they turn it off. `LOSSES` is their order in the sum.
+it from the settings or returns None where they turn it off. `LOSSES` is their order in the sum; a program that
+appends to it trains with a loss of its own.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import ml_collections
 from deco_jax.method.losses import frequency, perceptual, pixel, repa
 from deco_jax.method.losses.loss import Loss
 
-LOSSES: tuple[Callable[[ml_collections.ConfigDict], Loss | None], ...] = (
+LOSSES: list[Callable[[ml_collections.ConfigDict], Loss | None]] = [
     pixel.from_config,
     frequency.from_config,
     repa.from_config,
     perceptual.lpips_from_config,
     perceptual.dino_from_config,
-)
+]
