@@ -37,7 +37,7 @@ def test_smoke_trains_and_samples(tmp_path, tmp_path_factory, name):
     said = succeed(*command, "--config.sample.npz=True").stdout
     assert "compiling the training step" in said
     assert re.search(r"compiled in \d+\.\d s", said)
-    assert re.search(rf"step {total}/{total}  .*loss .*images_per_second .* left", said)
+    assert re.search(rf"step {total}/{total}  \S+ left  .*loss .*images_per_second ", said)
 
     assert json.loads((tmp_path / "config.json").read_text()) == config_lib.to_json(config)
     logged = rows(tmp_path)
