@@ -98,7 +98,7 @@ def load(
     Raises:
         UserError: there is nothing of that kind at `path`, it is damaged, or it has no such average.
 
-    Example:
+    Examples:
         >>> model = deco_jax.load("runs/quickstart")
         >>> images = model.sample(classes=7, num_steps=40)
     """
@@ -222,7 +222,7 @@ class Model:
         Raises:
             UserError: neither or both of classes and prompts are given, one of them isn't there, or a setting can't be.
 
-        Example:
+        Examples:
             >>> model.sample(classes=["cat", "dog"], guidance=3.2, num_steps=50, sampler="heun", seed=1).shape
             (2, 256, 256, 3)
             >>> model.sample(prompts="a red fox in the snow", negative_prompt="blurry", size=(512, 384)).shape
@@ -253,7 +253,7 @@ class Model:
         Raises:
             UserError: as `sample`, at the first snapshot.
 
-        Example:
+        Examples:
             >>> [snapshot.step for snapshot in model.stream(classes=[1], num_steps=3)]
             [0, 1, 2, 3]
         """
@@ -275,7 +275,7 @@ class Model:
         Raises:
             UserError: shapes that don't fit, a class that isn't there.
 
-        Example:
+        Examples:
             >>> energy = lambda x: jnp.sum(jnp.square(model.velocity(x, 0.5, [3])))
             >>> jax.grad(energy)(jnp.zeros((1, 16, 16, 3))).shape
             (1, 16, 16, 3)
@@ -315,7 +315,7 @@ class Model:
         Raises:
             UserError: settings that can't be, images of another shape.
 
-        Example:
+        Examples:
             >>> noise, context = model.invert(images, [3, 3, 7], num_steps=100)
             >>> again = model.sample(context=context, noise=noise, guidance=1.0, sampler="heun", num_steps=100)
         """

@@ -43,4 +43,4 @@ def _modules(folder: pathlib.Path, recursive: bool) -> str:
 def _without_folder(markdown: str) -> str:
     """Turn links from the repository's root into links within docs/; other files of the root become plain text."""
     markdown = re.sub(r"\]\(docs/", "](", markdown).replace("](CONTRIBUTING.md)", "](contributing.md)")
-    return re.sub(r"\[([^\]]*)\]\((?:LICENSE|CITATION\.cff)\)", r"\1", markdown)
+    return re.sub(r"\[([^\]]*)\]\((?:LICENSE|CITATION\.cff|examples/)\)", r"\1", markdown)
