@@ -15,8 +15,10 @@ import numpy as np
 from flax import nnx
 
 from deco_jax.convert.mapping import MATRIX, TRANSPOSE, VECTOR, Row, Transform, halves, one_to_one
+from deco_jax.models import dit
 from deco_jax.models.dit import BlockStyle, DiT, FinalLayer, TrunkSettings
 from deco_jax.models.layers import Linear, RMSNorm, TimestepEmbedding, xavier, zeros
+from deco_jax.models.trunk import RULES, Architecture, linear_rows
 from deco_jax.schema import at_least, setting
 
 PERIOD = 10_000.0
@@ -112,21 +114,14 @@ def convolution(patch: int) -> Transform:
 def table(model: Mapping[str, Any]) -> list[Row]:
     """Return the rows of the official checkpoints of JiT and PixelGen for a `config.model`."""
     patch, many = model["patch_size"], {"count": model["depth"]}
-
-    def linear(torch: str, ours: str, **blocks: Any) -> list[Row]:
-        return [
-            Row(f"{torch}.weight", f"{ours}.kernel", TRANSPOSE, **blocks),
-            Row(f"{torch}.bias", f"{ours}.bias", VECTOR, **blocks),
-        ]
-
     rows = [
-        *linear("t_embedder.mlp.0", "time_embed.hidden"),
-        *linear("t_embedder.mlp.2", "time_embed.out"),
+        *linear_rows("t_embedder.mlp.0", "time_embed.hidden"),
+        *linear_rows("t_embedder.mlp.2", "time_embed.out"),
         Row("y_embedder.embedding_table.weight", "label_embed.embedding", MATRIX),
         Row("final_layer.norm_final.weight", "output.norm.scale", VECTOR),
         Row("final_layer.linear.weight", "output.linear.kernel", TRANSPOSE),
         Row("final_layer.linear.bias", "output.linear.bias", VECTOR),
-        *linear("final_layer.adaLN_modulation.1", "output.modulation"),
+        *linear_rows("final_layer.adaLN_modulation.1", "output.modulation"),
     ]
     if model["context_tokens"]:
         rows.append(Row("in_context_posemb", "context_positions", FIRST_OF_ONE))
@@ -144,11 +139,23 @@ def table(model: Mapping[str, Any]) -> list[Row]:
         rows.append(Row(f"{block}.{name}.weight", f"blocks.{name}.scale", VECTOR, **many))
     for name in ("q_norm", "k_norm"):
         rows.append(Row(f"{block}.attn.{name}.weight", f"blocks.attention.{name}.scale", VECTOR, **many))
-    rows += linear(f"{block}.attn.qkv", "blocks.attention.qkv", **many)
-    rows += linear(f"{block}.attn.proj", "blocks.attention.out", **many)
-    rows += linear(f"{block}.mlp.w3", "blocks.mlp.down", **many)
-    rows += linear(f"{block}.adaLN_modulation.1", "blocks.modulation", **many)
+    rows += linear_rows(f"{block}.attn.qkv", "blocks.attention.qkv", **many)
+    rows += linear_rows(f"{block}.attn.proj", "blocks.attention.out", **many)
+    rows += linear_rows(f"{block}.mlp.w3", "blocks.mlp.down", **many)
+    rows += linear_rows(f"{block}.adaLN_modulation.1", "blocks.modulation", **many)
     gate, up = "blocks.mlp.gate", "blocks.mlp.up"
     rows.append(Row(f"{block}.mlp.w12.weight", (f"{gate}.kernel", f"{up}.kernel"), halves(), **many))
     rows.append(Row(f"{block}.mlp.w12.bias", (f"{gate}.bias", f"{up}.bias"), BIAS_HALVES, **many))
     return rows
+
+
+def flops(model: Mapping[str, Any], height: int, width_px: int) -> dict[str, float]:
+    """Count the multiply-adds of a forward pass on one image, by part."""
+    parts, patch, reduced = dit.flops(model, height, width_px), model["patch_size"], model["bottleneck"]
+    if reduced:
+        tokens, inputs = height * width_px // patch**2, 3 * patch**2
+        parts["embeddings"] += tokens * ((inputs + model["width"]) * reduced - inputs * model["width"])
+    return parts
+
+
+ARCHITECTURE = Architecture(JiT, JiTSettings, flops, RULES, table)

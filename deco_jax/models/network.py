@@ -14,12 +14,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deco_jax.errors import UserError
-from deco_jax.models import deco, dit, pixnerd
+from deco_jax.models import deco, dit, jit, pixnerd
 from deco_jax.models.layers import gather_parameters, is_variable
 from deco_jax.models.trunk import Architecture
 from deco_jax.run import choices
 
-MODELS: dict[str, Architecture] = {"deco": deco.ARCHITECTURE, "dit": dit.ARCHITECTURE, "pixnerd": pixnerd.ARCHITECTURE}
+MODELS: dict[str, Architecture] = {
+    "deco": deco.ARCHITECTURE,
+    "dit": dit.ARCHITECTURE,
+    "pixnerd": pixnerd.ARCHITECTURE,
+    "jit": jit.ARCHITECTURE,
+}
 # Each model's section of the config; see `deco_jax.schema`.
 SETTINGS: dict[str, type] = {name: model.settings for name, model in MODELS.items()}
 
