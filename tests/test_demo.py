@@ -172,7 +172,7 @@ def test_text_to_image_in_a_browser(captions):
         page = open_page(address)
         page.get_by_role("button", name="Draw").wait_for()
         page.get_by_role("button", name="Draw").click()
-        page.get_by_text("the prompt is empty").first.wait_for()
+        page.get_by_text("a prompt is empty").first.wait_for()
         fill(page, "Prompt", "three <b>")
         fill(page, "Negative prompt", "seven")
         fill(page, "number input for Steps", 2)
@@ -238,10 +238,10 @@ def test_fields_of_the_page():
         "shift": 1,
         "seed": 7,
     }
-    assert demo.read_asked(fields) == asked(count=1, num_steps=5, sampler="heun", guidance=3.0, seed=7)
+    assert demo.read_request(fields) == asked(count=1, num_steps=5, sampler="heun", guidance=3.0, seed=7)
     for empty in (None, "", float("inf")):
         with pytest.raises(UserError, match=r"num steps: .* won't do"):
-            demo.read_asked({**fields, "num_steps": empty})
+            demo.read_request({**fields, "num_steps": empty})
 
 
 def test_names_of_classes(tmp_path):
