@@ -67,7 +67,7 @@ def open_encoder(config: ml_collections.ConfigDict) -> Encoder:
     length, width, path = (
         config.model.text_length,
         config.model.text_width,
-        os.fspath(storage.local(os.path.expanduser(config.text.path))),
+        os.fspath(storage.local(os.path.expanduser(config.text.path))) if config.text.path else "",
     )
     if config.text.encoder == "bytes":
         identity = json.dumps(["bytes", length, width])
