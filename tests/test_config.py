@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from configs import ablation, cifar10, imagenet256, quickstart, t2i_256
+from configs import ablation, cifar10, imagenet256, jit256, quickstart, t2i_256
 from deco_jax import config as config_lib
 from deco_jax import schema
 from deco_jax.errors import UserError
@@ -72,7 +72,8 @@ def test_every_setting_is_read(section):
 
 
 def test_models_take_exactly_the_settings_of_their_table():
-    configs = [quickstart.get_config("smoke"), ablation.get_config("dit-smoke"), ablation.get_config("pixnerd-smoke")]
+    rows = [ablation.get_config(f"{row}-smoke") for row in ("dit", "pixnerd")]
+    configs = [quickstart.get_config("smoke"), jit256.get_config("smoke"), *rows]
     assert {config.model.name for config in configs} == set(config_lib.MODEL) == set(MODELS)
     for config in configs:
         config_lib.check(config)
@@ -89,6 +90,7 @@ WRONG = [
     ("model.width", 0, "width=0 must be at least"),
     ("model.num_heads", 5, "num_heads=5 does not divide .*width=32"),
     ("model.num_heads", 16, "head width 2 .*multiple of 4"),
+    ("model.context_start", 9, "context_start=9 is deeper than config.model.depth"),
     ("model.patch_size", 5, "patch_size=5 does not divide the image, 16x16"),
     ("model.decoder_patch_size", 3, "decoder_patch_size=3 does not divide"),
     ("model.dtype", "float16", "one of bfloat16, float32"),

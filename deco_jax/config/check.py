@@ -118,6 +118,15 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
             "a model is conditioned on classes or on text: set one of config.model.num_classes and "
             "config.model.text_width above 0 and the other to 0"
         )
+    if model.context_tokens and model.text_width:
+        raise UserError(
+            "config.model.context_tokens are tokens of a class, and the model reads text; set it to 0, or "
+            "config.model.text_width"
+        )
+    if model.context_start > model.depth:
+        raise UserError(
+            f"config.model.context_start={model.context_start} is deeper than config.model.depth={model.depth}"
+        )
     if model.text_width and not model.text_length:
         raise UserError("config.model.text_width is set, so config.model.text_length must be at least 1")
     if model.text_width and config.text.encoder == "bytes" and model.text_width < BYTE_WIDTH:
@@ -143,7 +152,7 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
         )
     if loss.repa_weight and loss.repa_layer > model.depth:
         raise UserError(f"config.loss.repa_layer={loss.repa_layer} is deeper than config.model.depth={model.depth}")
-    if loss.repa_weight and (height * 14 % model.patch_size or width * 14 % model.patch_size):
+    if (loss.repa_weight or loss.dino_weight) and (height * 14 % model.patch_size or width * 14 % model.patch_size):
         raise UserError(
             f"the teacher reads the image at 14/{model.patch_size} of its size, which is not whole for {height}x{width}"
         )
