@@ -66,11 +66,15 @@ def fake_devices(count: int) -> dict[str, str]:
 
 
 def run_main(
-    *arguments: object, timeout: float = 300, env: dict[str, str] | None = None, **options
+    *arguments: object, timeout: float = 300, env: dict[str, str] | None = None, prefix: tuple[str, ...] = (), **options
 ) -> subprocess.CompletedProcess:
-    """`python -m deco_jax.main ARGUMENTS` from the repository's root, output captured as text."""
+    """`python -m deco_jax.main ARGUMENTS` from the repository's root, output captured as text.
+
+    Args:
+        prefix: a command that runs the rest as its arguments.
+    """
     return subprocess.run(
-        [sys.executable, "-m", "deco_jax.main", *map(str, arguments)],
+        [*prefix, sys.executable, "-m", "deco_jax.main", *map(str, arguments)],
         cwd=ROOT,
         capture_output=True,
         text=True,
