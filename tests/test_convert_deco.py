@@ -8,7 +8,7 @@ import pytest
 from deco_jax.convert import deco
 from deco_jax.convert.mapping import flatten
 from deco_jax.errors import UserError
-from deco_jax.models import trunk
+from deco_jax.models import official_names
 from tests.helpers import golden, golden_params
 
 CONFIGS = {
@@ -39,11 +39,11 @@ def test_patch_layouts():
     image = rng.normal(size=(3, patch, patch))  # channel, row, column
     official, ours = image.ravel(), image.transpose(1, 2, 0).ravel()
     into = rng.normal(size=(5, 3 * patch**2))
-    (kernel,) = trunk.patch_in(patch).to_ours([into])
+    (kernel,) = official_names.patch_in(patch).to_ours([into])
     np.testing.assert_allclose(ours @ kernel, into @ official, rtol=1e-12)
     out, bias, hidden = rng.normal(size=(3 * patch**2, 5)), rng.normal(size=3 * patch**2), rng.normal(size=5)
-    (kernel,) = trunk.patch_out(patch).to_ours([out])
-    (our_bias,) = trunk.patch_out_bias(patch).to_ours([bias])
+    (kernel,) = official_names.patch_out(patch).to_ours([out])
+    (our_bias,) = official_names.patch_out_bias(patch).to_ours([bias])
     expected = (out @ hidden + bias).reshape(3, patch, patch).transpose(1, 2, 0)
     np.testing.assert_allclose((hidden @ kernel + our_bias).reshape(patch, patch, 3), expected, rtol=1e-12)
 

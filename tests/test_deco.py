@@ -132,7 +132,7 @@ def test_gradients_equal_a_plain_loop_s():
 
     ours = jax.jit(jax.grad(functools.partial(loss, model=model | {"remat": "full", "unroll": 2})))(params)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deco_jax.models.dit.run_stack", plain_scan)
+        patch.setattr("deco_jax.models.trunk.run_stack", plain_scan)
         patch.setattr("deco_jax.models.decoder.run_stack", plain_scan)
         plain = jax.jit(jax.grad(functools.partial(loss, model=model)))(params)
     for path, expected in jax.tree_util.tree_leaves_with_path(plain):

@@ -13,9 +13,10 @@ import jax
 from flax import nnx
 
 from deco_jax.convert.mapping import VECTOR, Row
+from deco_jax.models.architecture import Architecture
 from deco_jax.models.decoder import POSITION_FEATURES, PixelDecoder
-from deco_jax.models.dit import Trunk, TrunkSettings, intermediates
-from deco_jax.models.trunk import RULES, Architecture, linear_rows, trunk_flops, trunk_rows
+from deco_jax.models.official_names import linear_rows
+from deco_jax.models.trunk import RULES, Trunk, TrunkSettings, intermediates, trunk_flops, trunk_rows
 from deco_jax.schema import MAX_INT32, at_least, one_of, setting
 from deco_jax.shapes import Images, Labels, PerExample, Text
 
@@ -48,7 +49,7 @@ class DeCo(Trunk):
         decoder_patch_size: pixels a side that the decoder treats as one token (1 in the paper's model).
         decoder_interaction: how the decoder takes the condition, "adaln" or "add".
         decoder_chunk: queries the decoder works on at a time; see `pixel_decoder.PixelDecoder`.
-        trunk: see `dit.Trunk`.
+        trunk: see `trunk.Trunk`.
     """
 
     def __init__(

@@ -16,9 +16,12 @@ from flax import nnx
 
 from deco_jax.convert.mapping import MATRIX, TRANSPOSE, VECTOR, Row, Transform, halves, one_to_one
 from deco_jax.models import dit
-from deco_jax.models.dit import BlockStyle, DiT, FinalLayer, TrunkSettings
+from deco_jax.models.architecture import Architecture
+from deco_jax.models.blocks import BlockStyle
+from deco_jax.models.dit import DiT, FinalLayer
 from deco_jax.models.layers import Linear, RMSNorm, TimestepEmbedding, xavier, zeros
-from deco_jax.models.trunk import RULES, Architecture, linear_rows
+from deco_jax.models.official_names import linear_rows
+from deco_jax.models.trunk import RULES, TrunkSettings
 from deco_jax.schema import at_least, setting
 
 PERIOD = 10_000.0
@@ -38,7 +41,7 @@ class JiT(DiT):
 
     Args:
         bottleneck: channels that a patch is reduced to on its way in; 0: one Linear.
-        trunk: see `dit.Trunk`; class-to-image only.
+        trunk: see `trunk.Trunk`; class-to-image only.
     """
 
     style = BlockStyle(use_bias=True, kernel_init=xavier, bias_init=zeros, modulation_init=zeros)

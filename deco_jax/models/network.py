@@ -15,8 +15,8 @@ from flax import nnx
 
 from deco_jax.errors import UserError
 from deco_jax.models import deco, dit, jit, pixnerd
+from deco_jax.models.architecture import Architecture
 from deco_jax.models.layers import gather_parameters, is_variable
-from deco_jax.models.trunk import Architecture
 from deco_jax.run import choices
 
 MODELS: dict[str, Architecture] = {

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deco_jax.convert.mapping import VECTOR, Row
+from deco_jax.models.architecture import Architecture
 from deco_jax.models.decoder import POSITION_FEATURES, cosine_basis, embed_pixels
-from deco_jax.models.dit import Trunk, TrunkSettings, intermediates
 from deco_jax.models.layers import Dtype, Linear, RMSNorm, patchify, run_stack, stack, unpatchify, zeros
-from deco_jax.models.trunk import RULES, Architecture, linear_rows, trunk_flops, trunk_rows
+from deco_jax.models.official_names import linear_rows
+from deco_jax.models.trunk import RULES, Trunk, TrunkSettings, intermediates, trunk_flops, trunk_rows
 from deco_jax.schema import at_least, setting
 from deco_jax.shapes import Images, Labels, PerExample, Text
 
@@ -86,7 +87,7 @@ class PixNerdSettings(TrunkSettings):
 
 
 class PixNerd(Trunk):
-    """Args: decoder_width, decoder_depth, decoder_ratio (hidden / width) of the generated blocks; see `dit.Trunk`."""
+    """Args: decoder_width, decoder_depth, decoder_ratio (hidden / width) of the generated blocks; see `trunk.Trunk`."""
 
     def __init__(
         self, *, decoder_width: int, decoder_depth: int, decoder_ratio: int, rngs: nnx.Rngs, **trunk: Any

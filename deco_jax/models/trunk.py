@@ -1,40 +1,289 @@
-"""What the models around a transformer have in common besides the module: FLOPs, sharding, official names.
+"""The transformer that the models share: embeddings and blocks; DeCo's low-frequency half.
 
-The official code holds images as [batch, 3, height, width] and flattens a patch channel first
-(index c·P² + row·P + column); ours are [batch, height, width, 3] and a patch is (row, column, channel).
-Everything else differs by a transposition only. Source: the parameter names of the published DeCo
-checkpoints (arXiv 2511.19365).
+    images ─ patchify ─ Linear ─┐
+    times ─ TimestepEmbedding ──┼─ blocks (scan) ─ hidden [batch, tokens, width] ─ a head: DeCo, DiT, PixNerd
+    labels or text ─────────────┘
+
+Its FLOPs, sharding rules and official names stand below it. Source: DeCo (arXiv 2511.19365) and the parameter names of
+its published checkpoints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.nn import initializers
 
-from deco_jax.convert.mapping import DROP_FIRST, MATRIX, TRANSPOSE, VECTOR, Row, Transform, halves, one_to_one
+from deco_jax.convert.mapping import DROP_FIRST, MATRIX, TRANSPOSE, VECTOR, Row, halves
+from deco_jax.models.architecture import Rules
+from deco_jax.models.blocks import PLAIN, Block, Dropout
+from deco_jax.models.layers import (
+    REMAT_POLICIES,
+    Dtype,
+    Linear,
+    RMSNorm,
+    TimestepEmbedding,
+    patchify,
+    rotary_angles,
+    run_stack,
+    stack,
+    xavier,
+    zeros,
+)
+from deco_jax.models.official_names import linear_rows, patch_in
+from deco_jax.schema import Rule, at_least, one_of, setting
+from deco_jax.shapes import Images, Labels, PerExample, Text
 
-# (pattern, the dimension that is split along "fsdp"; None: kept whole); see `run.sharding`.
-Rules = tuple[tuple[str, int | None], ...]
+
+@dataclasses.dataclass(frozen=True)
+class TrunkSettings:
+    """The settings of the transformer, which every model here has; see `schema.setting`."""
+
+    prediction: str = setting("v", "What the output is: the velocity v, or the clean image x.", one_of("v", "x"))
+    width: int = setting(1152, "Channels of the transformer.", at_least(4, 2**16))
+    depth: int = setting(28, "Transformer blocks.", at_least(1, 1024))
+    num_heads: int = setting(16, "Attention heads; each has a multiple of 4 channels.", at_least(1, 1024))
+    patch_size: int = setting(16, "Side of the patches that are the transformer's tokens, in pixels.", at_least(1, 512))
+    num_classes: int = setting(1000, "Classes; 0 for text to image.", at_least(0, 1_000_000))
+    text_width: int = setting(0, "Channels of the text features; 0 for class to image.", at_least(0, 2**16))
+    text_length: int = setting(0, "Tokens of a caption; longer ones are cut.", at_least(0, 8192))
+    text_depth: int = setting(0, "Blocks that refine the text features.", at_least(0, 1024))
+    context_tokens: int = setting(
+        0, "Tokens of the class that join the image's on the way (JiT's in-context conditioning).", at_least(0, 4096)
+    )
+    context_start: int = setting(0, "Blocks before which they join.", at_least(0, 1024))
+    dropout: float = setting(
+        0.0,
+        "Share of the units that training drops in the middle half of the blocks.",
+        Rule(lambda share: 0 <= share < 1, "from 0 to below 1"),
+        computed=True,
+    )
+    dtype: str = setting(
+        "bfloat16",
+        "Precision of the computation; parameters are float32. float32 is exact on GPUs and TPUs too, and slow there.",
+        one_of("bfloat16", "float32"),
+        computed=True,
+    )
+    remat: str = setting(
+        "auto",
+        "What is recomputed in the backward pass. none: fastest, most memory; dots: all but matrix products; "
+        "full: slowest, least memory; auto: the first of these whose compiled step fits.",
+        one_of("auto", *REMAT_POLICIES),
+        computed=True,
+    )
+    unroll: int = setting(1, "Blocks that are unrolled in the scan over them.", at_least(1, 1024), computed=True)
+    attention: str = setting(
+        "auto",
+        "Implementation of attention. cudnn needs an NVIDIA GPU and bfloat16; auto: cudnn where it can be, else xla.",
+        one_of("auto", "xla", "cudnn"),
+        computed=True,
+    )
 
 
-class Architecture(NamedTuple):
-    """All that is known of a denoiser; registered by a line in `models.network`.
+class Trunk(nnx.Module):
+    """Embeddings and blocks; what DeCo, the DiT baseline and PixNerd share.
 
-    module: called with the entries of config.model but `name` and `prediction`, and rngs
-    settings: the dataclass of its section of the config
-    flops: (config.model, height, width) → multiply-adds of a forward pass on one image, by part
-    rules: how its parameters are split; the first whose pattern is found in a parameter's path
-    table: (config.model) → the rows of its official checkpoints
+    Conditioned on class labels (text_width = 0), or on a text's features: then refine blocks read the text,
+    every block attends to it, and the condition is the time alone.
+
+    Args:
+        width, depth, num_heads: of the transformer; width / num_heads is a multiple of 4.
+        patch_size: side of a patch in pixels; divides both image sides.
+        num_classes: labels are 0..num_classes − 1, and num_classes means "no class".
+        text_width, text_length, text_depth: channels and tokens of the text features; refine blocks, from 0 on.
+        dtype: compute dtype.
+        remat: name of a rematerialisation policy (`layers.REMAT_POLICIES`).
+        unroll: blocks a scan iteration.
+        attention: "xla" or "cudnn" (GPU, bfloat16).
+        context_tokens: class tokens that join the image's before block `context_start` and leave after the last
+            (in-context conditioning, Li & He 2025, JiT); class-to-image only.
+        dropout: share of the units that training drops in the middle half of the blocks.
     """
 
-    module: Callable[..., nnx.Module]
-    settings: type
-    flops: Callable[[Mapping[str, Any], int, int], dict[str, float]]
-    rules: Rules
-    table: Callable[[Mapping[str, Any]], list[Row]]
+    style = PLAIN
 
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        num_heads: int,
+        patch_size: int,
+        num_classes: int = 0,
+        text_width: int = 0,
+        text_length: int = 0,
+        text_depth: int = 0,
+        dtype: Dtype = jnp.float32,
+        remat: str = "none",
+        unroll: int = 1,
+        attention: Literal["xla", "cudnn"] = "xla",
+        context_tokens: int = 0,
+        context_start: int = 0,
+        dropout: float = 0.0,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.width, self.depth, self.patch_size, self.head_width = width, depth, patch_size, width // num_heads
+        self.with_text = text_width > 0
+        self.context_tokens, self.context_start, self.dropout = context_tokens, context_start, dropout
+        self.dtype, self.remat, self.unroll = dtype, remat, unroll
+        # Class-to-image: two thirds of 4·width, so that the gated MLP costs what a plain one would.
+        mlp_hidden = 4 * width if self.with_text else int(2 * 4 * width / 3)
+
+        def block(rngs: nnx.Rngs, with_text: bool) -> Block:
+            return Block(
+                width,
+                num_heads,
+                mlp_hidden,
+                with_text=with_text,
+                attention=attention,
+                style=self.style,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        self.make_embeddings(rngs)
+        if self.with_text:
+            self.text_embed = TextEmbedding(text_width, width, dtype=dtype, rngs=rngs)
+            self.text_positions = nnx.Param(jax.random.normal(rngs.params(), (text_length, width)))
+            self.text_depth = text_depth
+            if text_depth:  # no array of a stack may be empty: checkpoints can't hold one
+                self.text_blocks = stack(lambda rngs: block(rngs, False), text_depth, rngs)
+        else:
+            self.label_embed = nnx.Embed(
+                num_classes + 1, width, embedding_init=initializers.normal(0.02), dtype=dtype, rngs=rngs
+            )
+        self.blocks = stack(lambda rngs: block(rngs, self.with_text), depth, rngs)
+        if context_tokens:
+            self.context_positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (context_tokens, width)))
+
+    def make_embeddings(self, rngs: nnx.Rngs) -> None:
+        """Make the layers that patches and times enter by."""
+        self.patch_embed = Linear(
+            3 * self.patch_size**2, self.width, kernel_init=xavier, bias_init=zeros, dtype=self.dtype, rngs=rngs
+        )
+        self.time_embed = TimestepEmbedding(self.width, dtype=self.dtype, rngs=rngs)
+
+    def embed(self, patches: jax.Array, rows: int, columns: int) -> jax.Array:
+        """Patches [batch, rows · columns, 3 · patch²] to the first hidden states [batch, rows · columns, width]."""
+        return self.patch_embed(patches)
+
+    def angles(self, rows: int, columns: int) -> np.ndarray:
+        """The rotary embedding's angles of a grid of patches, float32 [rows · columns, head_width / 2]."""
+        if self.with_text:
+            # The reference scales each axis by the other one's length; equal for square images.
+            xs, ys = np.linspace(0, rows, columns), np.linspace(0, columns, rows)
+        else:
+            xs, ys = np.linspace(0, 16, columns), np.linspace(0, 16, rows)
+        return rotary_angles(xs, ys, self.head_width)
+
+    def hidden(
+        self,
+        images: Images,
+        times: PerExample,
+        context: Labels | Text,
+        aligned_layer: int | None = None,
+        keys: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """The low-frequency pathway.
+
+        Args:
+            images: [batch, height, width, 3], noised, in about ±1.
+            times: [batch] in [0, 1]; 0 is noise.
+            context: labels int32 [batch], or text features [batch, text_length, text_width].
+            aligned_layer: number of blocks after which to take the features that REPA aligns.
+            keys: [batch], for dropout while training; None: nothing is dropped.
+
+        Returns:
+            hidden [batch, tokens, width]; time embedding [batch, width]; condition [batch, width];
+            the aligned features [batch, tokens, width] or None.
+        """
+        _, height, width, _ = images.shape
+        patches = patchify(images.astype(self.dtype), self.patch_size)
+        rows, columns = height // self.patch_size, width // self.patch_size
+        h = self.embed(patches.reshape(*patches.shape[:2], -1), rows, columns)
+        time = self.time_embed(times)
+        text = None
+        if self.with_text:
+            condition = jax.nn.silu(time)
+            text = self.text_embed(context.astype(self.dtype)) + self.text_positions[...].astype(self.dtype)
+            if self.text_depth:
+                text = run_stack(
+                    self.text_blocks,
+                    text,
+                    lambda block, y: block(y, condition, None),
+                    dtype=self.dtype,
+                    remat=self.remat,
+                    unroll=self.unroll,
+                )
+        else:
+            label = self.label_embed(context)
+            condition = jax.nn.silu(time + label)
+        angles = jnp.asarray(self.angles(rows, columns))
+        tokens, aligned = h.shape[1], None
+
+        def run(h: jax.Array, start: int, stop: int) -> jax.Array:
+            drops = keys is not None and self.dropout and self.depth // 4 <= start < self.depth // 4 * 3
+
+            def apply(block: Block, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+                h, index = carry
+                dropout = None
+                if drops:
+                    dropout = Dropout(self.dropout, jax.vmap(lambda key: jax.random.fold_in(key, index))(keys))
+                return block(h, condition, angles, text, dropout), index + 1
+
+            h, _ = run_stack(
+                self.blocks,
+                (h, jnp.asarray(start)),
+                apply,
+                start=start,
+                stop=stop,
+                dtype=self.dtype,
+                remat=self.remat,
+                unroll=self.unroll,
+            )
+            return h
+
+        # A scan for each stretch of equal blocks, so that one layer's output comes out without keeping every layer's.
+        stops = {aligned_layer or 0, self.context_start if self.context_tokens else 0, self.depth}
+        if keys is not None and self.dropout:
+            stops |= {self.depth // 4, self.depth // 4 * 3}
+        start = 0
+        for stop in sorted(stops):
+            if stop > start:
+                h = run(h, start, stop)
+            if aligned_layer and stop == aligned_layer:
+                aligned = h[:, -tokens:]
+            if self.context_tokens and stop == self.context_start:
+                first = label[:, None] + self.context_positions[...].astype(self.dtype)
+                h = jnp.concatenate([first, h], axis=1)
+                angles = jnp.pad(angles, ((self.context_tokens, 0), (0, 0)))  # the class has no place in the image
+            start = stop
+        return h[:, -tokens:], time, condition, aligned
+
+
+def intermediates(**arrays: jax.Array | None) -> dict[str, jax.Array]:
+    """What a model returns beside its output, without the entries that were not asked for."""
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+class TextEmbedding(nnx.Module):
+    """RMSNorm(Linear(text)): [batch, length, text_width] → [batch, length, width]."""
+
+    def __init__(self, text_width: int, width: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+        self.proj = Linear(text_width, width, dtype=dtype, rngs=rngs)
+        self.norm = RMSNorm(width)
+
+    def __call__(self, text: jax.Array) -> jax.Array:
+        return self.norm(self.proj(text))
+
+
+# ---------------------------------------------------------------------------------------- its facts
 
 # Always the model's width (or a multiple of it), which divides by any sensible number of devices, unlike the
 # 1001 labels or the 2730 hidden units.
@@ -48,7 +297,7 @@ RULES: Rules = (
 
 
 def trunk_flops(model: Mapping[str, Any], height: int, width_px: int) -> dict[str, float]:
-    """Count the multiply-adds of embeddings and blocks (`dit.Trunk`)."""
+    """Count the multiply-adds of embeddings and blocks (`Trunk`)."""
     patch, width, depth = model["patch_size"], model["width"], model["depth"]
     tokens = height * width_px // patch**2
     text = model["text_length"] if model["text_width"] else 0
@@ -99,14 +348,6 @@ def trunk_rows(model: Mapping[str, Any], embedder: str) -> list[Row]:
     return rows
 
 
-def linear_rows(torch: str, ours: str, **blocks: Any) -> list[Row]:
-    """Return the rows of a Linear's matrix and bias."""
-    return [
-        Row(f"{torch}.weight", f"{ours}.kernel", TRANSPOSE, **blocks),
-        Row(f"{torch}.bias", f"{ours}.bias", VECTOR, **blocks),
-    ]
-
-
 def _blocks(torch: str, ours: str, count: int, *, fused_mlp: bool, text_keys: bool) -> list[Row]:
     """Transformer blocks; class-to-image has separate gate and up matrices, text-to-image one matrix of both."""
     torch, many = f"{torch}.{{i}}", {"count": count}
@@ -131,33 +372,3 @@ def _blocks(torch: str, ours: str, count: int, *, fused_mlp: bool, text_keys: bo
         rows.append(Row(f"{torch}.mlp.w3.weight", up, TRANSPOSE, **many))
         rows.append(Row(f"{torch}.mlp.w2.weight", down, TRANSPOSE, **many))
     return rows
-
-
-def patch_in(patch: int) -> Transform:
-    """[width, (channel, row, column)] to [(row, column, channel), width]."""
-    return one_to_one(
-        f"a Linear from {patch}×{patch} patches",
-        2,
-        lambda w: w.reshape(len(w), 3, patch, patch).transpose(2, 3, 1, 0).reshape(3 * patch**2, -1),
-        lambda k: k.reshape(patch, patch, 3, k.shape[1]).transpose(3, 2, 0, 1).reshape(-1, 3 * patch**2),
-    )
-
-
-def patch_out(patch: int) -> Transform:
-    """[(channel, row, column), width] to [width, (row, column, channel)]."""
-    return one_to_one(
-        f"a Linear to {patch}×{patch} patches",
-        2,
-        lambda w: w.reshape(3, patch, patch, w.shape[1]).transpose(3, 1, 2, 0).reshape(-1, 3 * patch**2),
-        lambda k: k.reshape(len(k), patch, patch, 3).transpose(3, 1, 2, 0).reshape(3 * patch**2, -1),
-    )
-
-
-def patch_out_bias(patch: int) -> Transform:
-    """[(channel, row, column)] to [(row, column, channel)]."""
-    return one_to_one(
-        f"the bias of a Linear to {patch}×{patch} patches",
-        1,
-        lambda b: b.reshape(3, patch, patch).transpose(1, 2, 0).ravel(),
-        lambda b: b.reshape(patch, patch, 3).transpose(2, 0, 1).ravel(),
-    )
