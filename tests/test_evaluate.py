@@ -96,9 +96,9 @@ def test_npz_equals_folder(tmp_path):
     np.savez(tmp_path / "samples.npz", arr_0=images)
     folder = as_folder(tmp_path / "images", images)
     config = settings(samples=str(tmp_path / "samples.npz"))
-    sets = [evaluate_lib.open_samples(config, str(tmp_path), "")]
+    sets = [evaluate_lib.open_samples(config, "")]
     config.evaluate.samples = str(folder)
-    sets += [evaluate_lib.open_samples(config, str(tmp_path), "")]
+    sets += [evaluate_lib.open_samples(config, "")]
     assert [s.total for s in sets] == [7, 7]
     for a, b in zip(*(state(measured(s)) for s in sets), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -9,6 +9,7 @@ import dataclasses
 
 from deco_jax.data.sources import SOURCES
 from deco_jax.data.transforms import image_sides
+from deco_jax.evaluation import DISTANCES, EVALUATORS
 from deco_jax.method.losses.frequency import FrequencySettings
 from deco_jax.method.losses.perceptual import PerceptualSettings
 from deco_jax.method.losses.repa import RepaSettings
@@ -256,6 +257,36 @@ class Train:
 class Evaluate:
     """FID and its relatives, in --mode=evaluate and while training."""
 
+    metrics: str = setting(
+        "adm",
+        "What is measured, comma separated: adm (FID, sFID, Inception Score, precision, recall), kid, fd_dinov2.",
+        Rule(
+            lambda text: bool(text) and set(text.split(",")) <= set(EVALUATORS),
+            f"some of {', '.join(EVALUATORS)}, comma separated",
+        ),
+    )
+    averages: tuple[str, ...] = setting(
+        (), "Averages of the weights to try, for a search of the best; empty: sample.average alone."
+    )
+    guidances: tuple[float, ...] = setting(
+        (),
+        "Scales of guidance to try, as in 1.0,1.5; empty: sample.guidance alone.",
+        Rule(lambda scales: all(0 <= scale <= 1000 for scale in scales), "numbers from 0 to 1000"),
+    )
+    guidance_intervals: tuple[tuple[float, float], ...] = setting(
+        (),
+        "Intervals of guidance to try, as in (0.1,1.0),(0.2,0.9); empty: sample.guidance_interval alone.",
+        Rule(lambda pairs: all(map(INTERVAL.test, pairs)), "pairs (low, high) of times within 0..1"),
+    )
+    steps: tuple[int, ...] = setting(
+        (),
+        "Numbers of steps to try, as in 25,50; empty: sample.num_steps alone.",
+        Rule(lambda counts: all(isinstance(n, int) and 1 <= n <= 10_000 for n in counts), "whole numbers from 1"),
+    )
+    search_images: int = setting(
+        10_000, "Samples of each of them; the best is measured again at sample.num_images.", at_least(2, 10_000_000)
+    )
+    best_by: str = setting("fid", "The score that the best has least of.", one_of(*DISTANCES))
     inception: str = setting("", "Weights: inception-2015-12-05.pt, or pt_inception-2015-12-05-6726825d.pth.")
     reference: str = setting("", "An ADM reference .npz; empty: the images of config.data.")
     samples: str = setting(
@@ -274,6 +305,11 @@ class Evaluate:
     precision_recall_samples: int = setting(
         50_000, "Samples for precision and recall, at most; 0: not measured.", at_least(0, 1_000_000)
     )
+    dinov2: str = setting("", "Of fd_dinov2: its weights, such as dinov2_vitl14_pretrain.pth.")
+    dinov2_size: str = setting("L", "Their size; published scores are of L.", one_of("S", "B", "L"))
+    dinov2_dtype: str = setting("float32", "Precision of its computation.", PRECISION)
+    kid_subsets: int = setting(100, "Random subsets that KID is averaged over.", at_least(1, 100_000))
+    kid_subset_size: int = setting(1000, "Images in each of them.", at_least(2, 1_000_000))
     save_every: int = setting(5000, "Images between two saves of what is measured so far.", at_least(1, MAX_INT32))
     every: int = setting(
         0, "Training steps between two quick FIDs, a multiple of train.log_every; 0: none.", at_least(0, MAX_INT32)

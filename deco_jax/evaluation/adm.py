@@ -10,93 +10,126 @@ Runs that share config.evaluate.cache, a folder, use the reference that the firs
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
 from deco_jax.convert.inception import WHERE, load_inception
 from deco_jax.errors import UserError
-from deco_jax.evaluation import TITLES
-from deco_jax.evaluation.evaluator import Scores, Subject
+from deco_jax.evaluation import ADM_TITLES
+from deco_jax.evaluation.evaluator import Scores, Setup, Subject
 from deco_jax.evaluation.fid import frechet_distance
-from deco_jax.evaluation.image_sets import ImageSet, digest, npz_images, rebatched, sides, source_images
+from deco_jax.evaluation.image_sets import ImageSet, digest, npz_images, sides, source_images
+from deco_jax.evaluation.measuring import Reader, fingerprint_of, read
 from deco_jax.evaluation.precision_recall import precision_recall
 from deco_jax.evaluation.statistics import Accumulator, Statistics, read_reference, small_sample_warning
 from deco_jax.models.inception import FeatureExtractor
-from deco_jax.run import distributed, storage
+from deco_jax.run import storage
 
 FOLDER = "evaluation"
 NEIGHBOURS = 3
-SECONDS_BETWEEN_LINES = 10.0
+
+
+class InceptionFeatures:
+    """Statistics of Inception's features, of samples and of the reference, for all evaluators that want them.
+
+    Args:
+        folder: a run's, below which they are kept.
+        most: samples that a subject will have, at most.
+
+    Raises:
+        UserError: there are no weights, or no reference.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, folder: pathlib.Path, mesh: Mesh, most: int) -> None:
+        self.path = inception_path(config)
+        self.reference = open_reference(config)
+        self.config, self.folder = config, folder / FOLDER
+        self.weights = digest(self.path.read_bytes())
+        self.extractor = FeatureExtractor(load_inception(self.path), min(config.evaluate.batch_size, most), mesh)
+
+    def reader(self, samples: ImageSet, kept: bool = True) -> Reader[Accumulator]:
+        """Measure samples; `kept`: in the folder, from where it goes on."""
+        settings, path = self.config.evaluate, self.folder / "samples.npz"
+        if not kept:
+            return inception_reader(samples, self.extractor, None, self.weights, 0, 1)
+        num_kept = settings.precision_recall_samples
+        return inception_reader(samples, self.extractor, path, self.weights, num_kept, settings.save_every)
+
+    def of_samples(self, samples: ImageSet) -> Accumulator:
+        """Return what there is to know of samples; those that are measured already aren't drawn again."""
+        reader = self.reader(samples)
+        read(samples, [reader], self.extractor.batch_size)
+        return reader.state
+
+    @functools.cached_property
+    def of_reference(self) -> tuple[Statistics, np.ndarray | None]:
+        """The reference's statistics, and its pool3 features for precision and recall, if there are any."""
+        return self.reference.measure(self.extractor, self.folder, self.weights, self.config)
 
 
 class ADM:
     """The evaluator of these scores.
 
     Args:
-        folder: a run's, below which statistics are kept.
-        most: samples that a subject will have, at most.
+        features: of samples and of the reference.
         quick: FID alone, of samples whose statistics aren't kept; as on the way of a training.
-
-    Raises:
-        UserError: there are no weights, or no reference.
     """
 
-    def __init__(
-        self, config: ml_collections.ConfigDict, folder: pathlib.Path, mesh: Mesh, most: int, quick: bool = False
-    ) -> None:
-        self.titles = {"fid": TITLES["fid"]} if quick else TITLES
-        self._inception = inception_path(config)
-        self.reference = open_reference(config)
-        self._config, self._mesh, self._folder, self._quick = config, mesh, folder / FOLDER, quick
-        self._weights = digest(self._inception.read_bytes())
-        self._extractor = FeatureExtractor(load_inception(self._inception), min(config.evaluate.batch_size, most), mesh)
-        self._theirs = self.reference.statistics if quick else None
+    def __init__(self, features: InceptionFeatures, mesh: Mesh, quick: bool = False) -> None:
+        self.titles = {"fid": ADM_TITLES["fid"]} if quick else ADM_TITLES
+        self._features, self._mesh, self._quick = features, mesh, quick
+
+    def readers(self, samples: ImageSet) -> list[Reader]:
+        return [self._features.reader(samples)]
 
     def __call__(self, subject: Subject) -> Scores:
         """Scores of a subject's samples. The reference is measured at the first call."""
-        samples, settings = subject.samples, self._config.evaluate
+        samples, features = subject.samples, self._features
         if samples is None:
             raise UserError("FID and its companions are of samples, and there are none; give a checkpoint or samples")
         if self._quick:
             return Scores({"fid": self._quick_fid(samples)})
-        ours = measure(
-            samples,
-            self._extractor,
-            self._folder / "samples.npz",
-            self._weights,
-            settings.precision_recall_samples,
-            settings.save_every,
-        )
-        theirs, features = self.reference.measure(self._extractor, self._folder, self._weights, self._config)
-        scores, missing = score(ours, theirs, features, settings, self._mesh)
-        if not self._extractor.has_classifier:
+        ours = features.of_samples(samples)
+        theirs, kept = features.of_reference
+        scores, missing = score(ours, theirs, kept, features.config.evaluate, self._mesh)
+        if not features.extractor.has_classifier:
             missing["inception_score"] = (
-                f"{self._inception} has no classifier; pt_inception-2015-12-05-6726825d.pth has one"
+                f"{features.path} has no classifier; pt_inception-2015-12-05-6726825d.pth has one"
             )
         if theirs.mu_s is None:
-            missing["sfid"] = f"{self.reference.name} has no 'mu_s' and 'sigma_s'"
+            missing["sfid"] = f"{features.reference.name} has no 'mu_s' and 'sigma_s'"
         notes = {
             "samples": {"from": samples.name, "images": samples.total, "kept": _length(ours.pool3())},
-            "reference": {"from": self.reference.name, "images": theirs.num_images, "kept": _length(features)},
+            "reference": {"from": features.reference.name, "images": theirs.num_images, "kept": _length(kept)},
             "neighbours": NEIGHBOURS,
             "parameters": samples.parameters,
-            "inception": {"path": str(self._inception), "sha256": self._weights},
+            "inception": {"path": str(features.path), "sha256": features.weights},
         }
         return Scores(scores, missing, notes)
 
     def _quick_fid(self, samples: ImageSet) -> float:
-        if self._theirs is None:
-            self._theirs, _ = self.reference.measure(self._extractor, self._folder, self._weights, self._config)
-        ours = measure(samples, self._extractor, None, self._weights, 0, 1, say=lambda text: None).statistics()
-        return frechet_distance(ours.mu, ours.sigma, self._theirs.mu, self._theirs.sigma)
+        theirs, _ = self._features.of_reference
+        reader = self._features.reader(samples, kept=False)
+        read(samples, [reader], self._features.extractor.batch_size, say=lambda text: None)
+        ours = reader.state.statistics()
+        return frechet_distance(ours.mu, ours.sigma, theirs.mu, theirs.sigma)
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raise UserError if the weights are missing."""
+    inception_path(config)
+
+
+def make(setup: Setup) -> ADM:
+    """Make the evaluator of config.evaluate.metrics="adm"."""
+    return ADM(setup.inception, setup.mesh)
 
 
 def make_quick_fid(config: ml_collections.ConfigDict, folder: pathlib.Path, mesh: Mesh) -> ADM:
@@ -105,7 +138,8 @@ def make_quick_fid(config: ml_collections.ConfigDict, folder: pathlib.Path, mesh
     Its number is comparable along a run only: few samples give a higher FID than the usual 50,000. The reference's
     statistics are kept in WORKDIR/evaluation, or in config.evaluate.cache.
     """
-    return ADM(config, folder, mesh, config.evaluate.during_training_images, quick=True)
+    most = config.evaluate.during_training_images
+    return ADM(InceptionFeatures(config, folder, mesh, most), mesh, quick=True)
 
 
 def warnings_about(samples: ImageSet, reference: ReferenceSet) -> list[str]:
@@ -165,6 +199,30 @@ def inception_path(config: ml_collections.ConfigDict) -> pathlib.Path:
     return pathlib.Path(path)
 
 
+def inception_reader(
+    images: ImageSet,
+    extractor: FeatureExtractor,
+    path: pathlib.Path | None,
+    weights: str,
+    num_kept: int,
+    save_every: int,
+) -> Reader[Accumulator]:
+    """Measure all statistics of a set.
+
+    Args:
+        path, save_every: see `measuring.Reader`.
+        weights: digest of the Inception weights.
+        num_kept: how many images' pool3 to keep, evenly spread over the set; 0: none.
+    """
+    num_kept, total = min(num_kept, images.total), images.total
+
+    def add(state: Accumulator, batch: np.ndarray, index: np.ndarray) -> None:
+        state.add(extractor(batch), (index + 1) * num_kept // total > index * num_kept // total)
+
+    empty = Accumulator(bool(num_kept), fingerprint=measured_from(images, weights, num_kept))
+    return Reader(empty, add, path, save_every)
+
+
 def measure(
     images: ImageSet,
     extractor: FeatureExtractor,
@@ -174,47 +232,15 @@ def measure(
     save_every: int,
     say: Callable[[str], None] | None = None,
 ) -> Accumulator:
-    """All statistics of a set, saved to `path` every `save_every` images and gone on with from there.
-
-    Args:
-        weights: digest of the Inception weights.
-        num_kept: how many images' pool3 to keep, evenly spread over the set; 0: none.
-    """
-    num_kept = min(num_kept, images.total)
-    fingerprint = measured_from(images, weights, num_kept)
-    state = _load(path, fingerprint) or Accumulator(bool(num_kept), fingerprint=fingerprint)
-    say = say or (lambda text: print(text, flush=True) if jax.process_index() == 0 else None)
-    if state.count:
-        say(f"{images.name}: {state.count:,} of {images.total:,} images are measured already")
-    saved, spoke, began, first = state.count, time.monotonic(), time.monotonic(), state.count
-    batches = images.batches(extractor.batch_size, state.count) if state.count < images.total else iter(())
-    for batch in rebatched(batches, extractor.batch_size):
-        index = np.arange(state.count, state.count + len(batch))
-        state.add(extractor(batch), (index + 1) * num_kept // images.total > index * num_kept // images.total)
-        done = state.count == images.total
-        if path is not None and (done or state.count - saved >= save_every):
-            if jax.process_index() == 0:
-                state.save(path)
-            saved = state.count
-        if done or time.monotonic() - spoke > SECONDS_BETWEEN_LINES:
-            spoke = time.monotonic()
-            speed = (state.count - first) / (spoke - began)
-            say(f"{images.name}: {state.count:,} of {images.total:,} images measured, {speed:.3g} a second")
-    return state
+    """Read a set alone; arguments as of `inception_reader`."""
+    reader = inception_reader(images, extractor, path, weights, num_kept, save_every)
+    read(images, [reader], extractor.batch_size, say)
+    return reader.state
 
 
 def measured_from(images: ImageSet, weights: str, num_kept: int) -> str:
     """Names everything that the statistics of a set depend on, as `measure` takes it."""
-    return f"{images.identity} x {images.total}, weights {weights}, {min(num_kept, images.total)} kept"
-
-
-def _load(path: pathlib.Path | None, fingerprint: str) -> Accumulator | None:
-    """What was measured before, if it is of the same; on several hosts, if all of them can read it."""
-    state = Accumulator.load(path) if path is not None and path.exists() else None
-    if state is not None and state.fingerprint != fingerprint:
-        state = None
-    count = 0 if state is None else state.count
-    return state if distributed.all_hosts(distributed.from_main_host(count) == count) else None
+    return fingerprint_of(images, f"weights {weights}", f"{min(num_kept, images.total)} kept")
 
 
 class ReferenceSet(NamedTuple):

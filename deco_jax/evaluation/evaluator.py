@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Protocol
+import functools
+import importlib
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
+import ml_collections
+from jax.sharding import Mesh
+
+from deco_jax.evaluation import EVALUATORS
 from deco_jax.evaluation.image_sets import ImageSet
+from deco_jax.evaluation.measuring import Reader
 from deco_jax.models.network import Params
+
+if TYPE_CHECKING:
+    from deco_jax.evaluation.adm import InceptionFeatures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +60,13 @@ class Evaluator(Protocol):
 
     titles: Mapping[str, str]  # name of a score in files → its name in tables
 
+    def readers(self, samples: ImageSet) -> Sequence[Reader]:
+        """Return what reads samples for these metrics, so that several evaluators can share one pass over them.
+
+        A call with samples that its readers have read doesn't read them again.
+        """
+        ...
+
     def __call__(self, subject: Subject) -> Scores:
         """Scores of one subject.
 
@@ -55,3 +74,50 @@ class Evaluator(Protocol):
             UserError: the subject has not what these metrics need, such as weights or enough images.
         """
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What evaluators are made from.
+
+    folder: a run's, below which measurements are kept.
+    most: samples that a subject will have, at most.
+    """
+
+    config: ml_collections.ConfigDict
+    folder: pathlib.Path
+    mesh: Mesh
+    most: int
+
+    @property
+    def batch_size(self) -> int:
+        """Images that networks take at once: an even number that the devices divide."""
+        size, unit = min(self.config.evaluate.batch_size, self.most), math.lcm(2, self.mesh.size)
+        return -(-size // unit) * unit
+
+    @functools.cached_property
+    def inception(self) -> InceptionFeatures:
+        """Inception's features, shared by all metrics that are of them."""
+        from deco_jax.evaluation.adm import InceptionFeatures
+
+        return InceptionFeatures(self.config, self.folder, self.mesh, self.most)
+
+
+def check_evaluators(config: ml_collections.ConfigDict) -> None:
+    """Raise UserError if files that config.evaluate.metrics need are missing, with where to get them."""
+    for name in metric_names(config):
+        importlib.import_module(EVALUATORS[name]).check(config)
+
+
+def make_evaluators(setup: Setup) -> list[Evaluator]:
+    """Make the evaluators of config.evaluate.metrics, in their order.
+
+    Raises:
+        UserError: what one of them needs is missing.
+    """
+    return [importlib.import_module(EVALUATORS[name]).make(setup) for name in metric_names(setup.config)]
+
+
+def metric_names(config: ml_collections.ConfigDict) -> list[str]:
+    """The names in config.evaluate.metrics, each once."""
+    return list(dict.fromkeys(config.evaluate.metrics.split(",")))

@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import ml_collections
@@ -29,6 +30,8 @@ class ImageSet(NamedTuple):
     size: tuple[int, int]  # (height, width)
     batches: Callable[[int, int], Iterator[np.ndarray]]  # (batch size, first) → uint8 [n, height, width, 3]
     parameters: int | None = None  # of the model that draws them
+    labels: np.ndarray | None = None  # of classes, int [total]
+    captions: Sequence[str] | None = None  # what they are to show
 
 
 def drawn_images(
@@ -51,7 +54,11 @@ def npz_images(images: NpzImages) -> ImageSet:
 
 
 def folder_images(folder: pathlib.Path) -> ImageSet:
-    """All images under a folder, by path. UserError if there are none, or they are not of one size."""
+    """All images under a folder, by path; their classes if the names say them, as those of --mode=sample do.
+
+    Raises:
+        UserError: there are none, or they are not of one size.
+    """
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in sources.IMAGE_SUFFIXES and p.is_file())
     if not files:
         raise UserError(f"{folder} holds no images ({', '.join(sources.IMAGE_SUFFIXES)}); check the path")
@@ -68,7 +75,12 @@ def folder_images(folder: pathlib.Path) -> ImageSet:
         for first in range(start, len(files), batch_size):
             yield np.stack([_pixels(path) for path in files[first : first + batch_size]])
 
-    return ImageSet(str(folder), f"{folder.absolute()} {digest(listing.encode())}", len(files), size, batches)
+    named = [re.search(r"_class_(\d+)$", path.stem) for path in files]
+    labels = np.array([int(match[1]) for match in named if match])
+    identity = f"{folder.absolute()} {digest(listing.encode())}"
+    return ImageSet(
+        str(folder), identity, len(files), size, batches, labels=labels if len(labels) == len(files) else None
+    )
 
 
 def _header(path: pathlib.Path) -> tuple[int, int]:

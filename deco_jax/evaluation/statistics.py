@@ -164,11 +164,11 @@ class Accumulator:
                 if len(state["features"]) > self.count:
                     raise ValueError(f"{len(state['features'])} features of {self.count} images")
             return self
-        except _NPZ_ERRORS as error:
+        except NPZ_ERRORS as error:
             raise UserError(f"{path}: damaged, or not ours ({_brief(error)}); delete it to start anew") from error
 
 
-_NPZ_ERRORS = (OSError, ValueError, KeyError, EOFError, SyntaxError, AttributeError, zipfile.BadZipFile)
+NPZ_ERRORS = (OSError, ValueError, KeyError, EOFError, SyntaxError, AttributeError, zipfile.BadZipFile)
 
 
 def _brief(error: Exception) -> str:
@@ -203,7 +203,7 @@ class NpzImages:
             try:
                 with file.open(f"{key}.npy") as member:
                     self.shape, fortran, self.dtype = _header(member)
-            except (*_NPZ_ERRORS, RuntimeError) as error:
+            except (*NPZ_ERRORS, RuntimeError) as error:
                 raise UserError(f"{self.path} is damaged ({_brief(error)}); write it again") from error
         check_images(self, f"{self.path} {key}")
         if fortran:
@@ -225,7 +225,7 @@ class NpzImages:
                     if len(data) != count * image:
                         raise EOFError(f"it ends within image {first + len(data) // image}")
                     yield np.frombuffer(data, np.uint8).reshape(count, *self.shape[1:])
-        except (*_NPZ_ERRORS, RuntimeError) as error:
+        except (*NPZ_ERRORS, RuntimeError) as error:
             raise UserError(f"{self.path} is damaged ({_brief(error)}); write it again") from error
 
 
@@ -306,7 +306,7 @@ def _moments(path: pathlib.Path, mean_key: str, covariance_key: str, width: int)
     try:
         with open(path, "rb") as handle, np.load(handle) as file:
             mean, covariance = file[mean_key], file[covariance_key]
-    except _NPZ_ERRORS as error:
+    except NPZ_ERRORS as error:
         raise UserError(f"{path} is damaged ({_brief(error)}); download it again") from error
     for key, array, shape in ((mean_key, mean, (width,)), (covariance_key, covariance, (width, width))):
         if array.shape != shape or array.dtype.kind != "f":

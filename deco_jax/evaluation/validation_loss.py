@@ -15,6 +15,7 @@ from deco_jax.data import pipeline, sources
 from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
 from deco_jax.evaluation.evaluator import Scores, Subject
+from deco_jax.evaluation.image_sets import ImageSet
 from deco_jax.method.objective import make_method
 from deco_jax.method.step import Draws
 from deco_jax.method.training import TRAINING, Batch, Observer
@@ -88,6 +89,9 @@ class ValidationLoss:
             return sharding.each_device(of_rows, mesh, arguments, sharding.WHOLE)(params, batch, draws, frozen)
 
         self._measure = jax.jit(measure, out_shardings=sharding.replicated(mesh))
+
+    def readers(self, samples: ImageSet) -> tuple[()]:
+        return ()
 
     def __call__(self, subject: Subject) -> Scores:
         """Return the means of the objective and of its terms over the held-out images."""

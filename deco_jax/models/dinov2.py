@@ -99,11 +99,11 @@ class DINOv2(nnx.Module):
         Returns:
             float32 [batch, (height / patch_size) · (width / patch_size), width], row by row.
         """
-        return self.features(preprocess(images, patch_size))
+        return self.features(preprocess(images, patch_size))[:, 1:]
 
     def features(self, images: jax.Array) -> jax.Array:
-        """Normalised images, sides multiples of 14 → float32 [batch, tokens, width]: the last LayerNorm's
-        output without the class token."""
+        """Normalised images, sides multiples of 14 → float32 [batch, 1 + tokens, width]: the last LayerNorm's
+        output, the class token first."""
         batch, height, width, _ = images.shape
         rows, columns = height // PATCH, width // PATCH
         patches = patchify(images.astype(self.dtype), PATCH)
@@ -113,7 +113,7 @@ class DINOv2(nnx.Module):
         first = (self.class_token[...].astype(jnp.float32) + positions[0]).astype(self.dtype)
         h = jnp.concatenate([jnp.broadcast_to(first, (batch, 1, self.width)), h], axis=1)
         h = run_stack(self.blocks, h, lambda block, h: block(h), dtype=self.dtype)
-        return self.norm(h[:, 1:].astype(jnp.float32))
+        return self.norm(h.astype(jnp.float32))
 
 
 def sizes(size: str) -> tuple[int, int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,10 +19,20 @@ from deco_jax.config import to_json
 from deco_jax.data import sources
 from deco_jax.errors import UserError
 from deco_jax.evaluation import TITLES
-from deco_jax.evaluation.adm import ADM, FOLDER, inception_path, open_reference, warnings_about
-from deco_jax.evaluation.evaluator import Subject
+from deco_jax.evaluation.adm import FOLDER, open_reference, warnings_about
+from deco_jax.evaluation.evaluator import (
+    Evaluator,
+    Scores,
+    Setup,
+    Subject,
+    check_evaluators,
+    make_evaluators,
+    metric_names,
+)
 from deco_jax.evaluation.image_sets import ImageSet, drawn_images, folder_images, npz_images
+from deco_jax.evaluation.measuring import read
 from deco_jax.evaluation.statistics import NpzImages
+from deco_jax.programs import best_of
 from deco_jax.run import sharding, storage
 from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import write_json
@@ -31,24 +41,39 @@ from deco_jax.sampling.settings import Sampling
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str = "") -> None:
-    """Write WORKDIR/evaluation.json and print it as a table."""
+    """Write WORKDIR/evaluation.json and print it as a table; before that, find the best way to draw if asked to."""
     folder, began = storage.path(workdir), time.monotonic()
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    inception_path(config)
-    samples = open_samples(config, workdir, checkpoint_path)
-    warnings = warnings_about(samples, open_reference(config))
-    adm = ADM(config, folder, mesh, samples.total)
+    check_evaluators(config)
+    searching = best_of.wanted(config)
+    model = None if config.evaluate.samples else open_model(config, workdir, checkpoint_path)
+    samples = drawn_samples(config, model) if model else open_samples(config, checkpoint_path)
+    reads_inception = {"adm", "kid"} & set(metric_names(config))
+    warnings = warnings_about(samples, open_reference(config)) if reads_inception else []
+    setup = Setup(config, folder, mesh, max(samples.total, config.evaluate.search_images if searching else 0))
+    evaluators = make_evaluators(setup)
+    if searching:
+        best_of.check(config, model, evaluators)
     for written in (folder / FOLDER, storage.path(config.evaluate.cache or folder / FOLDER)):
         make_workdir(written)
     if jax.process_index() == 0:
         for line in warnings:
             print(f"warning: {line}", flush=True)
 
-    scores = adm(Subject(samples))
+    if searching:
+        assert model is not None
+
+        def scores_of(model: api.Model, candidate: ml_collections.ConfigDict) -> Scores:
+            return score(evaluators, subject_of(drawn_samples(candidate, model), model), setup)
+
+        config, model = best_of.search(config, model, folder, scores_of)
+        samples = drawn_samples(config, model)
+    scores = score(evaluators, subject_of(samples, model), setup)
     result = {
-        **{name: scores.values.get(name) for name in TITLES},
+        **{name: scores.values.get(name) for evaluator in evaluators for name in evaluator.titles},
         "missing": scores.missing,
         "warnings": warnings,
+        "samples": {"from": samples.name, "images": samples.total},
         **scores.notes,
         "config": {name: to_json(config)[name] for name in ("evaluate", "sample")},
         "seconds": round(time.monotonic() - began, 1),
@@ -56,15 +81,36 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: s
     if jax.process_index() == 0:
         path = folder / "evaluation.json"
         write_json(path, result)
+        if searching:
+            best_of.finish(folder, result)
         print(table(result))
         print(f"wrote {path}")
 
 
-def open_samples(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str) -> ImageSet:
-    """The samples that config.evaluate.samples says. UserError for anything that can't be measured."""
+def score(evaluators: Sequence[Evaluator], subject: Subject, setup: Setup) -> Scores:
+    """Scores of a subject by all evaluators, its samples read once for all of them."""
+    assert subject.samples is not None
+    readers = [reader for evaluator in evaluators for reader in evaluator.readers(subject.samples)]
+    if len(evaluators) > 1:
+        read(subject.samples, readers, setup.batch_size)
+    found = [evaluator(subject) for evaluator in evaluators]
+    merged = Scores({})
+    for scores in found:
+        merged.values.update(scores.values)
+        merged.missing.update(scores.missing)
+        merged.notes.update(scores.notes)
+    return merged
+
+
+def open_model(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str) -> api.Model:
+    """The model whose samples are measured."""
+    source = sources.open_source(config.data) if config.model.text_width else None
+    return api.open_model(config, workdir, checkpoint_path, source)
+
+
+def open_samples(config: ml_collections.ConfigDict, checkpoint_path: str) -> ImageSet:
+    """The samples in config.evaluate.samples. UserError for anything that can't be measured."""
     path = config.evaluate.samples
-    if not path:
-        return drawn_samples(config, workdir, checkpoint_path)
     if checkpoint_path:
         raise UserError("--checkpoint draws samples and config.evaluate.samples names others; give one of them")
     path = os.fspath(storage.local(path))
@@ -75,13 +121,11 @@ def open_samples(config: ml_collections.ConfigDict, workdir: str, checkpoint_pat
     return npz_images(NpzImages(path))
 
 
-def drawn_samples(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str) -> ImageSet:
-    """Images of classes or of the data's captions from a checkpoint's EMA, drawn as config.sample says and measured.
+def drawn_samples(config: ml_collections.ConfigDict, model: api.Model) -> ImageSet:
+    """Images of classes or of the data's captions from a model, drawn as config.sample says and measured.
 
     Not of config.sample.prompts: what they show needn't be what the reference shows.
     """
-    source = sources.open_source(config.data) if config.model.text_width else None
-    model = api.open_model(config, workdir, checkpoint_path, source)
     sampling, count = Sampling.of(config), config.sample.num_images
 
     def draw(first: int) -> Iterator[np.ndarray]:
@@ -89,18 +133,32 @@ def drawn_samples(config: ml_collections.ConfigDict, workdir: str, checkpoint_pa
         requests = data_requests(config.sample, model.condition, count)
         return model.images(requests, sampling, config.sample.batch_size, first)
 
-    names = captions(model.condition, count) if isinstance(model.condition, Texts) else None
     images = drawn_images(draw, count, sampling.size, f"drawn from {model.name}")
-    return images._replace(identity=generate.fingerprint(config, model.name, names), parameters=model.num_params)
+    images = images._replace(parameters=model.num_params)
+    if isinstance(model.condition, Texts):
+        names = captions(model.condition, count)
+        return images._replace(identity=generate.fingerprint(config, model.name, names), captions=names)
+    labels = data_requests(config.sample, model.condition, count).labels
+    shown = None
+    if model.class_names and labels is not None:
+        shown = [f"a photo of a {model.class_names[label]}" for label in labels.tolist()]
+    return images._replace(identity=generate.fingerprint(config, model.name), labels=labels, captions=shown)
+
+
+def subject_of(samples: ImageSet, model: api.Model | None) -> Subject:
+    """What evaluators are given: samples, and the weights that drew them."""
+    return Subject(samples) if model is None else Subject(samples, model.params, model.frozen)
 
 
 def table(result: dict[str, Any]) -> str:
     """The scores as lines for people."""
-    lines = [
-        f"{result['samples']['images']:,} samples ({result['samples']['from']}) against "
-        f"{result['reference']['images'] or '?'} images ({result['reference']['from']})"
-    ]
+    lines = [f"{result['samples']['images']:,} samples ({result['samples']['from']})"]
+    if "reference" in result:
+        reference = result["reference"]
+        lines[0] += f" against {reference['images'] or '?'} images ({reference['from']})"
     for name, title in TITLES.items():
+        if name not in result:
+            continue
         value = result[name]
         lines.append(
             f"  {title:16} {value:10.4f}" if value is not None else f"  {title:16} missing: " + result["missing"][name]

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from deco_jax.config import flatten
-from deco_jax.evaluation import TITLES
+from deco_jax.evaluation import ADM_TITLES, TITLES
 from deco_jax.report.history import Run, finite
 from deco_jax.report.pieces import button, image, missing, note_list, swatch, table, text
 
@@ -213,7 +213,9 @@ def _scores(runs: list[Run]) -> str:
 
     columns = measured.values()
     rows = [
-        (title, [(_score(values, name), reason(values, name)) for values in columns]) for name, title in TITLES.items()
+        (title, [(_score(values, name), reason(values, name)) for values in columns])
+        for name, title in TITLES.items()
+        if name in ADM_TITLES or any(name in values for values in columns)
     ]
     rows += [
         ("samples", [(counted(values, "samples"), "not said") for values in columns]),
