@@ -36,7 +36,7 @@ def open_features(config: ml_collections.ConfigDict, source: Source) -> Features
 def features_key(config: ml_collections.ConfigDict, source: Source) -> dict[str, Any]:
     """What stored features depend on besides the captions; without the encoder where no path to one is set."""
     key: dict[str, Any] = {
-        "captions": len(source),
+        "captions": len(source) * source.num_captions,
         "length": config.model.text_length,
         "width": config.model.text_width,
         "prefix": config.text.prefix,

@@ -53,6 +53,11 @@ class Data:
     image_column: str = setting("image", "Of parquet: the column of the images.")
     label_column: str = setting("label", "Of parquet: the column of the labels.")
     caption_column: str = setting("", "Of parquet: the column of the captions, instead of labels.")
+    captions: str = setting(
+        "",
+        "Several captions an image, drawn by weight, as NAME=WEIGHT with commas: columns of parquet, fields of "
+        "webdataset's .json, of captioned_folder txt for NAME.txt and any X for NAME.X.txt; empty: one.",
+    )
     image_size: int | tuple[int, int] = setting(
         (256, 256), "Size of the images in pixels: a side, or (height, width).", IMAGE_SIZE
     )
@@ -247,6 +252,10 @@ class Train:
     max_skipped_steps: int = setting(
         10, "Steps in a row with a loss or gradient that is not finite before training stops.", at_least(0, MAX_INT32)
     )
+    wandb: str = setting(
+        "", "Project at Weights & Biases that metrics, grids and scores go to as well (pip install wandb); empty: none."
+    )
+    log_json: bool = setting(False, "Print each line of metrics as JSON on stdout, and all else on stderr.")
     profile_start: int = setting(
         0, "Steps of this process before a trace for TensorBoard starts; 0: no trace.", at_least(0, MAX_INT32)
     )

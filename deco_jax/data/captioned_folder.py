@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -45,13 +45,21 @@ class CaptionedFolder(Source):
 
     Many headers are read in `num_workers` processes.
 
+    Args:
+        captions: weights of several captions of an image, by name: "txt" is NAME.txt, which is always there, and any
+            other X is NAME.X.txt, which may be missing; empty: NAME.txt alone.
+
     Raises:
         UserError: the folder can't be listed, or no pair can be used.
     """
 
-    def __init__(self, root: str, image_size: tuple[int, int], num_workers: int = 0) -> None:
+    def __init__(
+        self, root: str, image_size: tuple[int, int], num_workers: int = 0, captions: Mapping[str, float] | None = None
+    ) -> None:
         self._root = root
         self.class_names = []
+        self._suffixes = ["" if name == "txt" else f".{name}" for name in captions or {"txt": 1.0}]
+        self.caption_weights = tuple((captions or {}).values())
         shards = _index_folders(root, num_workers)
         keeps, self._notes = select_large(root, shards, image_size, "folder")
         self._folders = list(shards)
@@ -77,10 +85,21 @@ class CaptionedFolder(Source):
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = self._path(index)
         image = storage.read(path) if storage.is_remote(path) else path
+        if self.caption_weights:
+            return {"image": image, "label": 0, "captions": self.captions(index)}
         return {"image": image, "label": 0, "caption": self.caption(index)}
 
     def caption(self, index: int) -> str:
-        return _read_caption(self._path(index))
+        return super().caption(index) if self.caption_weights else _read_caption(self._path(index))
+
+    def captions(self, index: int) -> list[str]:
+        found = []
+        for suffix in self._suffixes:
+            try:
+                found.append(_read_caption(self._path(index), suffix))
+            except FileNotFoundError:
+                found.append("")
+        return found
 
     def name(self, index: int) -> str:
         return printable(self._path(index))
@@ -92,8 +111,8 @@ class CaptionedFolder(Source):
         return self._notes
 
 
-def _read_caption(image_path: str) -> str:
-    path = os.path.splitext(image_path)[0] + ".txt"
+def _read_caption(image_path: str, suffix: str = "") -> str:
+    path = os.path.splitext(image_path)[0] + suffix + ".txt"
     if storage.is_remote(path):
         return parse_caption(storage.read(path)[: MAX_CAPTION_BYTES + 1], is_json=False)
     status = os.stat(path)
@@ -136,7 +155,8 @@ def _index_folders(root: str, num_workers: int) -> dict[str, Shard]:
         skips[folder] = collections.Counter(
             {
                 NO_CAPTION: len(images) - len(pairs[folder]),
-                NO_IMAGE: len(captions - stems),
+                # NAME.X.txt is another caption of NAME.jpg.
+                NO_IMAGE: sum(not {stem, os.path.splitext(stem)[0]} & stems for stem in captions),
                 OTHER: len(split) - len(images) - len(captions),
             }
         )

@@ -14,7 +14,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -55,8 +55,31 @@ class Shard(NamedTuple):
     skipped: dict[str, int]  # reason → count, whatever the target size
 
 
-def parse_caption(data: bytes, is_json: bool) -> str:
-    """Return the caption in a .txt, or in a .json with one of CAPTION_FIELDS, without surrounding white space.
+def parse_captions(data: bytes, is_json: bool, fields: Sequence[str]) -> list[str]:
+    """Return the captions in the fields of a .json, "" for what isn't there; of a .txt its text as the first.
+
+    Raises:
+        ValueError: none is there, or as `parse_caption`.
+    """
+    if not is_json:
+        return [parse_caption(data, False), *[""] * (len(fields) - 1)]
+    found = []
+    for field in fields:
+        try:
+            found.append(parse_caption(data, True, (field,)))
+        except EmptyCaptionError:
+            found.append("")
+    if not any(found):
+        raise EmptyCaptionError("an empty caption")
+    return found
+
+
+class EmptyCaptionError(ValueError):
+    """There is no caption where one was looked for."""
+
+
+def parse_caption(data: bytes, is_json: bool, fields: Sequence[str] = CAPTION_FIELDS) -> str:
+    """Return the caption in a .txt, or in the first of the fields of a .json that has one, without white space around.
 
     Raises:
         ValueError: it is empty, not UTF-8, not JSON, or has no such field.
@@ -69,12 +92,12 @@ def parse_caption(data: bytes, is_json: bool) -> str:
             raise ValueError("JSON nested too deeply") from error
         if not isinstance(values, dict):
             raise ValueError("not a JSON object")
-        texts = [values.get(field) for field in CAPTION_FIELDS]
+        texts = [values.get(field) for field in fields]
         text = next((value for value in texts if isinstance(value, str) and value.strip()), "")
     text = text.strip()
     text.encode()  # JSON can spell half of a surrogate pair, which is no text
     if not text:
-        raise ValueError("an empty caption")
+        raise EmptyCaptionError("an empty caption")
     return text
 
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,15 +37,25 @@ def caption_hash(caption: str) -> np.uint64:
 
 
 def read_caption(source: Source, index: int) -> str:
-    """Return the caption of a sample. UserError if its file can no longer be read."""
+    """Return the caption of a sample, of several the heaviest. UserError if its file can no longer be read."""
+    return _reading(source, index, lambda: source.caption(index))
+
+
+def caption_of_number(source: Source, number: int) -> str:
+    """Return one of all captions, image by image; "" for one that its image hasn't. UserError as `read_caption`."""
+    index, which = divmod(number, source.num_captions)
+    return _reading(source, index, lambda: source.captions(index)[which])
+
+
+def _reading(source: Source, index: int, read: Callable[[], str]) -> str:
     try:
-        return source.caption(index)
+        return read()
     except (OSError, ValueError) as error:
         raise UserError(f"the caption of {source.name(index)} can't be read: {error}; restore or remove it") from error
 
 
 class Features:
-    """The features in a folder, by the caption's index in its source; complete or, while they are made, in part.
+    """The features in a folder, by the caption's number in its source; complete or, while they are made, in part.
 
     Args:
         folder: of the store.
@@ -144,7 +155,7 @@ class Features:
         """Compare CHECKED captions, evenly spread over the shards that are there."""
         for i in np.unique(np.linspace(0, self.count - 1, min(CHECKED, self.count)).astype(np.int64)).tolist():
             if self.has(i // self.shard):
-                self.check_caption(i, read_caption(source, i))
+                self.check_caption(i, caption_of_number(source, i))
 
     def write(self, shard: int, features: np.ndarray, hashes: np.ndarray) -> None:
         """Add a shard: uint16 [captions, length, width] and uint64 [captions]."""

@@ -28,7 +28,7 @@ class Mixture(Source):
                 f"config.data.weights has {len(weights)} numbers for {len(parts)} paths; give a number above 0 for each"
             )
         self.parts, self.weights = list(parts), [float(weight) for weight in weights]
-        self.class_names = parts[0].class_names
+        self.class_names, self.caption_weights = parts[0].class_names, parts[0].caption_weights
         for part in parts:
             if part.class_names != self.class_names:
                 raise UserError(
@@ -56,6 +56,10 @@ class Mixture(Source):
     def caption(self, index: int) -> str:
         part, at, _ = self._find(index)
         return part.caption(at)
+
+    def captions(self, index: int) -> list[str]:
+        part, at, _ = self._find(index)
+        return part.captions(at)
 
     def name(self, index: int) -> str:
         part, at, _ = self._find(index)

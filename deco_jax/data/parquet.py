@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -30,19 +31,24 @@ class Parquet(Source):
 
     Args:
         columns: of the image, the label and the caption; with a caption's the label's is not read.
+        captions: weights of several columns of captions, instead of that one; a row may lack some of them.
 
     Raises:
         UserError: no files, a missing column, no rows, or pyarrow is not installed.
     """
 
-    def __init__(self, root: str, split: str, columns: tuple[str, str, str]) -> None:
+    def __init__(
+        self, root: str, split: str, columns: tuple[str, str, str], captions: Mapping[str, float] | None = None
+    ) -> None:
         try:
             import pyarrow
         except ImportError as error:
             raise UserError('reading Parquet files needs pyarrow: pip install "deco_jax[parquet]"') from error
 
-        self._image, label, self._caption = columns
-        self._label = "" if self._caption else label
+        self._image, label, caption = columns
+        self._captions = list(captions) if captions else [caption] if caption else []
+        self.caption_weights = tuple((captions or {}).values())
+        self._label = "" if self._captions else label
         self._files = _files(root, split)
         opened = {}
         try:
@@ -55,12 +61,12 @@ class Parquet(Source):
                 for group in range(file.metadata.num_row_groups)
             ]
             for name, file in opened.items():
-                missing = {self._image, self._label or self._caption} - set(file.schema_arrow.names)
+                missing = {self._image, *(self._captions or [self._label])} - set(file.schema_arrow.names)
                 if missing:
                     raise UserError(
                         f"{name} has no column {', '.join(sorted(missing))}, only "
                         f"{', '.join(file.schema_arrow.names)}; set --config.data.image_column, label_column or "
-                        "caption_column"
+                        "caption_column (or captions)"
                     )
             self._groups = np.asarray([group for group in groups if group[2]], np.int64).reshape(-1, 3)
             self._ends = np.cumsum(self._groups[:, 2])
@@ -90,8 +96,7 @@ class Parquet(Source):
 
     @functools.cached_property
     def _kept(self) -> _RowGroups:
-        columns = [name for name in (self._image, self._caption) if name]
-        return _RowGroups(self._files, columns)
+        return _RowGroups(self._files, [self._image, *self._captions])
 
     def __getstate__(self) -> dict[str, Any]:
         # Each process opens the files itself.
@@ -120,10 +125,21 @@ class Parquet(Source):
         if not isinstance(image, bytes):
             raise ValueError(f"{self.name(index)} has no bytes in the column {self._image}")
         sample = {"image": image, "label": int(self._labels[index]) if self._label else 0}
-        return {**sample, "caption": _text(row[self._caption], self.name(index))} if self._caption else sample
+        if self.caption_weights:
+            return {**sample, "captions": self._texts(row)}
+        return {**sample, "caption": _text(row[self._captions[0]], self.name(index))} if self._captions else sample
 
     def caption(self, index: int) -> str:
-        return _text(self._row(index)[self._caption], self.name(index))
+        if self.caption_weights:
+            return super().caption(index)
+        return _text(self._row(index)[self._captions[0]], self.name(index))
+
+    def captions(self, index: int) -> list[str]:
+        return self._texts(self._row(index)) if self.caption_weights else [self.caption(index)]
+
+    def _texts(self, row: dict[str, Any]) -> list[str]:
+        values = [row[name] for name in self._captions]
+        return [value.strip() if isinstance(value, str) else "" for value in values]
 
     def name(self, index: int) -> str:
         block = int(np.searchsorted(self._ends, index, side="right"))

@@ -22,7 +22,7 @@ from absl import flags, logging
 
 from deco_jax.data import transforms
 from deco_jax.data.mixture import Mixture
-from deco_jax.data.source import BlockOrder
+from deco_jax.data.source import BlockOrder, choose_caption
 from deco_jax.data.sources import Source
 from deco_jax.data.workers import follow_main
 from deco_jax.errors import UserError
@@ -130,8 +130,10 @@ def train_batches(
         return {**sample, "image": transforms.flip(sample["image"])} if rng.random() < 0.5 else sample
 
     samples = _in_random_order(source, seed)
-    if random_crop:
-        samples = samples.random_map(lambda index, rng: read_one(source, index, image_size, encode_caption, rng))
+    if random_crop or source.num_captions > 1:
+        samples = samples.random_map(
+            lambda index, rng: read_one(source, index, image_size, encode_caption, rng, fast_crop, random_crop)
+        )
     else:
         samples = samples.map(lambda index: read_one(source, index, image_size, encode_caption, fast_crop=fast_crop))
     if flip:
@@ -189,23 +191,25 @@ def read_one(
     encode_caption: EncodeCaption | None = None,
     rng: np.random.Generator | None = None,
     fast_crop: bool = False,
+    random_crop: bool = False,
 ) -> dict[str, Any]:
     """One sample: `image` uint8 `[height, width, 3]`, `label` int32, `unreadable` int64, and what its source adds.
 
     An unreadable image is replaced by the next readable one of its class, and `unreadable` is then `index` instead
-    of −1. A caption is replaced by what `encode_caption` makes of it and of the index of the image that is used;
-    without `encode_caption` it is dropped. With `rng` the crop is random. Raises UserError where no image of the class
-    can be read.
+    of −1. A caption is replaced by what `encode_caption` makes of it and of its number (the image's index times the
+    captions of each, plus which of them); without `encode_caption` it is dropped. `rng` draws among several captions,
+    and the crop where that is random. Raises UserError where no image of the class can be read.
     """
     used = index
     while True:
         try:
             sample = source[used]
             picture = transforms.decode(sample["image"])
-            if rng is None:
-                image = transforms.center_crop(picture, image_size, fast_crop)
-            else:
+            if random_crop and rng is not None:
                 image = transforms.random_crop(picture, image_size, rng)
+            else:
+                image = transforms.center_crop(picture, image_size, fast_crop)
+            which = choose_caption(sample["captions"], source.caption_weights, rng) if "captions" in sample else 0
         except UserError:
             raise
         except Exception as error:  # on a damaged file PIL raises nearly anything
@@ -217,8 +221,9 @@ def read_one(
                 ) from error
         else:
             break
-    caption = sample.pop("caption", None)
-    encoded = {} if encode_caption is None else encode_caption(used, caption)
+    captions = sample.pop("captions", None) or [sample.pop("caption", None)]
+    number = used * source.num_captions + which
+    encoded = {} if encode_caption is None else encode_caption(number, captions[which])
     unreadable = np.int64(-1 if used == index else index)
     return {**sample, **encoded, "image": image, "label": np.int32(sample["label"]), "unreadable": unreadable}
 

@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import struct
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,10 @@ def encode(sample: dict[str, Any], kind: str, size: tuple[int, int]) -> bytes:
             buffer = io.BytesIO()
             Image.fromarray(pixels).save(buffer, "PNG")
             data = buffer.getvalue()
-    header = json.dumps({"label": int(sample["label"]), "shape": shape, "captioned": "caption" in sample}).encode()
+    values = {"label": int(sample["label"]), "shape": shape, "captioned": "caption" in sample}
+    if "captions" in sample:
+        values["captions"] = sample["captions"]
+    header = json.dumps(values).encode()
     caption = sample.get("caption", "").encode()
     return LENGTHS.pack(len(header), len(caption), len(data)) + header + caption + data
 
@@ -64,6 +68,8 @@ def decode(record: bytes) -> dict[str, Any]:
     values = json.loads(header)
     image = data if values["shape"] is None else np.frombuffer(data, np.uint8).reshape(values["shape"])
     sample = {"image": image, "label": values["label"]}
+    if "captions" in values:
+        return {**sample, "captions": values["captions"]}
     return {**sample, "caption": caption.decode()} if values["captioned"] else sample
 
 
@@ -100,18 +106,24 @@ def write_shard(source: Source, indices: range, folder: str, number: int, kind: 
 class Prepared(Source):
     """What --mode=prepare has written into a folder.
 
+    Args:
+        captions: weights of several captions of an image; they may be others than the data was prepared with, of the
+            same names in the same order.
+
     Raises:
         UserError: the folder is not complete, or not such a folder.
     """
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, captions: Mapping[str, float] | None = None) -> None:
         self._root = root
+        self.caption_weights = tuple((captions or {}).values())
         try:
             index = json.loads((storage.path(root) / INDEX).read_text())
             self.class_names = [str(name) for name in index["class_names"]]
             self._counts = [int(count) for count in index["counts"]]
             with (storage.path(root) / "labels.npy").open("rb") as file:
                 self._labels = np.load(io.BytesIO(file.read()))
+            names = index.get("captions", [])
         except FileNotFoundError:
             raise UserError(
                 f"{root} holds no complete {INDEX}; run --mode=prepare with --workdir={root}, which goes on where it "
@@ -119,6 +131,12 @@ class Prepared(Source):
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{root}/{INDEX} can't be read ({error}); prepare the data again") from error
+        if names != list(captions or {}):
+            like = ",".join(f"{name}=1" for name in names)
+            raise UserError(
+                f"{root} was prepared with config.data.captions={like or 'empty'}, in number and order of the names; "
+                "give these with weights of your choice"
+            )
 
     @functools.cached_property
     def _records(self) -> Any:
@@ -139,6 +157,10 @@ class Prepared(Source):
             return decode(self._records[index])
         except Exception as error:
             raise UserError(f"{self.name(index)} can't be read ({error}); prepare the data again") from error
+
+    def captions(self, index: int) -> list[str]:
+        sample = self[index]
+        return sample["captions"] if self.caption_weights else [sample["caption"]]
 
     def name(self, index: int) -> str:
         return printable(f"{self._root} record {index}")

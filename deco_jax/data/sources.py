@@ -20,7 +20,7 @@ from deco_jax.data.captioned_folder import CaptionedFolder
 from deco_jax.data.mixture import Mixture
 from deco_jax.data.parquet import Parquet
 from deco_jax.data.prepared import Prepared
-from deco_jax.data.source import IMAGE_SUFFIXES, Source, printable
+from deco_jax.data.source import IMAGE_SUFFIXES, Source, parse_weights, printable
 from deco_jax.data.transforms import image_sides
 from deco_jax.data.webdataset import WebDataset
 from deco_jax.errors import UserError
@@ -37,6 +37,8 @@ SOURCES = (
     "captioned_folder",
     "webdataset",
 )
+
+SEVERAL_CAPTIONS = ("captioned_folder", "webdataset", "parquet", "prepared")
 
 
 class Digits(Source):
@@ -275,18 +277,29 @@ def open_source(data: Any) -> Source:
     path, split = os.path.expanduser(data.get("path") or ""), data.get("split") or ""
     if data.source not in SOURCES:
         raise UserError(f"unknown data.source '{data.source}'; choose one of {', '.join(SOURCES)}")
+    captions = parse_weights(data.get("captions") or "")
+    if captions and data.source not in SEVERAL_CAPTIONS:
+        raise UserError(
+            f"config.data.captions={data.captions} draws among several captions, and the source {data.source} hasn't "
+            f"any; choose one of {', '.join(SEVERAL_CAPTIONS)}, or leave it empty"
+        )
     if data.source == "digits":
         return Digits()
     if data.source == "captioned_digits":
         return CaptionedDigits()
     if not path:
         raise UserError(f"data.path is empty; set --config.data.path=FOLDER for the source {data.source}")
+    if data.source in ("tfds", "prepared") and path.startswith("s3://"):
+        raise UserError(
+            f"{path} can't be read: ArrayRecord's reader opens disks and gs:// only; mount the bucket, copy the folder "
+            "to a disk, or keep tars (webdataset) or Parquet files there"
+        )
     if data.source == "tfds":
         return Tfds(path, split or "train")
     if data.source == "parquet":
-        return Parquet(path, split, (data.image_column, data.label_column, data.caption_column))
+        return Parquet(path, split, (data.image_column, data.label_column, data.caption_column), captions)
     if data.source == "prepared":
-        return Prepared(path)
+        return Prepared(path, captions)
     root = os.path.join(path, split) if split else path
     with storage.answering(root):
         where = storage.path(root)
@@ -296,7 +309,7 @@ def open_source(data: Any) -> Source:
     if data.source == "image_folder":
         return ImageFolder(root)
     captioned = CaptionedFolder if data.source == "captioned_folder" else WebDataset
-    return captioned(root, image_sides(data.image_size), data.get("num_workers") or 0)
+    return captioned(root, image_sides(data.image_size), data.get("num_workers") or 0, captions)
 
 
 def _open_mixture(data: Any) -> Mixture:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import collections
 import functools
+import hashlib
 import io
+import json
 import os
 import re
 import tarfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ from deco_jax.data.captioned_pairs import (
     Shard,
     header_size,
     parse_caption,
+    parse_captions,
     select_large,
     walk,
     worker_pool,
@@ -65,14 +68,22 @@ class WebDataset(Source):
 
     Many headers are read in `num_workers` processes.
 
+    Args:
+        captions: weights of several captions of an image, by the fields of its JSON, which then goes before `KEY.txt`;
+            an image without JSON has its text alone.
+
     Raises:
         UserError: the archives can't be listed or opened, or no pair can be used.
     """
 
-    def __init__(self, root: str, image_size: tuple[int, int], num_workers: int = 0) -> None:
+    def __init__(
+        self, root: str, image_size: tuple[int, int], num_workers: int = 0, captions: Mapping[str, float] | None = None
+    ) -> None:
         self._root = root
         self.class_names = []
-        shards = _index_tars(root, num_workers)
+        self._fields = tuple(captions or ())
+        self.caption_weights = tuple((captions or {}).values())
+        shards = _index_tars(root, num_workers, self._fields)
         keeps, self._notes = select_large(root, shards, image_size, "archive")
         self._tars = [os.path.join(root, name) if name else root for name in shards]
         self._tar_ends = np.cumsum([int(keep.sum()) for keep in keeps])
@@ -99,7 +110,7 @@ class WebDataset(Source):
         if storage.is_remote(tar) and (sample := self._read_together(tar, pair)):
             return sample
         image = self._files.read(tar, int(pair["image_at"]), int(pair["image_size"]))
-        return {"image": image, "label": 0, "caption": self.caption(index)}
+        return {"image": image, "label": 0, **self._parsed(self._caption_bytes(index), pair)}
 
     def _read_together(self, tar: str, pair: np.void) -> dict[str, Any] | None:
         """Read a sample in one request, where little lies between its image and its caption."""
@@ -109,12 +120,25 @@ class WebDataset(Source):
             return None
         data = self._files.read(tar, start, end - start)
         image, caption = (data[at - start : at - start + size] for at, size in spans)
-        return {"image": image, "label": 0, "caption": parse_caption(caption, bool(pair["json"]))}
+        return {"image": image, "label": 0, **self._parsed(caption, pair)}
+
+    def _parsed(self, data: bytes, pair: np.void) -> dict[str, Any]:
+        if self._fields:
+            return {"captions": parse_captions(data, bool(pair["json"]), self._fields)}
+        return {"caption": parse_caption(data, bool(pair["json"]))}
+
+    def _caption_bytes(self, index: int) -> bytes:
+        pair = self._pairs[index]
+        return self._files.read(self._tar(index), int(pair["caption_at"]), int(pair["caption_size"]))
 
     def caption(self, index: int) -> str:
-        pair = self._pairs[index]
-        data = self._files.read(self._tar(index), int(pair["caption_at"]), int(pair["caption_size"]))
-        return parse_caption(data, bool(pair["json"]))
+        if self._fields:
+            return super().caption(index)
+        return self._parsed(self._caption_bytes(index), self._pairs[index])["caption"]
+
+    def captions(self, index: int) -> list[str]:
+        parsed = self._parsed(self._caption_bytes(index), self._pairs[index])
+        return parsed["captions"] if self._fields else [parsed["caption"]]
 
     def name(self, index: int) -> str:
         tar, at = self._tar(index), int(self._pairs[index]["image_at"])
@@ -133,9 +157,11 @@ class WebDataset(Source):
         return self._notes
 
 
-def _index_tars(root: str, num_workers: int) -> dict[str, Shard]:
+def _index_tars(root: str, num_workers: int, fields: tuple[str, ...]) -> dict[str, Shard]:
     """Index all archives under root: {relative path: what is in it}; "" for root itself."""
-    index = PairIndex(root, "webdataset", TAR_PAIR)
+    # Which captions can be used depends on the fields that are looked at.
+    kind = "webdataset" + ("-" + hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:8] if fields else "")
+    index = PairIndex(root, kind, TAR_PAIR)
     try:
         if storage.path(root).is_dir():
             files = [os.path.join(folder, name) for folder, names in walk(root) for name in names]
@@ -150,7 +176,7 @@ def _index_tars(root: str, num_workers: int) -> dict[str, Shard]:
         stale = [name for name in names if not index.knows(name, keys[name])]
         many = sum(stamps[name][0] for name in stale) > MANY_BYTES_OF_TARS
         with worker_pool(min(num_workers, len(stale)) if many else 0) as pool:
-            looked_at = pool.map(look_into_tar, [paths[name] for name in stale])
+            looked_at = pool.map(functools.partial(look_into_tar, fields=fields), [paths[name] for name in stale])
             for done, (name, (pairs, skipped)) in enumerate(zip(stale, looked_at, strict=True), 1):
                 index.add(name, Shard(keys[name], pairs, b"", skipped))
                 if index.save_sometimes():
@@ -178,8 +204,11 @@ class _Group:
         self.captions: dict[str, tuple[int, int]] = {}  # suffix → position, bytes
 
 
-def look_into_tar(path: str) -> tuple[np.ndarray, dict[str, int]]:
+def look_into_tar(path: str, fields: tuple[str, ...] = ()) -> tuple[np.ndarray, dict[str, int]]:
     """Find the usable pairs of an archive, TAR_PAIR [pairs] by position; count what was left out, by reason.
+
+    Args:
+        fields: of the JSON whose captions are drawn among; then a JSON goes before a text.
 
     Raises:
         OSError: the file can't be opened.
@@ -195,10 +224,13 @@ def look_into_tar(path: str) -> tuple[np.ndarray, dict[str, int]]:
             if not group.has_image:
                 skipped[NO_IMAGE] += 1
                 return
-            for suffix in (".txt", ".json"):
+            for suffix in (".json", ".txt") if fields else (".txt", ".json"):
                 at, size = group.captions.get(suffix, (0, 0))
                 try:
-                    parse_caption(read(size, at), suffix == ".json")
+                    if fields:
+                        parse_captions(read(size, at), suffix == ".json", fields)
+                    else:
+                        parse_caption(read(size, at), suffix == ".json")
                 except (OSError, ValueError):
                     continue
                 rows.extend((*image, at, size, suffix == ".json") for image in group.images)

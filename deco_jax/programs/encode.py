@@ -55,7 +55,7 @@ def encode(config: ml_collections.ConfigDict, workdir: str) -> None:
     main_host = jax.process_index() == 0
     # The first host decides what is left: another may see its files later, and all encode together.
     left = [shard for shard in range(store.num_shards) if not distributed.from_main_host(store.has(shard))]
-    total, done = len(source), len(source) - sum(len(store.indices(shard)) for shard in left)
+    total, done = store.count, store.count - sum(len(store.indices(shard)) for shard in left)
     if main_host:
         print(f"{total:,} captions, {done:,} of them done; compiling ...", flush=True)
     began = spoke = time.monotonic()
@@ -66,7 +66,7 @@ def encode(config: ml_collections.ConfigDict, workdir: str) -> None:
     for shard in left:
         indices, parts, hashes = store.indices(shard), [], []
         for start in range(0, len(indices), size):
-            captions = [features_lib.read_caption(source, i) for i in indices[start : start + size]]
+            captions = [features_lib.caption_of_number(source, i) for i in indices[start : start + size]]
             # Filled up, so that one compilation serves all.
             filled = [encoders.prefixed(caption, settings.prefix) for caption in captions] + [""] * (
                 size - len(captions)

@@ -19,6 +19,7 @@ import numpy as np
 
 from deco_jax.data import prepared, sources
 from deco_jax.data.captioned_pairs import worker_pool
+from deco_jax.data.source import parse_weights
 from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
 from deco_jax.run import distributed, storage
@@ -54,6 +55,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> None:
         "images": data.prepared_images,
         "shard": SHARD_IMAGES,
     }
+    if source.caption_weights:
+        made_of["captions"] = list(parse_weights(data.captions))
     make_workdir(folder)
     distributed.on_main_host(lambda: _check_same(folder / "made_of.json", made_of))
     shards = [range(start, min(start + SHARD_IMAGES, len(source))) for start in range(0, len(source), SHARD_IMAGES)]
