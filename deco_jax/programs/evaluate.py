@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ from deco_jax.evaluation.image_sets import ImageSet, drawn_images, folder_images
 from deco_jax.evaluation.measuring import read
 from deco_jax.evaluation.statistics import NpzImages
 from deco_jax.programs import best_of
-from deco_jax.run import sharding, storage
+from deco_jax.run import checkpoint, sharding, storage, tracking
 from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import write_json
 from deco_jax.sampling import generate
@@ -43,6 +43,8 @@ from deco_jax.sampling.settings import Sampling
 def evaluate(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str = "") -> None:
     """Write WORKDIR/evaluation.json and print it as a table; before that, find the best way to draw if asked to."""
     folder, began = storage.path(workdir), time.monotonic()
+    if config.train.wandb and jax.process_index() == 0:
+        tracking.check(config.train.wandb)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     check_evaluators(config)
     searching = best_of.wanted(config)
@@ -85,6 +87,24 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: s
             best_of.finish(folder, result)
         print(table(result))
         print(f"wrote {path}")
+        if config.train.wandb:
+            _track(config, folder, workdir, checkpoint_path, scores.values)
+
+
+def _track(
+    config: ml_collections.ConfigDict,
+    folder: pathlib.Path,
+    workdir: str,
+    checkpoint_path: str,
+    values: Mapping[str, float],
+) -> None:
+    """Add the scores to the run at Weights & Biases: as its own, and at the checkpoint's step if they are of one."""
+    scores = {f"evaluation/{name}": float(value) for name, value in values.items()}
+    with tracking.Tracker(config.train.wandb, folder, {}) as tracker:
+        step = "" if config.evaluate.samples else checkpoint.find(workdir, checkpoint_path).name
+        if step.isdigit():
+            tracker.log(int(step), scores)
+        tracker.summary(scores)
 
 
 def score(evaluators: Sequence[Evaluator], subject: Subject, setup: Setup) -> Scores:

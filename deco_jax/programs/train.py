@@ -29,7 +29,7 @@ from deco_jax.method.optimizer import make_optimizer
 from deco_jax.method.training import Batch, Metrics, choose_remat, lower_train_step, make_networks
 from deco_jax.models.network import build
 from deco_jax.programs.actions import Action, Evaluate, FirstTime, Grid, Log, Reader, Save, TrainingRun
-from deco_jax.run import checkpoint, distributed, monitor, preemption, settings, sharding, storage
+from deco_jax.run import checkpoint, distributed, monitor, preemption, settings, sharding, storage, tracking
 from deco_jax.run.state import State, create_state, state_shapes
 from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import Writer, write_json, write_overview
@@ -48,6 +48,8 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     folder = storage.path(workdir)
 
     # Everything that can be wrong is found before anything compiles or is written.
+    if config.train.wandb and jax.process_index() == 0:
+        tracking.check(config.train.wandb)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding.check_batch(mesh, config.data.batch_size, "config.data.batch_size", config.optimizer.accumulate_steps)
     with distributed.stage("listing the images"):
@@ -112,7 +114,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     if main_host:
         write_json(folder / CLASSES, imagenet.readable(source.class_names))
         write_overview(folder / "parameters.txt", state["params"])
-    writer = Writer(folder, config.train.num_steps, resumed_at=start, active=main_host)
+    writer = Writer(folder, config.train.num_steps, resumed_at=start, active=main_host, config=config)
     writer.say(
         f"{config.model.name} with {networks['denoiser'].num_params:,} parameters on "
         f"{mesh.size} {jax.devices()[0].platform} device(s); {len(source):,} images "

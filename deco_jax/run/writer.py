@@ -1,4 +1,4 @@
-"""What a run leaves for people: metrics.jsonl, TensorBoard events, image files, and one live line."""
+"""What a run leaves for people: metrics.jsonl, TensorBoard events, W&B, image files, and one live line."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ import math
 import os
 import pathlib
 import sys
+import textwrap
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 import tensorboardX
 from absl import logging
 from clu import parameter_overview
 from PIL import Image
 
-from deco_jax.run import event_files, files, storage
+from deco_jax.config import to_json
+from deco_jax.run import event_files, files, storage, tracking
 from deco_jax.run.metrics import read_rows
 
 
@@ -31,23 +34,42 @@ class Writer:
         resumed_at: the step the run goes on from. Later lines of metrics.jsonl are dropped, as those steps are done
             again.
         active: false on hosts other than the first, which write nothing.
+        config: of the run, for TensorBoard; of its section "train", `wandb` and `log_json` are heeded.
+
+    Raises:
+        UserError: Weights & Biases was asked for and can't start a run.
     """
 
-    def __init__(self, workdir: pathlib.Path, total_steps: int, resumed_at: int, active: bool = True) -> None:
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        total_steps: int,
+        resumed_at: int,
+        active: bool = True,
+        config: ml_collections.ConfigDict | None = None,
+    ) -> None:
         self._active, self._total = active, total_steps
+        self._json = config is not None and config.train.log_json
+        self._tracker: tracking.Tracker | None = None
         self._start_step, self._start_time = resumed_at, time.monotonic()
-        self._live = active and sys.stdout.isatty()
+        self._live = active and not self._json and sys.stdout.isatty()
         self._synced_at = time.monotonic()
         self.last: dict[str, Any] = {}  # the line that a resumed run goes on from
         if not active:
             return
         path = workdir / "metrics.jsonl"
         self.last = _keep_until(path, resumed_at)
-        self._file: Any = storage.ObjectLog(path) if storage.is_remote(path) else path.open("a")
+        self._file: Any = event_files.ObjectLog(path) if storage.is_remote(path) else path.open("a")
         event_files.register(path)
         # Events of later steps, which are done again, are not shown twice.
         purge = resumed_at + 1 if resumed_at else None
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
+        if config is not None:
+            values = to_json(config)
+            self._board.add_text("config", textwrap.indent(json.dumps(values, indent=2), "    "), resumed_at)
+            if config.train.wandb:
+                self._tracker = tracking.Tracker(config.train.wandb, workdir, values)
+                self.say(f"Weights & Biases: {self._tracker.where}")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one line of metrics.jsonl and one live line."""
@@ -57,6 +79,9 @@ class Writer:
         row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._row, self._row_at = {"step": step, **row}, self._file.tell()
         self._put(step, {k: v for k, v in metrics.items() if isinstance(v, int | float)})
+        if self._json:
+            print(json.dumps(self._row), flush=True)
+            return
         # The time left comes first: a narrow terminal cuts the end.
         line = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float))
         self.say(f"step {step}/{self._total}  {self._time_left(step)}  {line}", live=True)
@@ -68,6 +93,9 @@ class Writer:
         self._row[name] = value if math.isfinite(value) else None
         self._file.truncate(self._row_at)
         self._put(step, {name: value})
+        if self._json:
+            print(json.dumps({"step": step, name: self._row[name]}), flush=True)
+            return
         self.say(f"step {step}/{self._total}  {name} {value:.4g}")
 
     def _put(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -76,15 +104,19 @@ class Writer:
         for name, value in scalars.items():
             self._board.add_scalar(name, float(value), step)
         self._board.flush()
+        if self._tracker:
+            self._tracker.log(step, {name: self._row[name] for name in scalars})
         if time.monotonic() - self._synced_at > storage.PUT_SECONDS:
             self.sync()
 
     def sync(self) -> None:
         """Have all that is written outlast this process: before a checkpoint that the run may go on from."""
-        if self._active and isinstance(self._file, storage.ObjectLog):
+        if self._active and isinstance(self._file, event_files.ObjectLog):
             self._file.sync()
             self._board.flush()
             event_files.EventFile.sync()
+            if self._tracker:
+                self._tracker.sync()
             self._synced_at = time.monotonic()
 
     def _time_left(self, step: int) -> str:
@@ -98,14 +130,19 @@ class Writer:
         if self._active:
             save_png(path, image)
             self._board.add_image(name, image, step, dataformats="HWC")
+            if self._tracker:
+                self._tracker.image(step, name, image)
 
     def start_clock(self) -> None:
         """Start counting the time per step, from which the time left follows: compiling is over."""
         self._start_time = time.monotonic()
 
     def say(self, text: str, live: bool = False) -> None:
-        """Print a line; on a terminal the next line overwrites a live one."""
+        """Print a line; on a terminal the next line overwrites a live one. With log_json stdout is for JSON alone."""
         if not self._active:
+            return
+        if self._json:
+            print(text, file=sys.stderr, flush=True)
             return
         if self._live:
             width = os.get_terminal_size().columns if sys.stdout.isatty() else 200
@@ -120,6 +157,8 @@ class Writer:
             self._file.close()
             self._board.close()
             event_files.EventFile.sync()
+            if self._tracker:
+                self._tracker.close()
 
 
 def _keep_until(path: pathlib.Path, step: int) -> dict[str, Any]:
