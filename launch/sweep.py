@@ -17,7 +17,8 @@ A run lies in WORKDIR/NAME, its name made of its settings, and what --measure as
 One that has reached its last step is skipped, one that was cut off goes on; what was measured is measured again only
 after more training or with other overrides. A folder that holds a run of other settings is an error.
 The table: WORKDIR/sweep.md and sweep.json; beside ours, the figures that the paper has for a variant, where the config
-file lists them as PAPER. Exit status 1 if a run failed.
+file lists them as PAPER. With --config.train.wandb=PROJECT after the -- it is a table at Weights & Biases too, and the
+runs there are a group of WORKDIR's name. Exit status 1 if a run failed.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for a checkout that isn't installed
 
 from deco_jax import config_files  # noqa: E402
-from deco_jax.report import style  # noqa: E402
+from deco_jax.errors import UserError  # noqa: E402
+from deco_jax.report import curves  # noqa: E402
+from deco_jax.run import files, storage, tracking  # noqa: E402
 from deco_jax.run.metrics import read_rows  # noqa: E402
 
 METRICS = "metrics.jsonl"
@@ -204,7 +207,7 @@ def is_done(run: Run, mode: str = "train", more: Sequence[str] = ()) -> bool:
         left, note = run.folder / MODES[mode], measured_with(run, mode)
         if not left.exists() or (note.exists() and json.loads(note.read_text()) != overrides(more) | run.settings):
             return False
-        return not metrics.exists() or left.stat().st_mtime_ns >= metrics.stat().st_mtime_ns
+        return not metrics.exists() or modified(left) >= modified(metrics)
     if not config.exists():
         return False
     try:
@@ -212,8 +215,15 @@ def is_done(run: Run, mode: str = "train", more: Sequence[str] = ()) -> bool:
         steps = int(asked) if asked else json.loads(config.read_text())["train"]["num_steps"]
     except ValueError:  # the run says it itself
         return False
-    saved = [int(entry.name) for entry in (run.folder / "checkpoints").glob("*") if entry.name.isdigit()]
+    remote = storage.is_remote(run.folder)  # where what is put last makes a checkpoint whole, on a disk its name
+    entries = [entry for entry in (run.folder / "checkpoints").glob("*") if entry.name.isdigit()]
+    saved = [int(entry.name) for entry in entries if not remote or (entry / "commit_success.txt").exists()]
     return last_metrics(run).get("step", 0) >= steps and max(saved, default=0) >= steps
+
+
+def modified(path: pathlib.Path) -> float:
+    """Return when a file was written last, in seconds."""
+    return storage.modified(path) if storage.is_remote(path) else path.stat().st_mtime_ns / 1e9
 
 
 def papers_figures(config: str) -> dict[str, dict[str, float]]:
@@ -268,34 +278,13 @@ def gather(
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cell(row.get(column, "")) for column in columns) + " |" for row in rows]
     table = "\n".join(lines) + "\n"
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "sweep.json").write_text(json.dumps(rows, indent=2) + "\n")
-    (workdir / "sweep.md").write_text(table)
+    if project := overrides(more).get("train.wandb"):
+        with tracking.Tracker(project, workdir, {}, job="sweep") as tracker:
+            tracker.table("sweep", columns, [[row.get(column) for column in columns] for row in rows])
+    for name, text in (("sweep.json", json.dumps(rows, indent=2) + "\n"), ("sweep.md", table)):
+        with files.whole(workdir / name) as part:
+            part.write_text(text)
     return table
-
-
-def plot(runs: list[Run], workdir: pathlib.Path, key: str) -> None:
-    """Draw a logged value over the steps, one line a run that has it, into WORKDIR/KEY.png."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    rows = {run.folder.name: read_rows(run.folder / METRICS)[0] for run in runs}
-    lines = {name: [(row["step"], row[key]) for row in logged if key in row] for name, logged in rows.items()}
-    drawn = {name: points for name, points in lines.items() if points}
-    for i, (points, label) in enumerate(zip(drawn.values(), style.in_words(list(drawn)), strict=True)):
-        axes.plot(*zip(*points, strict=True), **style.curve(i, markers=True), label=label)
-    if not any(lines.values()):
-        print(f"no run has logged {key!r}; nothing to plot", file=sys.stderr)
-        return
-    axes.set(xlabel="step", ylabel=key)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(workdir / f"{key}.png", dpi=150)
-    missing = [name for name in lines if name not in drawn]
-    print(f"wrote {workdir / f'{key}.png'}" + (f"; without {', '.join(missing)}, which logged none" if missing else ""))
 
 
 def array_script(count: int, options: list[str], workdir: pathlib.Path, command: list[str], more: list[str]) -> str:
@@ -317,7 +306,7 @@ def array_script(count: int, options: list[str], workdir: pathlib.Path, command:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
-    parser.add_argument("--workdir", required=True, type=pathlib.Path)
+    parser.add_argument("--workdir", required=True)
     parser.add_argument("--grid", action="append", default=[])
     parser.add_argument("--list", type=pathlib.Path)
     parser.add_argument("--variants", type=split_values, default=[])
@@ -341,7 +330,12 @@ def main(argv: list[str]) -> int:
     if arguments.variants and ":" in arguments.config:
         raise SystemExit(f"error: {arguments.config} names a variant already; leave it out, or --variants")
     # The runs start in this repository, wherever the sweep does.
-    arguments.workdir = arguments.workdir.absolute()
+    try:
+        arguments.workdir = storage.absolute(arguments.workdir)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from error
+    if arguments.slurm and storage.is_remote(arguments.workdir):
+        raise SystemExit("error: SLURM writes its logs to disks only; give --slurm a --workdir on one")
     runs = plan(arguments.workdir, arguments.grid, lines, arguments.variants)
 
     if arguments.slurm:
@@ -357,6 +351,7 @@ def main(argv: list[str]) -> int:
         arguments.workdir.mkdir(parents=True, exist_ok=True)
         return subprocess.run(["sbatch"], input=script, text=True).returncode
 
+    os.environ.setdefault("WANDB_RUN_GROUP", arguments.workdir.name)  # of the runs, where they are tracked
     failed = []
     for run in runs:
         check_settings(run)
@@ -390,7 +385,7 @@ def main(argv: list[str]) -> int:
             end="",
         )
         if arguments.plot:
-            plot(runs, arguments.workdir, arguments.plot)
+            curves.plot({run.folder.name: run.folder for run in runs}, arguments.workdir, arguments.plot)
     if failed:
         print(f"error: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

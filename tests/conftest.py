@@ -27,6 +27,8 @@ from tests import shape_checks
 install_import_hook(shape_checks.CHECKED, "tests.shape_checks.check")  # before anything of them is imported
 
 from deco_jax.run.hardware import set_xla_flags  # noqa: E402
+from tests.bucket_runs import finished_run  # noqa: E402
+from tests.buckets import Bucket, S3Bucket, uses  # noqa: E402
 
 set_xla_flags()  # as the command line does
 
@@ -36,3 +38,41 @@ def exact_products():
     """Golden values were measured in full float32."""
     with jax.default_matmul_precision("highest"):
         yield
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """gs://bucket on this machine."""
+    made = Bucket()
+    made.start()
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def here(bucket: Bucket, monkeypatch, tmp_path):
+    """This process uses the bucket, and keeps its copies and temporary files in folders of their own."""
+    with uses(bucket.env, monkeypatch, tmp_path):
+        yield bucket
+
+
+@pytest.fixture(scope="module")
+def s3_bucket():
+    """s3://bucket on this machine."""
+    made = S3Bucket()
+    made.start()
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory):
+    """`bucket_runs.finished_run`: a folder of images, and the workdir."""
+    return finished_run(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture
+def s3(s3_bucket: S3Bucket, monkeypatch, tmp_path):
+    """As `here`, of s3://bucket."""
+    with uses(s3_bucket.env, monkeypatch, tmp_path):
+        yield s3_bucket

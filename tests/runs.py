@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from deco_jax.models import network as network_lib
 from deco_jax.run import checkpoint
@@ -60,6 +61,33 @@ def files(folder: pathlib.Path) -> dict[str, bytes]:
 def steps(workdir: pathlib.Path) -> list[str]:
     """Names in the folder of checkpoints, numbers in their order."""
     return sorted((entry.name for entry in (workdir / "checkpoints").iterdir()), key=lambda name: (len(name), name))
+
+
+def arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """All arrays of a checkpoint, on whatever devices they were."""
+    found: dict[str, np.ndarray] = {}
+    with ocp.PyTreeCheckpointer() as reader:
+        for item in ("counters", "params", "ema", "optimizer"):
+            shapes = reader.metadata(folder / item).item_metadata.tree
+            wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+            flat, _ = jax.tree_util.tree_flatten_with_path(reader.restore(folder / item, restore_args=wanted))
+            found |= {f"{item}{jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in flat}
+    return found
+
+
+def assert_same_run(ours: pathlib.Path, theirs: pathlib.Path, step: int) -> None:
+    """The metrics, but for times, and the arrays of a checkpoint are equal to the bit."""
+    actual, expected = rows(ours), rows(theirs)
+    assert actual.keys() == expected.keys()
+    for number in expected:
+        for key, value in expected[number].items():
+            if key not in ("images_per_second", "peak_memory_gib"):
+                assert actual[number][key] == value, f"step {number}: {key}"
+    here, there = arrays(ours / "checkpoints" / str(step)), arrays(theirs / "checkpoints" / str(step))
+    assert here.keys() == there.keys()
+    assert len(there) > 20
+    for key in there:
+        np.testing.assert_array_equal(here[key], there[key], err_msg=key)
 
 
 def signal_when(number: int, due: Callable[[str], bool], *arguments: object) -> tuple[int, str]:

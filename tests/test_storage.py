@@ -2,138 +2,172 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
-import pathlib
-import signal
+import subprocess
+import sys
 import tarfile
 import threading
 import time
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from PIL import Image
+import torch
 
 from deco_jax.data import features as features_lib
 from deco_jax.data import sources
 from deco_jax.errors import UserError
+from deco_jax.run import checksums, lock, storage
 from deco_jax.run import files as files_lib
-from deco_jax.run import lock, storage
-from deco_jax.run.checkpoint import Checkpoints
-from tests.buckets import Bucket, needs_gcs
+from tests.bucket_runs import FOUR_STEPS, RUN, Data, assert_nothing_left_here, killed_and_resumed, same_samples
+from tests.buckets import download, make_images, needs_gcs, upload
 from tests.helpers import ROOT, run_main
-from tests.runs import NO_SAMPLES, SMOKE, files, rows, signal_when, succeed
+from tests.runs import SMOKE, assert_same_run, files, succeed
+from tests.test_distributed import finish, together
 
 pytestmark = needs_gcs
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    made = Bucket()
-    made.start()
-    yield made
-    made.stop()
-
-
-@pytest.fixture
-def here(bucket: Bucket, monkeypatch, tmp_path):
-    """This process uses the bucket, and keeps its copies and temporary files in folders of their own."""
-    from etils.epath import backend
-
-    for name, value in bucket.env.items():
-        monkeypatch.setenv(name, value)
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
-    monkeypatch.setenv("DECO_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    storage._filesystem.cache_clear()
-    backend.fsspec_backend._get_filesystem.cache_clear()
-    yield bucket
-    storage._filesystem.cache_clear()
-
-
-def make_images(folder: pathlib.Path, captions: bool = False) -> pathlib.Path:
-    """Twelve pictures of noise, in three classes or with captions."""
-    for i in range(12):
-        path = folder / ("pairs" if captions else f"class {i % 3}") / f"{i:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
-        if captions:
-            path.with_suffix(".txt").write_text(f"noise number {i}")
-    return folder
-
-
-def upload(bucket: Bucket, folder: pathlib.Path, name: str) -> str:
-    for relative, data in files(folder).items():
-        bucket.upload(f"{name}/{relative}", data)
-    return f"gs://bucket/{name}"
-
-
-def arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """All arrays of a checkpoint."""
-    import jax
-
-    with ocp.StandardCheckpointer() as reader:
-        found = {item: reader.restore(folder / item) for item in ("counters", "params", "ema", "optimizer")}
-    flat, _ = jax.tree_util.tree_flatten_with_path(found)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
-
-
-def download(bucket: Bucket, prefix: str, folder: pathlib.Path) -> pathlib.Path:
-    for name, data in bucket.files.items():
-        if name.startswith(prefix + "/"):
-            path = folder / name.removeprefix(prefix + "/")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-    return folder
-
-
-RUN = (SMOKE, "--config.data.source=image_folder", "--config.model.num_classes=3", "--config.data.batch_size=4")
-FOUR_STEPS = ("--config.train.num_steps=4", "--config.train.save_every=2", "--config.train.log_every=1", NO_SAMPLES)
-
-
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path]:
-    """Images, and a run of four steps on them that nothing interrupts, on a disk."""
-    folder = tmp_path_factory.mktemp("whole")
-    images = make_images(folder / "images")
-    succeed(*RUN, *FOUR_STEPS, f"--config.data.path={images}", f"--workdir={folder / 'run'}")
-    return images, folder / "run"
-
-
-def assert_same_run(bucket: Bucket, name: str, expected: pathlib.Path, folder: pathlib.Path) -> None:
-    ours, theirs = rows(download(bucket, name, folder)), rows(expected)
-    timed = ("images_per_second", "peak_memory_gib")
-    for step in theirs:
-        same = {key: value for key, value in theirs[step].items() if key not in timed}
-        assert {key: ours[step][key] for key in same} == same
-    assert ours.keys() == theirs.keys()
-    here, there = arrays(folder / "checkpoints" / "4"), arrays(expected / "checkpoints" / "4")
-    assert here.keys() == there.keys()
-    for key in there:
-        np.testing.assert_array_equal(here[key], there[key], err_msg=key)
 
 
 def test_a_run_killed_and_resumed_in_a_bucket_is_the_one_on_a_disk(here, whole_run, tmp_path):
     images, expected = whole_run
     where = upload(here, images, "images")
-    command = (*RUN, *FOUR_STEPS, f"--config.data.path={where}", "--workdir=gs://bucket/runs/killed")
-    committed = "runs/killed/checkpoints/2/commit_success.txt"
-    slow = "--config.train.num_steps=400"  # it is killed on the way
-    status, output = signal_when(signal.SIGKILL, lambda _: here.has(committed), *command, slow)
-    assert status == -signal.SIGKILL, output
-    assert any(json.loads(line)["step"] == 2 for line in here.files["runs/killed/metrics.jsonl"].splitlines())
-    for name in [name for name in here.files if name.startswith("runs/killed/checkpoints/") and "/2/" not in name]:
-        here._storage.delete_file("bucket", name)  # as if it had come no further
-    result = succeed(*command)
-    assert "resumed at step 2" in result.stdout
-    assert_same_run(here, "runs/killed", expected, tmp_path / "copy")
+    command = (*RUN, *FOUR_STEPS, f"--config.data.path={where}", f"--workdir={here.url}/runs/killed")
+    killed_and_resumed(here, "runs/killed", *command)
+    assert_same_run(download(here, "runs/killed", tmp_path / "copy"), expected, 4)
     assert any("tensorboard/events" in name for name in here.files)
 
     resolved = json.loads(here.files["runs/killed/config.json"])
     assert resolved["data"]["path"] == where
-    assert not (ROOT / "gs:").exists()
+    (change,) = map(json.loads, here.files["runs/killed/config_history.jsonl"].splitlines())
+    assert change["changed"] == {"train.num_steps": [400, 4]}
+    assert_nothing_left_here(tmp_path)
+
+
+def test_what_a_killed_process_left_here_is_removed(here, tmp_path):
+    child = subprocess.Popen(["sleep", "0"])
+    child.wait()
+    left, ours = tmp_path / "temporary" / f"deco_jax_of_{child.pid}_x", tmp_path / "temporary" / "deco_jax_of_1_x"
+    for folder in (left, ours):
+        folder.mkdir()
+        (folder / "grid.png").write_bytes(b"half")
+    with files_lib.whole("gs://bucket/file.txt") as part:
+        assert part.parent.name.startswith(f"deco_jax_of_{os.getpid()}_")
+        part.write_text("text")
+    assert not left.exists()
+    assert ours.exists()  # of a process that runs
+    assert os.listdir(tmp_path / "temporary") == [ours.name]
+
+
+def test_checksums_of_a_checkpoint_in_a_bucket(here, tmp_path):
+    """A changed, a missing and a replaced object are noticed; the same where the checkpoint was copied to a disk."""
+    for name in ("params/d/a", "params/manifest", "ema/d/b"):
+        here.upload(f"step/{name}", name.encode() * 100)
+    here.upload("step/_CHECKPOINT_METADATA", b"may still change")
+    folder = storage.path("gs://bucket/step")
+    checksums.write(folder)
+    noted = json.loads(here.files["step/checksums.json"])["service"]
+    size, sums = noted["params/d/a"]
+    data = here.files["step/params/d/a"]
+    assert (size, sums["md5"]) == (len(data), hashlib.md5(data).hexdigest())
+    assert sorted(noted) == ["ema/d/b", "params/d/a", "params/manifest"]
+    copy = download(here, "step", tmp_path / "step")
+    for place in (folder, copy):
+        checksums.check(place)
+    here.upload("step/params/d/a", data[::-1])
+    (copy / "params" / "d" / "a").write_bytes(data[::-1])
+    for place in (folder, copy):
+        checksums.check(place, "ema")
+        with pytest.raises(ValueError, match="params/d/a isn't what was written"):
+            checksums.check(place)
+        (place / "params" / "d" / "a").unlink()
+        with pytest.raises(ValueError, match="params/d/a is missing"):
+            checksums.check(place, "params")
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_in_a_bucket_is_passed_over(here, whole_run, tmp_path):
+    images, expected = whole_run
+    where = upload(here, images, "images4")
+    command = (*RUN, *FOUR_STEPS, f"--config.data.path={where}", "--workdir=gs://bucket/runs/damaged")
+    succeed(*command)
+    name = max(here.names("runs/damaged/checkpoints/4/params/"), key=lambda name: len(here.files[name]))
+    data = bytearray(here.files[name])
+    data[len(data) // 2] ^= 1
+    here.upload(name, bytes(data))
+    result = succeed(*command)
+    assert "isn't what was written: its checksum differs" in result.stderr
+    assert "resumed at step 2" in result.stdout
+    assert here.files[name.replace("/4/", "/4.damaged/")] == bytes(data)
+    assert_same_run(download(here, "runs/damaged", tmp_path / "copy"), expected, 4)
+
+
+@pytest.mark.slow
+def test_two_hosts_killed_and_resumed_in_a_bucket_are_the_two_on_a_disk(here, whole_run, tmp_path):
+    images, _ = whole_run
+    where, expected = upload(here, images, "images5"), tmp_path / "expected"
+    command = (*RUN[1:], *FOUR_STEPS, "--config.data.batch_size=8")
+    finish(together(expected, *command, f"--config.data.path={images}"))
+    command = (*command, f"--config.data.path={where}")
+    processes = together("gs://bucket/runs/two", *command, "--config.train.num_steps=400")
+    end = time.monotonic() + 400
+    while not here.has("runs/two/checkpoints/2/commit_success.txt"):
+        assert time.monotonic() < end
+        assert all(process.poll() is None for process in processes)
+    for process in processes:
+        process.kill()
+        process.communicate()
+    for name in here.names("runs/two/checkpoints/"):
+        if "/2/" not in name:
+            here.remove(name)
+    outputs = finish(together("gs://bucket/runs/two", *command))
+    assert "resumed at step 2" in outputs[0]
+    assert_same_run(download(here, "runs/two", tmp_path / "copy"), expected, 4)
+    assert_nothing_left_here(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_sweep_its_report_and_an_export_in_a_bucket(here, whole_run, tmp_path):
+    images, _ = whole_run
+    where = upload(here, images, "images6")
+    command = [sys.executable, "launch/sweep.py", SMOKE, "--workdir=gs://bucket/sweep", "--grid=seed=0,1"]
+    command += ["--plot=loss", "--", *RUN[1:], *FOUR_STEPS, f"--config.data.path={where}"]
+    for said in ("running seed=0, train", "done already: seed=1, train"):
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+        assert result.returncode == 0, result.stderr
+        assert said in result.stdout
+    table = json.loads(here.files["sweep/sweep.json"])
+    assert {row["run"]: row["step"] for row in table} == {"seed=0": 4, "seed=1": 4}
+    assert all(row["done"] for row in table)
+    for row in table:
+        last = json.loads(here.files[f"sweep/{row['run']}/metrics.jsonl"].splitlines()[-1])
+        assert row["loss"] == last["loss"]
+    assert b"| 1 | True |" in here.files["sweep/sweep.md"]
+    assert here.files["sweep/loss.png"].startswith(b"\x89PNG")
+
+    runs = "gs://bucket/sweep/seed=0,gs://bucket/sweep/seed=1"
+    result = succeed(SMOKE, "--mode=report", "--workdir=gs://bucket/page", f"--config.report.workdirs={runs}")
+    assert "wrote gs://bucket/page/report.html" in result.stdout
+    assert "of 2 runs" in result.stdout
+    page = here.files["page/report.html"].decode()
+    assert "seed=0" in page
+    assert "seed=1" in page
+
+    copy = download(here, "sweep/seed=0", tmp_path / "copy")
+    for workdir in ("gs://bucket/sweep/seed=0", copy):
+        succeed("--mode=export", f"--workdir={workdir}")
+    theirs = files(copy / "export")
+    assert sorted(theirs) == ["config.json", "deco.ckpt", "ema.safetensors"]
+    for name in ("config.json", "ema.safetensors"):
+        assert here.files[f"sweep/seed=0/export/{name}"] == theirs[name]
+    loaded = [
+        torch.load(io.BytesIO(data)) for data in (here.files["sweep/seed=0/export/deco.ckpt"], theirs["deco.ckpt"])
+    ]
+    assert loaded[0]["state_dict"].keys() == loaded[1]["state_dict"].keys()
+    for key, value in loaded[1]["state_dict"].items():
+        assert torch.equal(loaded[0]["state_dict"][key], value)
+    assert_nothing_left_here(tmp_path)
 
 
 @pytest.mark.slow
@@ -168,23 +202,6 @@ def test_a_bucket_that_is_not_there_is_one_line(here, tmp_path):
     assert "error: no such folder: gs://bucket/nothing" in result.stderr
     result = run_main(*RUN, *FOUR_STEPS, "--workdir=hdfs://bucket/run")
     assert "error: --workdir=hdfs://bucket/run is neither a path nor in a bucket" in result.stderr
-
-
-class Data(dict):
-    """The data section of a config."""
-
-    __getattr__ = dict.__getitem__
-
-
-def same_samples(ours: sources.Source, theirs: sources.Source) -> None:
-    assert len(ours) == len(theirs) > 0
-    assert ours.class_names == theirs.class_names
-    for i in range(len(theirs)):
-        mine, other = ours[i], theirs[i]
-        image = other["image"]
-        assert mine["image"] == (image if isinstance(image, bytes) else pathlib.Path(image).read_bytes())
-        assert {k: v for k, v in mine.items() if k != "image"} == {k: v for k, v in other.items() if k != "image"}
-        assert ours.next_of_class(i) == theirs.next_of_class(i)
 
 
 @pytest.mark.parametrize("source", ["image_folder", "captioned_folder"])
@@ -273,7 +290,7 @@ def test_weights_are_fetched_once_and_checked(here, tmp_path, capsys, monkeypatc
     assert (storage.local("gs://bucket/weights/model.bin")).read_bytes() == b"second"
     with pytest.raises(UserError, match="no such file"):
         storage.local("gs://bucket/missing.bin")
-    monkeypatch.setattr(storage, "_md5", lambda info: b"0" * 16)
+    monkeypatch.setattr(storage, "md5", lambda info: b"0" * 16)
     here.upload("weights/model.bin", b"third")
     with pytest.raises(UserError, match="arrived damaged"):
         storage.local("gs://bucket/weights/model.bin")
@@ -340,7 +357,7 @@ def test_a_bucket_away_for_ten_seconds_delays_a_run(here, whole_run, tmp_path):
     succeed(*RUN, *FOUR_STEPS, f"--config.data.path={where}", "--workdir=gs://bucket/runs/delayed")
     thread.join()
     assert time.monotonic() - began > 10
-    assert_same_run(here, "runs/delayed", expected, tmp_path / "copy")
+    assert_same_run(download(here, "runs/delayed", tmp_path / "copy"), expected, 4)
 
 
 @pytest.mark.slow
@@ -367,7 +384,7 @@ def test_a_bucket_gone_for_good_ends_a_run_with_one_line(here, whole_run, tmp_pa
     assert len(errors) == 1, result.stderr
     assert "Traceback" not in result.stderr
     assert "resumed at step 2" in succeed(*command).stdout
-    assert_same_run(here, "runs/ended", expected, tmp_path / "copy")
+    assert_same_run(download(here, "runs/ended", tmp_path / "copy"), expected, 4)
     assert os.listdir(tmp_path / "temporary") == []
 
 
@@ -416,8 +433,3 @@ def test_a_bucket_lock_of_a_process_that_is_gone_is_taken_over(here, monkeypatch
     with pytest.raises(UserError, match="is in use by process"):
         lock.RunLock(folder).acquire()
     monkeypatch.undo()
-
-
-def test_checkpoints_need_a_disk_or_gs(here, tmp_path):
-    with pytest.raises(UserError, match=r"s3://bucket/run/checkpoints.* only to disks and gs://"):
-        Checkpoints("s3://bucket/run", 1)

@@ -21,7 +21,7 @@ import ml_collections
 
 from deco_jax.config import flatten, to_json
 from deco_jax.models.layers import REMAT_POLICIES
-from deco_jax.run import sharding
+from deco_jax.run import sharding, storage
 from deco_jax.run.choices import AUTO, CHEAPEST_FIRST
 
 Row = dict[str, Any]
@@ -55,8 +55,7 @@ def search_settings(
                 continue
             if name not in rows:
                 rows[name] = {"key": key, "settings": name, **values, **compiled(config, values, devices)}
-                with file.open("a") as out:
-                    out.write(json.dumps(rows[name]) + "\n")
+                storage.append(file, json.dumps(rows[name]) + "\n")
             shown[name] = rows[name]
             print(line_of(rows[name]), flush=True)
 

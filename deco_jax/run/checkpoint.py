@@ -34,7 +34,7 @@ from jax.sharding import Mesh
 from deco_jax import config as config_lib
 from deco_jax.errors import UserError
 from deco_jax.method.averages import EMA
-from deco_jax.run import checksums, distributed, lock, storage
+from deco_jax.run import checksums, distributed, lock, orbax_s3, storage
 from deco_jax.run.sharding import state_shardings
 from deco_jax.run.state import State
 
@@ -59,11 +59,8 @@ class Checkpoints:
         _hush_orbax()
         storage.limit_checkpoint_retries()
         self.folder = storage.absolute(workdir) / FOLDER
-        if str(self.folder).startswith("s3://"):
-            raise UserError(
-                f"checkpoints can't be written to {self.folder}: Orbax writes them only to disks and gs://; "
-                "mount the bucket (mountpoint-s3, FSx) and give that path"
-            )
+        if orbax_s3.stands_for(self.folder):
+            orbax_s3.enable()
         self._lock = lock.RunLock(self.folder.parent)
         # All hosts of a run share the first one's. Before Orbax, which removes what others have begun to write.
         distributed.on_main_host(self._lock.acquire)
@@ -73,6 +70,7 @@ class Checkpoints:
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._note_checksums),
+            atomicity_options=orbax_s3.atomicity() if storage.is_remote(self.folder) else None,
         )
         self._writing = -1
         if not copy:
@@ -92,9 +90,8 @@ class Checkpoints:
         self._guarded(step, lambda: self._manager.save(step, args=_save_args(state, config)))
 
     def _note_checksums(self) -> None:
-        """Called by Orbax in the background when all is written, before the folder gets its name."""
-        # A bucket's service keeps checksums itself; reading everything back would take as long as writing it.
-        if jax.process_index() == 0 and not storage.is_remote(self.folder):
+        """Called by Orbax in the background when all is written, before the folder gets its name or COMMITTED."""
+        if jax.process_index() == 0:
             names = (str(self._writing), f"{self._writing}.orbax-checkpoint-tmp")
             for folder in self.folder.iterdir():
                 if folder.name == names[0] or folder.name.startswith(names[1]):
@@ -288,6 +285,8 @@ def _with_empty(like: Any, tree: Any) -> Any:
 
 
 def _read(path: pathlib.Path, shapes: Any) -> Any:
+    if orbax_s3.stands_for(path):
+        orbax_s3.enable()
     with ocp.StandardCheckpointer() as reader:
         return reader.restore(path, shapes)
 

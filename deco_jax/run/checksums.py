@@ -1,19 +1,24 @@
-"""What tells a checkpoint from one that a disk or a copy has changed: CRC-32 of each of its files.
+"""What tells a checkpoint from one that a disk or a copy has changed: a checksum of each of its files.
 
     checkpoints/STEP/checksums.json   {"crc32": {"params/d/0a1b…": [bytes, CRC-32], ...}}
+    in a bucket                       {"service": {"params/d/0a1b…": [bytes, {"md5": …, "crc32c": …}], ...}}
 
-Arrays are stored as plain compressed bytes, and one that was changed is often still readable.
+Arrays are stored as plain compressed bytes, and one that was changed is often still readable. A bucket's service keeps
+checksums itself: they are listed, in one request for a thousand objects, and nothing is read back.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import pathlib
 import zlib
+from typing import Any
 
 import jax
 
-from deco_jax.run import files
+from deco_jax.run import files, storage
 
 FILE = "checksums.json"
 CHUNK = 2**22
@@ -21,34 +26,71 @@ CHUNK = 2**22
 
 def write(folder: pathlib.Path) -> None:
     """Note the checksums of the files of a checkpoint's items; Orbax's own notes beside these may still change."""
-    found = {
-        str(path.relative_to(folder)): _read(path)
-        for path in sorted(folder.glob("*/**/*"))
-        if path.is_file() and path.name != "commit_success.txt"
-    }
+    noted: dict[str, Any]
+    if storage.is_remote(folder):
+        found = _listed(os.fspath(folder))
+        noted = {"service": {name: value for name, value in found.items() if "/" in name and not _is_commit(name)}}
+    else:
+        paths = [path for path in sorted(folder.glob("*/**/*")) if path.is_file() and not _is_commit(path.name)]
+        noted = {"crc32": {str(path.relative_to(folder)): _read(path) for path in paths}}
     with files.whole(folder / FILE) as part:
-        part.write_text(json.dumps({"crc32": found}, indent=1) + "\n")
+        part.write_text(json.dumps(noted, indent=1) + "\n")
 
 
 def check(folder: pathlib.Path, item: str = "") -> None:
     """Compare the files of a checkpoint, or of one item of it, with their checksums; with several hosts each a share.
 
-    Older checkpoints have none, nor has one whose run was killed in between: these pass.
+    Older checkpoints have none, nor has one whose run was killed in between: these pass. A checkpoint may have been
+    copied to or from a bucket since.
 
     Raises:
         ValueError: a file is missing or was changed.
     """
     try:
-        noted = json.loads((folder / FILE).read_text())["crc32"]
+        noted = json.loads((folder / FILE).read_text())
     except FileNotFoundError:
         return
-    names = [name for name in sorted(noted) if not item or name.startswith(f"{item}/")]
+    listed = _listed(os.fspath(folder)) if storage.is_remote(folder) and "service" in noted else {}
+    expected = noted["service" if "service" in noted else "crc32"]
+    names = [name for name in sorted(expected) if not item or name.startswith(f"{item}/")]
     for name in names[jax.process_index() :: jax.process_count()]:
         path = folder / name
-        if not path.exists():
+        if not (name in listed or path.exists()):
             raise ValueError(f"its file {name} is missing")
-        if _read(path) != noted[name]:
+        if "service" in noted:
+            size, sums = listed[name] if name in listed else _digests(path)
+            same = size == expected[name][0] and all(
+                sums.get(kind, value) == value for kind, value in expected[name][1].items()
+            )
+        else:
+            same = _read(path) == expected[name]
+        if not same:
             raise ValueError(f"its file {name} isn't what was written: its checksum differs")
+
+
+def _listed(root: str) -> dict[str, list[Any]]:
+    """Relative path → [bytes, {"md5" or "crc32c": …}] of all objects under `root`, as the bucket's service tells."""
+    found = storage.system(root).find(root, detail=True)
+    prefix = root.rstrip("/").removeprefix(root[:5]) + "/"
+    return {name.removeprefix(prefix): [int(info["size"]), _sums(info)] for name, info in sorted(found.items())}
+
+
+def _sums(info: dict[str, Any]) -> dict[str, str]:
+    md5, crc32c = storage.md5(info), info.get("crc32c")
+    return {**({"md5": md5.hex()} if md5 else {}), **({"crc32c": crc32c} if crc32c else {})}
+
+
+def _is_commit(name: str) -> bool:
+    return name.rpartition("/")[2] == "commit_success.txt"
+
+
+def _digests(path: pathlib.Path) -> tuple[int, dict[str, str]]:
+    """The bytes of a file and its MD5, of the service's checksums the one that Python computes."""
+    digest = hashlib.md5()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+        return file.tell(), {"md5": digest.hexdigest()}
 
 
 def _read(path: pathlib.Path) -> list[int]:

@@ -1,7 +1,9 @@
-"""TensorBoard's event files in a bucket, through the place that tensorboardX has for it."""
+"""Files in a bucket that grow: a log of text, and TensorBoard's events by tensorboardX."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import threading
 from typing import ClassVar
@@ -9,6 +11,32 @@ from typing import ClassVar
 from deco_jax.run import storage
 
 MAX_EVENT_BYTES = 2**24
+
+
+class ObjectLog(io.StringIO):
+    """A text file of a bucket that grows: held here, and put as a whole by `sync`."""
+
+    def __init__(self, name: str | os.PathLike[str]) -> None:
+        super().__init__()
+        self._name = name
+        with contextlib.suppress(FileNotFoundError):
+            self.write(storage.path(name).read_text())
+        self._put = self.getvalue()
+
+    def truncate(self, size: int | None = None) -> int:
+        size = super().truncate(size)
+        self.seek(size)
+        return size
+
+    def sync(self) -> None:
+        if (text := self.getvalue()) != self._put:
+            storage.put(self._name, text.encode())
+            self._put = text
+
+    def close(self) -> None:
+        if not self.closed:
+            self.sync()
+        super().close()
 
 
 class EventFile:

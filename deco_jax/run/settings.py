@@ -16,6 +16,7 @@ import ml_collections
 
 from deco_jax.config import complete, flatten, saved, to_json
 from deco_jax.errors import UserError
+from deco_jax.run import storage
 from deco_jax.run.writer import write_json
 
 HISTORY = "config_history.jsonl"
@@ -64,8 +65,7 @@ def record(folder: pathlib.Path, config: ml_collections.ConfigDict, step: int) -
         return
     if changed:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        with (folder / HISTORY).open("a") as file:
-            file.write(json.dumps({"step": step, "time": now, "changed": changed}) + "\n")
+        storage.append(folder / HISTORY, json.dumps({"step": step, "time": now, "changed": changed}) + "\n")
     write_json(path, to_json(config))
 
 

@@ -6,7 +6,7 @@ themselves. A bucket has no rename, no append and no lock, so what makes a file 
     config.json, grids, reports, caches, exports   written on this machine, then put as one object (`files.whole`)
     metrics.jsonl                                  held in memory, put anew as one object; before each checkpoint too
     TensorBoard events                             the same, in files of at most 16 MiB
-    checkpoints                                    Orbax's commit_success.txt, written last; the service keeps checksums
+    checkpoints                                    Orbax's commit_success.txt, written last; checksums.json before it
     .lock                                          a record with a number that its holder raises
     indices of data                                one object beside the data
 
@@ -41,6 +41,7 @@ CHECKPOINT_RETRIES = 6
 # Large enough for several small images of a tar at once, small enough to pass over large ones.
 INDEX_BLOCK = 2**18
 PROGRESS_SECONDS = 5.0
+TEMPORARY = "deco_jax_of_"  # then the process
 PUT_SECONDS = 30.0  # between two puts of what grows
 
 
@@ -146,6 +147,11 @@ def stamp(name: str) -> str:
     return _stamp(system(name).info(name))
 
 
+def modified(name: str | os.PathLike[str]) -> float:
+    """When an object was put, in seconds since 1970."""
+    return system(name).modified(os.fspath(name)).timestamp()
+
+
 def _stamp(info: dict[str, Any]) -> str:
     return f"{info['size']} {info.get('generation') or info.get('ETag') or info.get('mtime')}"
 
@@ -242,7 +248,7 @@ def _fetch(name: str, info: dict[str, Any], target: pathlib.Path) -> None:
                 if spent - said > PROGRESS_SECONDS:
                     said = spent
                     _say(f"fetching {name}: {done / 2**20:,.0f} of {size / 2**20:,.0f} MiB, {spent:.0f} s")
-        wanted = _md5(info)
+        wanted = md5(info)
         if done != size or (wanted and wanted != digest.digest()):
             raise UserError(f"{name} arrived damaged ({done:,} of {size:,} bytes, MD5 {digest.hexdigest()}); try again")
     with files.whole(note, shared=True) as part:
@@ -251,7 +257,8 @@ def _fetch(name: str, info: dict[str, Any], target: pathlib.Path) -> None:
     _say(f"fetched {name} to {target}: {size / 2**20:,.1f} MiB in {time.monotonic() - began:.1f} s; {checked}")
 
 
-def _md5(info: dict[str, Any]) -> bytes | None:
+def md5(info: dict[str, Any]) -> bytes | None:
+    """The MD5 of an object, by what its service tells of it; None if it tells none."""
     import base64
 
     if info.get("md5Hash"):
@@ -277,36 +284,30 @@ def create(name: str | os.PathLike[str], data: bytes) -> None:
     system(name).pipe_file(os.fspath(name), data, mode="create")
 
 
-class ObjectLog(io.StringIO):
-    """A text file of a bucket that grows: held here, and put as a whole by `sync`."""
+def append(name: pathlib.Path, text: str) -> None:
+    """Add text to the end of a file; one in a bucket is put anew as a whole."""
+    if not is_remote(name):
+        with name.open("a") as file:
+            file.write(text)
+        return
+    put(name, (name.read_bytes() if name.exists() else b"") + text.encode())
 
-    def __init__(self, name: str | os.PathLike[str]) -> None:
-        super().__init__()
-        self._name = name
-        with contextlib.suppress(FileNotFoundError):
-            self.write(path(name).read_text())
-        self._put = self.getvalue()
 
-    def truncate(self, size: int | None = None) -> int:
-        size = super().truncate(size)
-        self.seek(size)
-        return size
-
-    def sync(self) -> None:
-        if (text := self.getvalue()) != self._put:
-            put(self._name, text.encode())
-            self._put = text
-
-    def close(self) -> None:
-        if not self.closed:
-            self.sync()
-        super().close()
+@contextlib.contextmanager
+def temporary() -> Iterator[str]:
+    """A folder on this machine for what is on its way to a bucket; those that killed processes left are removed."""
+    for left in pathlib.Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*_*"):
+        process = left.name.removeprefix(TEMPORARY).partition("_")[0]
+        if process.isdigit() and not os.path.exists(f"/proc/{process}") and os.path.isdir("/proc"):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}{os.getpid()}_") as folder:
+        yield folder
 
 
 @contextlib.contextmanager
 def staged(name: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """A path on this machine to write to, put as the object `name` if the block ends well."""
-    with tempfile.TemporaryDirectory(prefix="deco_jax_") as folder:
+    with temporary() as folder:
         part = pathlib.Path(folder) / os.path.basename(os.fspath(name))
         yield part
         system(name).put_file(str(part), os.fspath(name))
@@ -318,7 +319,7 @@ def staged_folder(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     if not is_remote(folder):
         yield pathlib.Path(folder)
         return
-    with tempfile.TemporaryDirectory(prefix="deco_jax_") as part:
+    with temporary() as part:
         yield pathlib.Path(part)
         if any(pathlib.Path(part).iterdir()):
             system(folder).put(part + "/", os.fspath(folder) + "/", recursive=True)
@@ -390,4 +391,5 @@ def limit_checkpoint_retries() -> None:
     for name in ("_BASE_TS_CONTEXT", "_DEFAULT_OCDBT_TS_CONTEXT"):
         context = getattr(tensorstore_utils, name, None)
         if isinstance(context, dict):
-            context.setdefault("gcs_request_retries", {"max_retries": CHECKPOINT_RETRIES})
+            for service in ("gcs", "s3"):
+                context.setdefault(f"{service}_request_retries", {"max_retries": CHECKPOINT_RETRIES})
