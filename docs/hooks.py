@@ -18,6 +18,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that have no file in docs/."""
     pages = {page: _without_folder((ROOT / name).read_text()) for page, name in PAGES.items()}
     pages["api/index.md"] = "# API\n\n" + _modules(ROOT / "deco_jax", recursive=False)
+    pages["api/index.md"] += "\n" + _modules(ROOT / "deco_jax" / "api", recursive=True)
     for name in PACKAGES:
         pages[f"api/{name}.md"] = f"# {name}\n\n" + _modules(ROOT / "deco_jax" / name, recursive=True)
     for path, content in pages.items():

@@ -227,7 +227,7 @@ def test_another_teacher(saved):
     stored = checkpoint.load_config(path)
     stored["loss"]["repa_weight"] = config.loss.repa_weight = 0.5
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "load_config", lambda _: stored)
+        patch.setattr(checkpoint.folder, "load_config", lambda _: stored)
         with pytest.raises(UserError, match=r"trained with the teacher B and here it is L.*config.teacher.size"):
             checkpoint.check_projector(path, config)
 

@@ -1,0 +1,199 @@
+"""What a caller of `Model` asks for, checked before anything compiles: what to draw, and how."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypedDict
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from deco_jax import config as config_lib
+from deco_jax.conditioning import requests as requests_lib
+from deco_jax.conditioning.condition import Condition, open_condition
+from deco_jax.conditioning.requests import Requests
+from deco_jax.conditioning.texts import Texts
+from deco_jax.data.transforms import image_sides
+from deco_jax.errors import UserError
+from deco_jax.sampling.guidance import Guidance
+from deco_jax.sampling.settings import Sampling
+
+
+class Settings(TypedDict, total=False):
+    """How images are drawn; what is left out is as config.sample of the run says.
+
+    negative_prompt: what guidance leads away from, text to image only.
+    guidance: the scale, at least 0 (1: none), or a rule of another kind.
+    guidance_interval: (low, high), times within 0..1 between which guidance acts.
+    num_steps: of the sampler, at least 1.
+    sampler: a name in `sampling.samplers.SAMPLERS`, such as "euler", "heun", "adams2" or "sde".
+    shift: of the sampling times, above 0; more spends more steps near the noise.
+    seed: of the noise, from 0.
+    size: a side or (height, width) in pixels, multiples of the model's patch size.
+    noise: states to start from instead of the seed's noise, float32 [n, height, width, 3].
+    """
+
+    negative_prompt: str
+    guidance: float | Guidance
+    guidance_interval: Sequence[float]
+    num_steps: int
+    sampler: str
+    shift: float
+    seed: int
+    size: int | Sequence[int]
+    noise: np.ndarray
+
+
+class Snapshot(NamedTuple):
+    """The images after a step of a sampler.
+
+    step: steps done, from 0 (the noise) to `num_steps` (the images).
+    time: of the state, from 0 (noise) to 1 (images).
+    images: the state as uint8 [n, height, width, 3].
+    """
+
+    step: int
+    num_steps: int
+    time: float
+    images: np.ndarray
+
+
+class Inputs:
+    """Turns classes, prompts and settings into `Requests` and a `Sampling`, as a model's config says.
+
+    Args:
+        condition: classes or texts, if open already; else it is opened when it is first asked for.
+        class_names: in the order of the labels, or None.
+    """
+
+    def __init__(
+        self, config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition | None, class_names: list[str] | None
+    ) -> None:
+        self.config, self.mesh, self.class_names = config, mesh, class_names
+        self._given = condition
+
+    @functools.cached_property
+    def condition(self) -> Condition:
+        """Classes or texts; opening the latter reads a text encoder. UserError if its files are missing."""
+        if self._given is not None:
+            return self._given
+        return open_condition(self.config, self.mesh, None, self.class_names)
+
+    @functools.cached_property
+    def frozen(self) -> Mapping[str, Any]:
+        """The condition's arrays, such as a text encoder's weights, on the mesh."""
+        return self.condition.load()
+
+    def prepare(self, classes: Any, prompts: Any, context: Any, settings: Settings) -> tuple[Requests, Sampling]:
+        """Say what to draw and how, from the arguments of `Model.sample`; UserError for what can't be."""
+        rest: dict[str, Any] = {**settings}
+        noise, negative = rest.pop("noise", None), rest.pop("negative_prompt", None)
+        if unknown := rest.keys() - Settings.__annotations__.keys():
+            raise UserError(f"there is no setting {min(unknown)!r}; choose from {', '.join(Settings.__annotations__)}")
+        sampling = self.sampling(**rest)
+        requests = self.requests(classes, prompts, context, negative)
+        if noise is not None:
+            noise = np.asarray(noise, np.float32)
+            if noise.shape != (requests.count, *sampling.size, 3):
+                raise UserError(
+                    f"the noise has shape {noise.shape}; {requests.count} images of {sampling.size[0]}×"
+                    f"{sampling.size[1]} need {(requests.count, *sampling.size, 3)}"
+                )
+            requests = dataclasses.replace(requests, start=noise)
+        return requests, sampling
+
+    def sampling(
+        self,
+        guidance: float | Guidance | None = None,
+        guidance_interval: Sequence[float] | None = None,
+        num_steps: int | None = None,
+        sampler: str | None = None,
+        shift: float | None = None,
+        seed: int | None = None,
+        size: int | Sequence[int] | None = None,
+    ) -> Sampling:
+        """Put what is given in the place of config.sample's, and check it as a config is checked."""
+        values = self.config.to_dict()
+        rule = guidance if isinstance(guidance, Guidance) else None
+        given = {
+            "guidance": None if rule else guidance,
+            "guidance_interval": None if guidance_interval is None else tuple(guidance_interval),
+            "num_steps": num_steps,
+            "sampler": sampler,
+            "shift": shift,
+            "seed": seed,
+        }
+        values["sample"] |= {name: _plain(value) for name, value in given.items() if value is not None}
+        if size is not None:
+            values["data"]["image_size"] = image_sides(_plain(size))
+        config = config_lib.make_config(values)
+        config_lib.check(config)
+        sampling = Sampling.of(config)
+        if rule is None:
+            return sampling
+        if guidance_interval is not None:
+            rule = dataclasses.replace(rule, interval=sampling.guidance.interval)
+        return dataclasses.replace(sampling, guidance=rule)
+
+    def requests(self, classes: Any, prompts: Any, context: Any, negative_prompt: str | None) -> Requests:
+        """Say what to draw; just one of classes, prompts and context is given, as the model takes it."""
+        ways = {"classes": classes, "prompts": prompts, "context": context}
+        given = [name for name, value in ways.items() if value is not None]
+        wanted = "prompts" if self.config.model.text_width else "classes"
+        if len(given) != 1 or given[0] not in (wanted, "context"):
+            raise UserError(
+                f"this model draws {wanted}; give {wanted}=..." + (f", not {' and '.join(given)}" if given else "")
+            )
+        if negative_prompt and wanted == "classes":
+            raise UserError("a negative prompt is for text-to-image models; this one draws classes")
+        if context is not None:
+            return Requests(len(context), np.asarray(context).__getitem__, self._null(negative_prompt))
+        if wanted == "prompts":
+            texts = [prompts] if isinstance(prompts, str) else [str(prompt) for prompt in prompts]
+            if not texts or not all(text.strip() for text in texts):
+                raise UserError("a prompt is empty; write what the image should show")
+            assert isinstance(self.condition, Texts)
+            negative = self.config.sample.negative_prompt if negative_prompt is None else negative_prompt
+            return requests_lib.prompt_requests(self.condition, [text.strip() for text in texts], negative, self.frozen)
+        labels = requests_lib.find_classes(classes, self.config.model.num_classes, self.class_names)
+        if not labels:
+            raise UserError("no classes are given; classes=[0] draws one image of the first")
+        return requests_lib.class_requests(labels, self.config.model.num_classes)
+
+    def _null(self, negative_prompt: str | None) -> np.ndarray:
+        if not self.config.model.text_width:
+            return np.asarray(self.config.model.num_classes, np.int32)
+        assert isinstance(self.condition, Texts)
+        negative = self.config.sample.negative_prompt if negative_prompt is None else negative_prompt
+        return requests_lib.prompt_requests(self.condition, [""], negative, self.frozen).null
+
+    def context(self, condition: Any, count: int) -> Any:
+        """Turn classes or prompts into labels int32 [count], or text features [count, length, text_width]."""
+        text = bool(self.config.model.text_width)
+        if isinstance(condition, (jax.Array, np.ndarray)) and (condition.ndim == 3 if text else condition.ndim == 1):
+            context: Any = condition
+            if not text and not isinstance(condition, jax.core.Tracer):
+                context = np.asarray(
+                    requests_lib.find_classes(np.asarray(condition).tolist(), self.config.model.num_classes)
+                )
+        elif text:
+            prompts = [condition] if isinstance(condition, str) else list(condition)
+            context = self.requests(None, prompts, None, None).context(np.arange(len(prompts)))
+        else:
+            context = np.asarray(requests_lib.find_classes(condition, self.config.model.num_classes, self.class_names))
+        if len(context) == 1 and count > 1:
+            context = np.broadcast_to(context, (count, *context.shape[1:]))
+        if len(context) != count:
+            raise UserError(f"{len(context)} conditions for {count} states; give one, or one for each")
+        return context if text else context.astype(np.int32)
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's scalars as Python's, which the config's checks know."""
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return tuple(_plain(item) for item in value)
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,0 +1,131 @@
+"""A `Model` from files: a run, a checkpoint, an exported folder, an official .ckpt."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from deco_jax import config as config_lib
+from deco_jax.api.model import Model
+from deco_jax.conditioning.condition import Condition, open_condition
+from deco_jax.convert import deco, infer, torch_files
+from deco_jax.data.sources import Source
+from deco_jax.errors import UserError
+from deco_jax.run import checkpoint, sharding, storage
+from deco_jax.sampling import generate
+
+CLASSES = "classes.json"  # in a run: the names of its classes, in the order of their labels
+
+
+def load(
+    path: str | os.PathLike[str], *, average: str = "ema", config: ml_collections.ConfigDict | None = None
+) -> Model:
+    """Open a model with its weights, on all devices of this machine.
+
+    Args:
+        path: a run's workdir (its newest checkpoint), the folder of a checkpoint, the folder that --mode=export wrote,
+            or an official .ckpt file.
+        average: which average of the weights, by its name in config.optimizer.averages.
+        config: only for a .ckpt file, which has none: the config it belongs to. By default the architecture is read
+            from the tensors' shapes, the image size is 256, and everything else is at its default.
+
+    Raises:
+        UserError: there is nothing of that kind at `path`, it is damaged, or it has no such average.
+
+    Examples:
+        >>> model = deco_jax.load("runs/quickstart")
+        >>> images = model.sample(classes=7, num_steps=40)
+    """
+    path = storage.path(os.path.expanduser(path))
+    mesh = sharding.make_mesh(-1, 1)
+    if path.is_file():
+        return _load_official(path, average, config, mesh)
+    if config is not None:
+        raise UserError(f"{path} has its own config; leave out config=, which is for official .ckpt files")
+    if (path / "ema.safetensors").is_file():
+        return _load_exported(path, average, mesh)
+    where = checkpoint.find(str(path))
+    stored = config_lib.make_config(config_lib.complete(checkpoint.load_config(where)))
+    return _load_checkpoint(where, stored, average, mesh)
+
+
+def open_model(
+    config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str = "", source: Source | None = None
+) -> Model:
+    """Open the model of a run as a config says: its mesh, its compute dtype, its settings.
+
+    Args:
+        checkpoint_path: a checkpoint, or another run's newest, instead of the workdir's newest.
+        source: of the data, where its captions are to be drawn.
+
+    Raises:
+        UserError: there is no checkpoint, or it is another model's; the condition's files are missing.
+    """
+    where = checkpoint.find(workdir, checkpoint_path, config)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    condition = open_condition(config, mesh, source, class_names(where))
+    return _load_checkpoint(where, config, config.sample.average, mesh, condition)
+
+
+def class_names(where: pathlib.Path) -> list[str] | None:
+    """The names of the classes that a checkpoint's run, or an exported folder, noted; None if it didn't."""
+    for folder in (where, where.parent.parent):
+        if (folder / CLASSES).is_file():
+            return json.loads((folder / CLASSES).read_text())
+    return None
+
+
+def _load_checkpoint(
+    where: pathlib.Path, config: ml_collections.ConfigDict, average: str, mesh: Mesh, condition: Condition | None = None
+) -> Model:
+    denoiser = generate.make_denoiser(config)
+    params = checkpoint.load_average(where, denoiser.network.shapes, config, mesh, average)
+    return Model(config, params, mesh, str(where), condition, class_names(where), denoiser)
+
+
+def _load_exported(folder: pathlib.Path, average: str, mesh: Mesh) -> Model:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json beside its ema.safetensors; export it again")
+    if average != "ema":
+        raise UserError(f"{folder} has no average {average!r}; an exported folder has ema")
+    try:
+        values = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'} can't be read ({error}); export it again") from error
+    config = config_lib.make_config(config_lib.complete(values))
+    tensors = torch_files.read_safetensors(folder / "ema.safetensors")
+    return _of_tensors(folder / "ema.safetensors", tensors, config, mesh, class_names(folder))
+
+
+def _load_official(path: pathlib.Path, average: str, config: ml_collections.ConfigDict | None, mesh: Mesh) -> Model:
+    file = torch_files.read_lightning(path)
+    found = {"ema": file.ema, "raw": file.denoiser}
+    if not found.get(average):
+        raise UserError(
+            f"{path} has no average {average!r}; it has {', '.join(name for name, a in found.items() if a)}"
+        )
+    if config is None:
+        config = config_lib.make_config({"model": infer.model_of(found[average], str(path))})
+    return _of_tensors(path, found[average], config, mesh)
+
+
+def _of_tensors(
+    path: pathlib.Path,
+    tensors: Mapping[str, np.ndarray],
+    config: ml_collections.ConfigDict,
+    mesh: Mesh,
+    names: Sequence[str] | None = None,
+) -> Model:
+    """A model of tensors under their official names."""
+    denoiser = generate.make_denoiser(config)
+    shapes = sharding.placed_shapes(mesh, {"params": denoiser.network.shapes})["params"]
+    arrays = deco.from_torch(config.model, tensors, like=denoiser.network.shapes, what=str(path))
+    params = jax.tree.map(lambda a, leaf: jax.device_put(np.asarray(a, leaf.dtype), leaf.sharding), arrays, shapes)
+    return Model(config, params, mesh, str(path), class_names=names, denoiser=denoiser)

@@ -1,0 +1,51 @@
+"""Checkpoints by Orbax: written in the background, atomically; read back onto any mesh.
+
+    workdir/checkpoints/STEP/{counters, params, ema, average_NAME for each other average, optimizer, config}
+
+Sampling reads one average alone. A checkpoint imported from the official code has no `optimizer`. All of it is plain
+dictionaries of arrays, readable without this package.
+"""
+
+from deco_jax.run.checkpoint.folder import (
+    AVERAGE_ITEM,
+    COMMITTED,
+    FOLDER,
+    average_names,
+    check_model,
+    check_projector,
+    complete_steps,
+    find,
+    load_config,
+    num_classes,
+    written,
+)
+from deco_jax.run.checkpoint.read import (
+    LostOptimizerError,
+    load_average,
+    load_optimizer,
+    load_params,
+    load_state,
+    load_step,
+)
+from deco_jax.run.checkpoint.write import Checkpoints
+
+__all__ = [
+    "AVERAGE_ITEM",
+    "COMMITTED",
+    "FOLDER",
+    "Checkpoints",
+    "LostOptimizerError",
+    "average_names",
+    "check_model",
+    "check_projector",
+    "complete_steps",
+    "find",
+    "load_average",
+    "load_config",
+    "load_optimizer",
+    "load_params",
+    "load_state",
+    "load_step",
+    "num_classes",
+    "written",
+]

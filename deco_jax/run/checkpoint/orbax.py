@@ -1,0 +1,77 @@
+"""What Orbax needs to be told so that a failed write is one line, a write takes little memory, any folder will do."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import glob
+import hashlib
+import os
+import pathlib
+import tempfile
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+
+from deco_jax.run import storage
+
+
+@functools.cache
+def hush_orbax() -> None:
+    """Keep what Orbax logs, with a stack trace for each thread and array, out of sight: it raises all of that too."""
+    logging.get_absl_logger().addFilter(lambda record: "/orbax/" not in record.pathname)
+
+
+@functools.cache
+def settle_failed_writes() -> None:
+    """Have Orbax wait for the other writes of a batch when one of them fails.
+
+    It closes its event loop at once; the others then end in a loop that is closed, and TensorStore prints a stack trace
+    for each. Waiting for the folder is the first thing that a batch does in that loop.
+    """
+    handler = ocp.type_handlers.get_type_handler(jax.Array)
+    serialize = handler.serialize
+
+    async def serialize_and_settle(values: Any, infos: Any, args: Any = None) -> Any:
+        for info in infos:
+            info.await_path_creation = functools.partial(_settling, info.await_path_creation)
+        return await serialize(values, infos, args)
+
+    handler.serialize = serialize_and_settle
+
+
+async def _settling(await_path_creation: Callable[[], Awaitable[None]]) -> None:
+    loop: Any = asyncio.get_running_loop()
+    if "close" not in vars(loop):
+        loop.close = functools.partial(_settle_and_close, loop, loop.close)
+    await await_path_creation()
+
+
+def _settle_and_close(loop: asyncio.AbstractEventLoop, close: Callable[[], None]) -> None:
+    if tasks := asyncio.all_tasks(loop):
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+    close()
+
+
+class OneByOne(ocp.type_handlers.NumpyHandler):
+    """Writes host arrays one after the other: all at once, their compressed copies need as much memory again."""
+
+    async def _background_serialize(self, values: Any, infos: Any, args: Any = None) -> None:
+        for i, (value, info) in enumerate(zip(values, infos, strict=True)):
+            await super()._background_serialize([value], [info], [args[i] if args else ocp.SaveArgs()])
+
+
+def without_patterns(folder: pathlib.Path) -> pathlib.Path:
+    """A name of the folder that Orbax doesn't take for a pattern: it looks for what each host wrote with `glob`."""
+    if storage.is_remote(folder) or glob.escape(str(folder)) == str(folder):
+        return folder
+    name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]  # the same on every host
+    link = pathlib.Path(tempfile.gettempdir()) / f"deco_jax_{os.getuid()}_{name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not link.is_symlink() or pathlib.Path(os.readlink(link)) != folder:
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder, target_is_directory=True)
+    return link

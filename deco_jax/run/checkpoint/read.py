@@ -1,0 +1,168 @@
+"""Weights, averages and the state of training out of a checkpoint, onto any mesh."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from flax import serialization
+from jax.sharding import Mesh
+
+from deco_jax.errors import UserError
+from deco_jax.method.averages import EMA
+from deco_jax.run import checksums, orbax_s3
+from deco_jax.run.checkpoint.folder import average_item, average_names, check_model, check_projector, readable
+from deco_jax.run.sharding import state_shardings
+from deco_jax.run.state import State
+
+
+def load_average(
+    path: pathlib.Path, shapes: Any, config: ml_collections.ConfigDict, mesh: Mesh, name: str | None = None
+) -> Any:
+    """An average of the weights in a checkpoint, on the mesh.
+
+    Args:
+        name: of the average; None: config.sample.average.
+
+    Raises:
+        UserError: the checkpoint has no such average, is another model's, or damaged.
+    """
+    name = config.sample.average if name is None else name
+    if name not in average_names(path):
+        raise UserError(
+            f"{path} has no average {name!r} of the weights; choose --config.sample.average from "
+            + ", ".join(average_names(path))
+        )
+    return _load(path, average_item(name), shapes, config, mesh)
+
+
+def load_step(path: pathlib.Path) -> int:
+    """Steps done when the checkpoint was written."""
+    counter = jax.ShapeDtypeStruct((), np.int32, sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+    return int(_read(path / "counters", {"step": counter, "skipped": counter})["step"])
+
+
+def load_params(path: pathlib.Path, shapes: Any, config: ml_collections.ConfigDict, mesh: Mesh) -> Any:
+    """The raw weights {"denoiser", "projector"} of a checkpoint, on the mesh; errors as `load_average`."""
+    return _load(path, "params", shapes, config, mesh)
+
+
+def load_optimizer(path: pathlib.Path, shapes: Any) -> Any:
+    """optax's state of a checkpoint; zeros where it has none (imported weights).
+
+    Args:
+        shapes: of the state, with shardings.
+    """
+    with readable(path):
+        checksums.check(path, "optimizer")
+        return _restore_optimizer(path, shapes)
+
+
+def _load(path: pathlib.Path, item: str, shapes: Any, config: ml_collections.ConfigDict, mesh: Mesh) -> Any:
+    with readable(path):
+        check_model(path, config)
+        checksums.check(path, item)
+        placed = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            state_shardings(mesh, shapes),
+        )
+        return _read(path / item, placed)
+
+
+def load_state(path: pathlib.Path, shapes: State, config: ml_collections.ConfigDict) -> State:
+    """All of a named checkpoint, on the mesh; errors as `load_average`, and those of `check_projector`.
+
+    Args:
+        shapes: of the state, with shardings (`train_state.state_shapes`).
+    """
+    with readable(path):
+        return checked_state(path, shapes, config)
+
+
+def checked_state(path: pathlib.Path, shapes: State, config: ml_collections.ConfigDict) -> State:
+    check_model(path, config)
+    check_projector(path, config)
+    checksums.check(path)
+    return _restore_state(path, shapes)
+
+
+def _restore_state(path: pathlib.Path, shapes: State) -> State:
+    counters = _read(path / "counters", {key: shapes[key] for key in ("step", "skipped")})
+    return {
+        **counters,
+        "params": _read(path / "params", shapes["params"]),
+        "averages": _restore_averages(path, shapes["averages"]),
+        "opt_state": _restore_optimizer(path, shapes["opt_state"]),
+    }
+
+
+def _restore_averages(path: pathlib.Path, shapes: dict[str, Any]) -> dict[str, Any]:
+    there = average_names(path)
+    for name in shapes:
+        if name not in there:
+            logging.warning("%s has no average %r; it starts from %r", path, name, EMA)
+    if left := [name for name in there if name not in shapes]:
+        logging.warning(
+            "%s has averages that config.optimizer.averages no longer names, and that end here: %s",
+            path,
+            ", ".join(left),
+        )
+    return {name: _read(path / average_item(name if name in there else EMA), tree) for name, tree in shapes.items()}
+
+
+def _restore_optimizer(path: pathlib.Path, shapes: Any) -> Any:
+    opt_shapes = serialization.to_state_dict(shapes)
+    if (path / "optimizer").exists():
+        stored = _read(path / "optimizer", without_empty(opt_shapes))
+    elif _had_optimizer(path):
+        raise LostOptimizerError("its optimizer state is missing")
+    else:
+        logging.warning("%s has no optimizer state (imported weights); its moments start at zero", path)
+        stored = jax.tree.map(_zeros, without_empty(opt_shapes))
+    return serialization.from_state_dict(shapes, _with_empty(opt_shapes, stored))
+
+
+class LostOptimizerError(ValueError):
+    """A checkpoint was written with an optimizer state and has none now."""
+
+
+def _had_optimizer(path: pathlib.Path) -> bool:
+    """Whether Orbax's note of its writing names an optimizer state; imported checkpoints never had one."""
+    try:
+        return "optimizer" in json.loads((path / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
+    except (OSError, ValueError, KeyError):
+        return True
+
+
+def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)()
+
+
+def without_empty(tree: Any) -> Any:
+    """Nested dictionaries without empty ones: optax's stateless parts, which Orbax can't store."""
+    if not isinstance(tree, dict):
+        return tree
+    pruned = {key: without_empty(value) for key, value in tree.items()}
+    return {key: value for key, value in pruned.items() if not (isinstance(value, dict) and not value)}
+
+
+def _with_empty(like: Any, tree: Any) -> Any:
+    """Undo `without_empty`."""
+    if not isinstance(like, dict):
+        return tree
+    return {key: _with_empty(value, tree.get(key, {})) for key, value in like.items()}
+
+
+def _read(path: pathlib.Path, shapes: Any) -> Any:
+    if orbax_s3.stands_for(path):
+        orbax_s3.enable()
+    with ocp.StandardCheckpointer() as reader:
+        return reader.restore(path, shapes)

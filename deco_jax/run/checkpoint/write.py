@@ -1,0 +1,157 @@
+"""The checkpoints of a run: written in the background, kept, found again when the run goes on."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from flax import serialization
+
+from deco_jax import config as config_lib
+from deco_jax.errors import UserError
+from deco_jax.run import checksums, distributed, lock, orbax_s3, storage
+from deco_jax.run.checkpoint.folder import FOLDER, average_item, complete_steps, first_line
+from deco_jax.run.checkpoint.orbax import OneByOne, hush_orbax, settle_failed_writes, without_patterns
+from deco_jax.run.checkpoint.read import LostOptimizerError, checked_state, without_empty
+from deco_jax.run.state import State
+
+
+class Checkpoints:
+    """The checkpoints of one workdir, to write: from making it to `close`, no other process may.
+
+    Args:
+        keep: so many, the newest.
+        keep_every: and those whose step is a multiple of this, for good; 0: no others.
+        copy: host arrays before they are written in the background; False where nobody changes them meanwhile.
+
+    Raises:
+        UserError: another run is in the workdir.
+    """
+
+    def __init__(self, workdir: str | pathlib.Path, keep: int, copy: bool = True, keep_every: int = 0) -> None:
+        hush_orbax()
+        settle_failed_writes()
+        storage.limit_checkpoint_retries()
+        self.folder = storage.absolute(workdir) / FOLDER
+        if orbax_s3.stands_for(self.folder):
+            orbax_s3.enable()
+        self._lock = lock.RunLock(self.folder.parent)
+        # All hosts of a run share the first one's. Before Orbax, which removes what others have begun to write.
+        distributed.on_main_host(self._lock.acquire)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            keep_period=keep_every or None,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._note_checksums),
+            atomicity_options=orbax_s3.atomicity() if storage.is_remote(self.folder) else None,
+        )
+        self._writing = -1
+        if not copy:
+            ocp.type_handlers.register_type_handler(np.ndarray, OneByOne(deepcopy_host_arrays=False), override=True)
+        self._manager = ocp.CheckpointManager(without_patterns(self.folder), options=options)
+
+    def steps(self) -> list[int]:
+        """Steps that have a complete checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: State, config: ml_collections.ConfigDict) -> None:
+        """Copy the state to the host and write it in the background; raises what the previous write ran into."""
+        if step in self._manager.all_steps():
+            return
+        self._guarded(None, self._manager.wait_until_finished)  # as Orbax would: `_writing` is one at a time
+        self._writing = step
+        self._guarded(step, lambda: self._manager.save(step, args=_save_args(state, config)))
+
+    def _note_checksums(self) -> None:
+        """Called by Orbax in the background when all is written, before the folder gets its name or COMMITTED."""
+        if jax.process_index() == 0:
+            names = (str(self._writing), f"{self._writing}.orbax-checkpoint-tmp")
+            for folder in self.folder.iterdir():
+                if folder.name == names[0] or folder.name.startswith(names[1]):
+                    checksums.write(folder)
+
+    def wait(self) -> None:
+        """Until the last write is complete."""
+        self._guarded(None, self._manager.wait_until_finished)
+
+    def _guarded(self, step: int | None, action: Any) -> None:
+        try:
+            action()
+            self._manager.check_for_errors()
+        except Exception as error:  # Orbax and TensorStore raise many kinds, from their own threads
+            what = "a checkpoint" if step is None else f"the checkpoint of step {step} (or the one before)"
+            kept = complete_steps(self.folder.parent)
+            rest = f"step {kept[-1]} is intact and the run resumes from it" if kept else "none is complete yet"
+            raise UserError(
+                f"writing {what} to {self.folder} failed: {first_line(error)}; free space there; {rest}"
+            ) from error
+
+    def restore(self, shapes: State, config: ml_collections.ConfigDict) -> State | None:
+        """The newest readable state, or None if there is none yet; those that can't be read are named and passed over.
+
+        Args:
+            shapes: of the state, with shardings (`train_state.state_shapes`).
+
+        Raises:
+            UserError: the checkpoint is another model's.
+        """
+        weights: pathlib.Path | None = None  # the newest that lacks its moments alone
+        for step in reversed(self.steps()):
+            path, state = self.folder / str(step), None
+            try:
+                state = checked_state(path, shapes, config)
+            except UserError:
+                raise
+            except Exception as error:
+                weights = path if isinstance(error, LostOptimizerError) and weights is None else weights
+                logging.error("the checkpoint %s is damaged and passed over: %s", path, first_line(error))
+            # Each host reads its own part: what one can't read, none may go on from.
+            if distributed.all_hosts(state is not None):
+                return state
+        if self.steps():
+            remedy = f", with --config.init_from={weights} for its weights" if weights else ""
+            raise UserError(
+                f"none of the checkpoints in {self.folder} can be read (see above); put that right, or give another "
+                f"--workdir to start anew{remedy}"
+            )
+        return None
+
+    def set_aside_after(self, step: int) -> None:
+        """Rename checkpoints newer than `step` to STEP.damaged: the resumed run writes these steps again, and what one
+        host could not read for a moment is not lost."""
+        later = [s for s in self.steps() if s > step]
+
+        def rename() -> None:
+            for number in later:
+                aside = self.folder / f"{number}.damaged"
+                storage.remove_tree(aside)
+                (self.folder / str(number)).rename(aside)
+                logging.error("the checkpoint of step %s is kept as %s", number, aside)
+
+        if later:
+            distributed.on_main_host(rename)
+            self._manager.reload()
+
+    def close(self) -> None:
+        self._manager.close()
+        self._lock.release()
+
+
+def _save_args(state: State, config: ml_collections.ConfigDict) -> ocp.args.Composite:
+    items = {
+        "counters": {key: state[key] for key in ("step", "skipped")},
+        "params": state["params"],
+        **{average_item(name): tree for name, tree in state["averages"].items()},
+    }
+    if "opt_state" in state:
+        items["optimizer"] = without_empty(serialization.to_state_dict(state["opt_state"]))
+    return ocp.args.Composite(
+        config=ocp.args.JsonSave(config_lib.to_json(config)),
+        **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+    )
