@@ -15,11 +15,10 @@ from typing import Any
 
 import ml_collections
 
-from deco_jax.conditioning.encoders import encoder_sizes
+from deco_jax.conditioning.encoders import abstract_encoder
 from deco_jax.data.transforms import image_sides
 from deco_jax.models import dinov2, vgg
 from deco_jax.models.network import architecture
-from deco_jax.models.qwen3 import Sizes
 from deco_jax.sampling.settings import Sampling
 
 
@@ -37,13 +36,6 @@ def forward(model: Mapping[str, Any], image_size: int | tuple[int, int]) -> dict
 def forward_total(model: Mapping[str, Any], image_size: int | tuple[int, int]) -> float:
     """FLOPs of one image's forward pass."""
     return sum(forward(model, image_size).values())
-
-
-def text_encoder(sizes: Sizes, length: int) -> float:
-    """FLOPs of Qwen3's forward pass on one caption of `length` tokens; masked products count."""
-    inner, kv_inner = sizes.num_heads * sizes.head_width, sizes.num_kv_heads * sizes.head_width
-    projections = sizes.width * (2 * inner + 2 * kv_inner + 3 * sizes.mlp_hidden)
-    return 2.0 * sizes.depth * length * (projections + 2 * length * inner)
 
 
 def projector(width: int, teacher_size: str, tokens: int) -> float:
@@ -72,8 +64,8 @@ def frozen(config: ml_collections.ConfigDict) -> float:
     total, model = 0.0, config.model
     if config.loss.repa_weight or config.loss.dino_weight:
         total += dinov2.flops(config.teacher.size, model.patch_size, *image_sides(config.data.image_size))
-    if model.text_width and config.text.encoder == "qwen3" and not config.text.features:
-        total += text_encoder(encoder_sizes(config), model.text_length)
+    if model.text_width and not config.text.features:
+        total += abstract_encoder(config).network.flops(model.text_length)
     return total
 
 

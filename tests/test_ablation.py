@@ -10,7 +10,6 @@ import pytest
 
 from configs import ablation
 from deco_jax.convert import torch_files
-from deco_jax.convert.dinov2 import table
 from deco_jax.convert.mapping import to_torch
 from deco_jax.models import dinov2, network
 from tests.helpers import run_main
@@ -22,7 +21,7 @@ def teacher(tmp_path_factory):
     net = network.functional(lambda rngs: dinov2.DINOv2.of_size("S", rngs=rngs))
     params = jax.tree.map(np.asarray, jax.jit(net.init)(jax.random.key(0)))
     path = tmp_path_factory.mktemp("teacher") / "dinov2_vits14.safetensors"
-    torch_files.write_safetensors(path, to_torch(table(12), params))
+    torch_files.write_safetensors(path, to_torch(dinov2.table(12), params))
     return path
 
 

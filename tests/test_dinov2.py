@@ -1,4 +1,4 @@
-"""models/dinov2.py and convert/dinov2.py against the public PyTorch implementation's numbers."""
+"""models/dinov2.py against the public PyTorch implementation's numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deco_jax.convert import dinov2 as convert
 from deco_jax.convert.mapping import flatten, to_torch
 from deco_jax.convert.torch_files import write_safetensors
 from deco_jax.errors import UserError
@@ -68,7 +67,7 @@ def test_golden(size):
     values = golden("dinov2")
     images = jnp.asarray(nhwc(values[f"image{size}"]))
     assert relative_error(dinov2.preprocess(images), nhwc(values[f"resized{size}"])) < 1e-5
-    model = build(convert.from_torch(golden_params("dinov2"), **SMALL))
+    model = build(dinov2.from_torch(golden_params("dinov2"), **SMALL))
     for platform in ("cpu", "tpu"):
         with compiling_for(platform):
             features = jax.jit(lambda images: model(images))(images)
@@ -76,7 +75,7 @@ def test_golden(size):
 
 
 def test_uint8_is_the_unit_interval_and_patch_sizes_keep_the_tokens():
-    model = build(convert.from_torch(golden_params("dinov2"), **SMALL))
+    model = build(dinov2.from_torch(golden_params("dinov2"), **SMALL))
     images = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), np.uint8)
     features = run(model, jnp.asarray(images), 8)
     assert features.shape == (2, 6, 24)
@@ -87,7 +86,7 @@ def test_uint8_is_the_unit_interval_and_patch_sizes_keep_the_tokens():
 
 
 def test_bfloat16_stays_close():
-    params = convert.from_torch(golden_params("dinov2"), **SMALL, dtype=jnp.bfloat16)
+    params = dinov2.from_torch(golden_params("dinov2"), **SMALL, dtype=jnp.bfloat16)
     assert {str(a.dtype) for path, a in flatten(params).items() if path.endswith("kernel")} == {"bfloat16"}
     assert params["norm"]["scale"].dtype == params["positions"].dtype == np.float32
     values = golden("dinov2")
@@ -103,15 +102,15 @@ def test_the_trained_grid_is_not_resized():
 
 def test_both_layouts_give_the_same_parameters_and_round_trip():
     tensors = golden_params("dinov2")
-    meta = convert.from_torch(tensors, **SMALL)
+    meta = dinov2.from_torch(tensors, **SMALL)
     theirs = in_huggingface_layout(tensors)
-    huggingface = convert.from_torch(theirs, **SMALL)
+    huggingface = dinov2.from_torch(theirs, **SMALL)
     assert flatten(meta).keys() == flatten(huggingface).keys()
     for path, a in flatten(meta).items():
         np.testing.assert_array_equal(a, flatten(huggingface)[path], err_msg=path)
-    for layout, source in ((convert.META_LAYOUT, tensors), (convert.HF_LAYOUT, theirs)):
-        back = to_torch(convert.table(3, layout), meta)
-        assert back.keys() == source.keys() - set(convert.IGNORED)
+    for layout, source in ((dinov2.META_LAYOUT, tensors), (dinov2.HF_LAYOUT, theirs)):
+        back = to_torch(dinov2.table(3, layout), meta)
+        assert back.keys() == source.keys() - set(dinov2.IGNORED)
         for name in back:
             np.testing.assert_array_equal(back[name], source[name], err_msg=name)
 
@@ -126,7 +125,7 @@ def test_parameter_counts(size, count):
 def test_loading(tmp_path, monkeypatch):
     monkeypatch.setitem(dinov2.SIZES, "B", (24, 3, 2))
     tensors = golden_params("dinov2")
-    expected = flatten(convert.from_torch(tensors, **SMALL))
+    expected = flatten(dinov2.from_torch(tensors, **SMALL))
     write_safetensors(tmp_path / "model.safetensors", in_huggingface_layout(tensors))
     paths = [tmp_path, tmp_path / "model.safetensors"]
     try:
@@ -137,19 +136,19 @@ def test_loading(tmp_path, monkeypatch):
         torch.save({key: torch.from_numpy(a.copy()) for key, a in tensors.items()}, tmp_path / "meta.pth")
         paths.append(tmp_path / "meta.pth")
     for path in paths:
-        loaded = flatten(convert.load_teacher(path, "B"))
+        loaded = flatten(dinov2.load_teacher(path, "B"))
         assert all(np.array_equal(loaded[name], a) for name, a in expected.items())
     with pytest.raises(UserError, match=r"position_embeddings.*\[1, 1370, 384\]"):
-        convert.load_teacher(tmp_path, "S")
+        dinov2.load_teacher(tmp_path, "S")
 
 
 def test_what_is_missing_is_said_with_where_to_get_it(tmp_path):
     with pytest.raises(UserError, match=r"dinov2_vitb14_pretrain\.pth or huggingface\.co/facebook/dinov2-base"):
-        convert.load_teacher(tmp_path / "none.pth", "B")
+        dinov2.load_teacher(tmp_path / "none.pth", "B")
     with pytest.raises(UserError, match=r"no path .*dinov2_vitl14_pretrain\.pth"):
-        convert.load_teacher(None, "L")
+        dinov2.load_teacher(None, "L")
     with pytest.raises(UserError, match="unknown DINOv2 size 'XL'; use one of S, B, L"):
-        convert.load_teacher(None, "XL")
+        dinov2.load_teacher(None, "XL")
     tensors = golden_params("dinov2")
     with pytest.raises(UserError, match=r"tensors left over: 14 \(blocks\.2"):
-        convert.from_torch(tensors, width=24, depth=2)
+        dinov2.from_torch(tensors, width=24, depth=2)

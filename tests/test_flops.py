@@ -6,9 +6,9 @@ import pytest
 
 from configs import imagenet256, t2i_256
 from deco_jax import flops
-from deco_jax.conditioning import encoders
 from deco_jax.errors import UserError
 from deco_jax.models import network as network_lib
+from deco_jax.models import qwen3
 from deco_jax.models.qwen3 import Sizes
 
 pytestmark = pytest.mark.fast
@@ -159,9 +159,9 @@ def test_an_unknown_model_has_no_flops():
 def test_the_text_encoders_products_and_where_they_count():
     """Qwen3's program on one caption; it runs in the step unless the features are kept."""
     sizes = Sizes(vocabulary=50, width=24, mlp_hidden=40, depth=3, num_heads=4, num_kv_heads=2, head_width=8)
-    apply, shapes = encoders.qwen3_features(sizes, "float32", 24)
+    encoder = qwen3.text_encoder(sizes, "", "float32", 24)
     tokens, mask = (jax.ShapeDtypeStruct((1, 12), kind) for kind in (jnp.int32, jnp.bool_))
-    assert products(jax.make_jaxpr(apply)(shapes, tokens, mask).jaxpr) == flops.text_encoder(sizes, 12)
+    assert products(jax.make_jaxpr(encoder.apply)(encoder.shapes, tokens, mask).jaxpr) == encoder.flops(12)
     config = t2i_256.get_config()
     config.loss.repa_weight = 0.0
     model = 3 * flops.forward_total(config.model, 256)

@@ -1,4 +1,4 @@
-"""evaluation/inception.py and convert/inception.py: resize, network and weight files against torch's functional ops."""
+"""models/inception.py and inception_weights.py: resize, network and weight files against torch's functional ops."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deco_jax.convert.inception import load_inception
 from deco_jax.errors import UserError
 from deco_jax.models.inception import FeatureExtractor, Inception, preprocess, resize_tf1
+from deco_jax.models.inception_weights import load_inception
 from tests.helpers import ROOT, fake_devices, golden, relative_error
 
 torch = pytest.importorskip("torch")
@@ -188,7 +188,7 @@ def reference_network(state, images):
 
 def script_names(state: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     """The same weights under the names of the TorchScript file, whose batch-norm has no gamma."""
-    from deco_jax.convert.inception import TORCHVISION_NAMES
+    from deco_jax.models.inception_weights import TORCHVISION_NAMES
 
     leaves = {"conv.weight": "weight", "bn.running_mean": "mean", "bn.running_var": "var", "bn.bias": "beta"}
     return {
@@ -287,7 +287,7 @@ def test_extractor_pads_the_last_batch(state, params):
 def test_mesh_of_four_agrees_with_one(weights):
     program = """
         import jax, numpy as np
-        from deco_jax.convert.inception import load_inception
+        from deco_jax.models.inception_weights import load_inception
         from deco_jax.models.inception import FeatureExtractor
         from deco_jax.evaluation.precision_recall import precision_recall
         from tests.test_precision_recall import neighbour_radii
@@ -456,7 +456,7 @@ def test_pool3_golden(real, name):
 def test_real_spatial_features(real):
     script = torch.jit.load(WEIGHTS).state_dict()
     prefix = "net." if any(key.startswith("net.") for key in script) else ""
-    from deco_jax.convert.inception import TORCHVISION_NAMES
+    from deco_jax.models.inception_weights import TORCHVISION_NAMES
 
     leaves = {"conv.weight": "weight", "bn.running_mean": "mean", "bn.running_var": "var", "bn.bias": "beta"}
     state = {}

@@ -1,4 +1,4 @@
-"""models/qwen3.py and convert/qwen3.py against Hugging Face's numbers."""
+"""models/qwen3.py against Hugging Face's numbers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deco_jax.convert import qwen3 as convert
 from deco_jax.convert.mapping import flatten, to_torch
 from deco_jax.convert.torch_files import write_safetensors
 from deco_jax.errors import UserError
+from deco_jax.models import qwen3
 from deco_jax.models.qwen3 import Qwen3, Sizes
 from tests.helpers import golden, golden_params, relative_error
 
@@ -58,7 +58,7 @@ def answer(model: Qwen3, tokens: jax.Array, mask: jax.Array) -> jax.Array:
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_empty"])
 def test_golden(name):
-    model = build(convert.from_torch(SMALL, golden_params("qwen3")))
+    model = build(qwen3.from_torch(SMALL, golden_params("qwen3")))
     assert relative_error(run(model, name), golden(name)["last_hidden_state"]) < 1e-5
 
 
@@ -101,7 +101,7 @@ def test_rotary_frequencies_are_rounded_with_the_network(rounded):
     tokens, mask = rng.integers(0, 64, (2, 400)), np.ones((2, 400), bool)
     exact = 1e6 ** (-np.arange(8) / 8)
     frequencies = exact.astype(ml_dtypes.bfloat16 if rounded else np.float32).astype(np.float64)
-    params = convert.from_torch(SMALL, tensors)
+    params = qwen3.from_torch(SMALL, tensors)
     graphdef, state = nnx.split(
         nnx.eval_shape(lambda: Qwen3(SMALL, frequency_dtype=jnp.bfloat16 if rounded else jnp.float32, rngs=nnx.Rngs(0)))
     )
@@ -118,7 +118,7 @@ def test_rotary_frequencies_are_rounded_with_the_network(rounded):
 def test_the_empty_prompt_is_one_vector_in_every_dtype():
     """Nothing attended to means that a state depends on its own token alone, and all are the padding token."""
     for dtype in (jnp.float32, jnp.bfloat16):
-        model = build(convert.from_torch(SMALL, golden_params("qwen3")), dtype)
+        model = build(qwen3.from_torch(SMALL, golden_params("qwen3")), dtype)
         states = answer(model, jnp.full((1, 8), 3, jnp.int32), jnp.zeros((1, 8), bool))
         assert states.dtype == dtype
         assert np.all(np.isfinite(states))
@@ -126,7 +126,7 @@ def test_the_empty_prompt_is_one_vector_in_every_dtype():
 
 
 def test_padding_and_the_future_are_not_seen():
-    model = build(convert.from_torch(SMALL, golden_params("qwen3")))
+    model = build(qwen3.from_torch(SMALL, golden_params("qwen3")))
     tokens = jnp.arange(10, dtype=jnp.int32)[None]
     mask = jnp.arange(10)[None] < 6
     states = answer(model, tokens, mask)
@@ -138,14 +138,14 @@ def test_padding_and_the_future_are_not_seen():
 
 
 def test_bfloat16_stays_close():
-    params = convert.from_torch(SMALL, golden_params("qwen3"), dtype=jnp.bfloat16)
+    params = qwen3.from_torch(SMALL, golden_params("qwen3"), dtype=jnp.bfloat16)
     states = run(build(params, jnp.bfloat16), "qwen3")
     assert 1e-4 < relative_error(states, golden("qwen3")["last_hidden_state"]) < 5e-2
 
 
 def test_round_trip_is_exact():
     tensors = golden_params("qwen3")
-    back = to_torch(convert.table(3), convert.from_torch(SMALL, tensors))
+    back = to_torch(qwen3.table(3), qwen3.from_torch(SMALL, tensors))
     assert back.keys() == tensors.keys()
     for name, a in tensors.items():
         np.testing.assert_array_equal(back[name], a, err_msg=name)
@@ -153,7 +153,7 @@ def test_round_trip_is_exact():
 
 def test_the_published_size():
     """Qwen3-1.7B's published count: 1.7 billion, 1.4 without the embedding."""
-    shapes = flatten(convert.shapes(Sizes()))
+    shapes = flatten(qwen3.shapes(Sizes()))
     total = sum(leaf.size for leaf in shapes.values())
     assert total == 1_720_574_976
     assert total - shapes["embed.embedding"].size == 1_409_410_048
@@ -176,13 +176,13 @@ def folder(tmp_path):
 
 
 def test_loading_a_sharded_folder(folder):
-    sizes, params = convert.load_encoder(folder)
+    sizes, params = qwen3.load_encoder(folder)
     assert sizes == SMALL
     assert params["blocks"]["mlp"]["up"]["kernel"].dtype == ml_dtypes.bfloat16
     assert params["norm"]["scale"].dtype == np.float32
     rounded = golden_params("qwen3")["layers.2.mlp.up_proj.weight"].astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(params["blocks"]["mlp"]["up"]["kernel"][2], rounded.T)
-    _, params = convert.load_encoder(folder, dtype=np.float32)
+    _, params = qwen3.load_encoder(folder, dtype=np.float32)
     assert {a.dtype for a in flatten(params).values()} == {np.dtype(np.float32)}
     assert relative_error(run(build(params), "qwen3"), golden("qwen3")["last_hidden_state"]) < 5e-2
 
@@ -191,7 +191,7 @@ def test_newer_configurations(folder):
     config = {k: v for k, v in CONFIG.items() if k not in ("rope_theta", "rope_scaling")}
     config["rope_parameters"] = {"rope_theta": 5e5, "rope_type": "default"}
     (folder / "config.json").write_text(json.dumps(config))
-    assert convert.read_sizes(folder).rope_theta == 5e5
+    assert qwen3.read_sizes(folder).rope_theta == 5e5
 
 
 @pytest.mark.parametrize(
@@ -208,16 +208,16 @@ def test_newer_configurations(folder):
 def test_other_networks_are_refused(folder, change, message):
     (folder / "config.json").write_text(json.dumps({**CONFIG, **change}))
     with pytest.raises(UserError, match=message):
-        convert.load_encoder(folder)
+        qwen3.load_encoder(folder)
 
 
 def test_what_is_missing_is_said(tmp_path):
     with pytest.raises(UserError, match=r"path is empty.*huggingface\.co/Qwen/Qwen3-1\.7B"):
-        convert.load_encoder(None)
+        qwen3.load_encoder(None)
     with pytest.raises(UserError, match=r"no such folder.*huggingface\.co"):
-        convert.load_encoder(tmp_path / "none")
+        qwen3.load_encoder(tmp_path / "none")
     with pytest.raises(UserError, match=r"config\.json: no such file"):
-        convert.load_encoder(tmp_path)
+        qwen3.load_encoder(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(UserError, match=r"neither model\.safetensors nor"):
-        convert.load_encoder(tmp_path)
+        qwen3.load_encoder(tmp_path)

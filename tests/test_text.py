@@ -19,13 +19,13 @@ from flax import nnx
 from configs import t2i_256
 from deco_jax.conditioning import condition, encoders, texts
 from deco_jax.conditioning.requests import caption_requests, prompt_requests
-from deco_jax.convert import qwen3 as convert
 from deco_jax.data import features as features_lib
 from deco_jax.data import pipeline, sources
 from deco_jax.errors import UserError
 from deco_jax.method import training
 from deco_jax.method.objective import make_method
 from deco_jax.method.step import Draws, Observed
+from deco_jax.models import qwen3
 from deco_jax.models.network import Network
 from deco_jax.models.qwen3 import Qwen3
 from deco_jax.programs import encode
@@ -137,10 +137,10 @@ def test_features_are_the_encoders_last_states(folder, width):
     captions = ["a cat", "", "x" * 50]
     tokens = [encoder.tokenizer(caption) for caption in captions]
     ids, mask = (jnp.asarray(np.stack([t[name] for t in tokens])) for name in ("tokens", "mask"))
-    features = np.asarray(jax.jit(encoder.apply)(encoder.load(), ids, mask))
+    features = np.asarray(jax.jit(encoder.network.apply)(encoder.network.load(), ids, mask))
     assert features.dtype == ml_dtypes.bfloat16
 
-    sizes, params = convert.load_encoder(folder)
+    sizes, params = qwen3.load_encoder(folder)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Qwen3(sizes, rngs=nnx.Rngs(0))))
     nnx.replace_by_pure_dict(state, params)
     expected = np.asarray(nnx.merge(graphdef, state)(ids, mask))
@@ -169,13 +169,13 @@ def test_encoder_is_known_by_its_files(folder, tmp_path):
 
 def test_weights_are_split_and_kept_in_their_type(folder):
     config = small_config(folder, **{"text.dtype": "bfloat16"})
-    shapes = encoders.abstract_encoder(config).shapes
+    shapes = encoders.abstract_encoder(config).network.shapes
     mesh = jax.sharding.AbstractMesh((2, 4), ("data", "fsdp"))
     placed = sharding.state_shardings(mesh, {"encoder": shapes, "null": jax.ShapeDtypeStruct((24, 40), jnp.bfloat16)})
     for path, leaf in jax.tree.leaves_with_path(placed):
         whole = "fsdp" not in leaf.spec
         assert whole == sharding.path_name(path).endswith(("scale", "null")), path
-    params = encoders.open_encoder(config).load()
+    params = encoders.open_encoder(config).network.load()
     jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), params, shapes)
     assert params["blocks"]["attention"]["query"]["kernel"].dtype == ml_dtypes.bfloat16
     assert params["norm"]["scale"].dtype == np.float32

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from deco_jax.convert import qwen3 as convert
 from deco_jax.convert.mapping import to_torch
 from deco_jax.convert.torch_files import write_safetensors
+from deco_jax.models import qwen3
 from deco_jax.models.qwen3 import Sizes
 
 SIZES = Sizes(vocabulary=261, width=32, mlp_hidden=48, depth=2, num_heads=4, num_kv_heads=2, head_width=8)
@@ -48,8 +48,8 @@ def write_encoder(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
     (folder / "config.json").write_text(json.dumps(config))
     write_tokenizer(folder / "tokenizer.json")
     draw = np.random.default_rng(seed)
-    params = jax.tree.map(lambda leaf: draw.normal(0, 0.2, leaf.shape).astype(np.float32), convert.shapes(s))
-    tensors = to_torch(convert.table(s.depth), params)
+    params = jax.tree.map(lambda leaf: draw.normal(0, 0.2, leaf.shape).astype(np.float32), qwen3.shapes(s))
+    tensors = to_torch(qwen3.table(s.depth), params)
     write_safetensors(folder / "model.safetensors", {f"model.{name}": a for name, a in tensors.items()})
     return folder
 

@@ -24,11 +24,10 @@ import numpy as np
 from absl import logging
 
 from deco_jax.config import BYTE_WIDTH
-from deco_jax.convert import qwen3 as convert
 from deco_jax.data.features import caption_hash
 from deco_jax.errors import UserError
-from deco_jax.models import network as network_lib
-from deco_jax.models.qwen3 import Qwen3, Sizes
+from deco_jax.models import qwen3
+from deco_jax.models.network import FrozenNetwork
 from deco_jax.run import storage
 
 PADDING_TOKEN = "<|endoftext|>"
@@ -39,13 +38,16 @@ Tokenizer = Callable[[str], dict[str, np.ndarray]]
 
 
 class Encoder(NamedTuple):
-    """A frozen text encoder; its weights are read by `load` and handed to `apply`."""
+    """A frozen text encoder and what goes before it.
+
+    tokenizer: one caption to tokens and mask
+    network: (weights, tokens, mask) → bfloat16 [batch, length, width]; its FLOPs are of one caption of so many tokens
+    fingerprint: equal for equal features
+    """
 
     tokenizer: Tokenizer
-    apply: Callable[[Any, jax.Array, jax.Array], jax.Array]  # (weights, tokens, mask) → bfloat16 [batch, length, width]
-    shapes: Any  # of the weights, as ShapeDtypeStructs
-    load: Callable[[], Any]  # the weights, on the host
-    fingerprint: str  # equal for equal features
+    network: FrozenNetwork
+    fingerprint: str
 
 
 def prefixed(caption: str, prefix: str) -> str:
@@ -71,10 +73,9 @@ def open_encoder(config: ml_collections.ConfigDict) -> Encoder:
     )
     if config.text.encoder == "bytes":
         identity = json.dumps(["bytes", length, width])
-        return Encoder(
-            ByteTokenizer(length), functools.partial(byte_features, width=width), {}, lambda: {}, _digest(identity)
-        )
-    sizes = convert.check_encoder(path)
+        network = FrozenNetwork(functools.partial(byte_features, width=width), {}, dict, lambda length: 0.0)
+        return Encoder(ByteTokenizer(length), network, _digest(identity))
+    sizes = qwen3.check_encoder(path)
     if sizes.width != width:
         logging.log_first_n(
             logging.WARNING,
@@ -87,12 +88,10 @@ def open_encoder(config: ml_collections.ConfigDict) -> Encoder:
         )
     tokenizer = FileTokenizer(os.path.join(path, "tokenizer.json"), length)
     tokenizer("")
-    dtype = jnp.dtype(config.text.dtype)
-    apply, shapes = qwen3_features(sizes, config.text.dtype, width)
     # "frequencies": features that were kept before these were rounded are of another encoder.
     arithmetic = [config.text.dtype, *(["frequencies"] if config.text.dtype == "bfloat16" else [])]
     identity = json.dumps(["qwen3", length, width, *arithmetic, _files(Path(path))])
-    return Encoder(tokenizer, apply, shapes, lambda: convert.load_encoder(path, dtype=dtype)[1], _digest(identity))
+    return Encoder(tokenizer, qwen3.text_encoder(sizes, path, config.text.dtype, width), _digest(identity))
 
 
 def abstract_encoder(config: ml_collections.ConfigDict) -> Encoder:
@@ -100,45 +99,19 @@ def abstract_encoder(config: ml_collections.ConfigDict) -> Encoder:
     is read, or if it is empty Qwen3-1.7B."""
     if config.text.encoder == "bytes":
         return open_encoder(config)
-    sizes = encoder_sizes(config)
-    apply, shapes = qwen3_features(sizes, config.text.dtype, config.model.text_width)
-    return Encoder(_no_files, apply, shapes, _no_files, "")
-
-
-def encoder_sizes(config: ml_collections.ConfigDict) -> Sizes:
-    """Of the Qwen3 in config.text.path; of Qwen3-1.7B if that is empty."""
-    return convert.check_encoder(os.path.expanduser(config.text.path)) if config.text.path else Sizes()
+    path = os.path.expanduser(config.text.path)
+    sizes = qwen3.check_encoder(path) if path else qwen3.Sizes()
+    return Encoder(_no_files, qwen3.text_encoder(sizes, path, config.text.dtype, config.model.text_width), "")
 
 
 def _no_files(*_: Any) -> Any:
     raise TypeError("only the shapes are used")
 
 
-def qwen3_features(sizes: Sizes, dtype: str, width: int) -> tuple[Callable[..., jax.Array], Any]:
-    """(weights, tokens, mask) → features, and the weights' shapes: matrices in `dtype`, scales in float32."""
-    network = network_lib.functional(lambda rngs: Qwen3(sizes, dtype=jnp.dtype(dtype), rngs=rngs), dtype)
-
-    def shape(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if path[-1].key == "scale" else jnp.dtype(dtype))
-
-    def apply(params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        return fit(network.apply(params, tokens, mask), width).astype(jnp.bfloat16)
-
-    return apply, jax.tree_util.tree_map_with_path(shape, network.shapes)
-
-
 def byte_features(params: Any, tokens: jax.Array, mask: jax.Array, *, width: int) -> jax.Array:
     """One-hot bfloat16 [batch, length, width]; channel BYTE_PADDING is padding."""
     del params, mask
     return jax.nn.one_hot(tokens, width, dtype=jnp.bfloat16)
-
-
-def fit(features: jax.Array, width: int) -> jax.Array:
-    """[..., width of the encoder] → [..., width]: cut, or filled up with zeros."""
-    missing = width - features.shape[-1]
-    if missing <= 0:
-        return features[..., :width]
-    return jnp.pad(features, [(0, 0)] * (features.ndim - 1) + [(0, missing)])
 
 
 # ---------------------------------------------------------------------------------------- tokenizers
@@ -178,12 +151,12 @@ class FileTokenizer:
         except ImportError as error:
             raise UserError("reading captions for Qwen3 needs tokenizers; run: pip install tokenizers") from error
         if not os.path.isfile(self.path):
-            raise UserError(f"{self.path}: no such file, and the text encoder's tokenizer is in it; {convert.WHERE}")
+            raise UserError(f"{self.path}: no such file, and the text encoder's tokenizer is in it; {qwen3.WHERE}")
         try:
             tokenizer = tokenizers.Tokenizer.from_file(self.path)
         except Exception as error:  # the package raises plain Exceptions
             reason = str(error).splitlines()[0][:120]
-            raise UserError(f"{self.path}: no readable tokenizer ({reason}); {convert.WHERE}") from error
+            raise UserError(f"{self.path}: no readable tokenizer ({reason}); {qwen3.WHERE}") from error
         if tokenizer.token_to_id(PADDING_TOKEN) is None:
             raise UserError(f"{self.path}: has no {PADDING_TOKEN}, which Qwen3's captions are padded with")
         tokenizer.no_padding()

@@ -74,7 +74,7 @@ class Texts:
         elif encoder is not None and not features:
             self.inputs = {"tokens": ((length,), jnp.int32), "mask": ((length,), jnp.bool_)}
             self.encode_caption = TokenizeCaption(encoder.tokenizer, config.text.prefix)
-            shapes["encoder"] = encoder.shapes
+            shapes["encoder"] = encoder.network.shapes
         self.shapes = sharding.placed_shapes(mesh, shapes)
 
     def load(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Texts:
         if "text" in batch:
             return jax.lax.bitcast_convert_type(batch["text"], jnp.bfloat16)
         assert self._encoder is not None
-        return self._encoder.apply(frozen["encoder"], batch["tokens"], batch["mask"])
+        return self._encoder.network.apply(frozen["encoder"], batch["tokens"], batch["mask"])
 
     def null(self, frozen: dict[str, Any]) -> jax.Array:
         return frozen["null"]
@@ -101,8 +101,8 @@ class Texts:
         if self._encoder is None:
             raise UserError(NO_ENCODER)
         with distributed.stage("reading the text encoder"):
-            where = sharding.placed_shapes(self._mesh, {"encoder": self._encoder.shapes})["encoder"]
-            return jax.device_put(self._encoder.load(), jax.tree.map(lambda leaf: leaf.sharding, where))
+            where = sharding.placed_shapes(self._mesh, {"encoder": self._encoder.network.shapes})["encoder"]
+            return jax.device_put(self._encoder.network.load(), jax.tree.map(lambda leaf: leaf.sharding, where))
 
     def encode(self, weights: Any, captions: Sequence[str]) -> np.ndarray:
         """Captions to features, bfloat16 [captions, length, text_width], on every host."""
@@ -117,7 +117,7 @@ class Texts:
     @functools.cached_property
     def _encode(self) -> Callable[..., jax.Array]:
         assert self._encoder is not None
-        apply, mesh = self._encoder.apply, self._mesh
+        apply, mesh = self._encoder.network.apply, self._mesh
 
         def encode(weights: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
             arguments = (sharding.specs(mesh, {"encoder": weights})["encoder"], sharding.BATCH, sharding.BATCH)

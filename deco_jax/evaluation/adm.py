@@ -20,7 +20,6 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from deco_jax.convert.inception import WHERE, load_inception
 from deco_jax.errors import UserError
 from deco_jax.evaluation import ADM_TITLES
 from deco_jax.evaluation.evaluator import Scores, Setup, Subject
@@ -30,6 +29,7 @@ from deco_jax.evaluation.measuring import Reader, fingerprint_of, read
 from deco_jax.evaluation.precision_recall import precision_recall
 from deco_jax.evaluation.statistics import Accumulator, Statistics, read_reference, small_sample_warning
 from deco_jax.models.inception import FeatureExtractor
+from deco_jax.models.inception_weights import WHERE, load_inception
 from deco_jax.run import storage
 
 FOLDER = "evaluation"

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from deco_jax.convert.dinov2 import META_URL, load_teacher
 from deco_jax.errors import UserError
 from deco_jax.evaluation import TITLES
 from deco_jax.evaluation.adm import FOLDER, open_reference
@@ -25,7 +24,7 @@ from deco_jax.evaluation.evaluator import Scores, Setup, Subject
 from deco_jax.evaluation.fid import frechet_distance
 from deco_jax.evaluation.image_sets import ImageSet, digest
 from deco_jax.evaluation.measuring import Extractor, Reader, Rows, fingerprint_of, read
-from deco_jax.models.dinov2 import MEAN, STD, DINOv2, sizes
+from deco_jax.models.dinov2 import MEAN, META_URL, STD, DINOv2, load_teacher, sizes
 from deco_jax.models.network import Params, functional
 from deco_jax.run import storage
 

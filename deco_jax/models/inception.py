@@ -231,7 +231,7 @@ def _max_pool_same(x: jax.Array) -> jax.Array:
 
 
 class Inception(nnx.Module):
-    """The network, for inference only; parameters start at zero and come from `deco_jax.convert.inception`.
+    """The network, for inference only; parameters start at zero and come from `deco_jax.models.inception_weights`.
 
     classifier: whether the weights have one. dtype, precision: of the convolutions; results are float32.
     """
@@ -316,11 +316,14 @@ def make_apply(
 
 
 class FeatureExtractor:
-    """uint8 images in, features out, one fixed-size batch at a time on the accelerator(s).
+    """Turns uint8 images into features, one batch of a fixed size at a time, on the accelerators.
 
-    params: from `deco_jax.convert.inception.load_inception`. mesh: the batch is split over all its axes; batch_size is
-    global and rounded up to a multiple of the device count. With several processes every one passes the same images
-    and gets all results. dtype, precision: of the convolutions; published scores need float32 and HIGHEST.
+    Args:
+        params: from `inception_weights.load_inception`.
+        batch_size: of all devices together; rounded up to a multiple of them.
+        mesh: the batch is split over all its axes. With several processes each passes the same images and gets all
+            features.
+        dtype, precision: of the convolutions; published scores need float32 and HIGHEST.
     """
 
     def __init__(
