@@ -13,10 +13,10 @@ from typing import Any
 import ml_collections
 
 from deco_jax.config.sections import MODEL, SECTIONS, TOP
-from deco_jax.config.values import flatten
 from deco_jax.config.words import suggestion
 from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
+from deco_jax.nested import flatten
 from deco_jax.run import storage
 from deco_jax.schema import Setting, wrong
 

@@ -14,8 +14,9 @@ from typing import Any
 import ml_collections
 
 from deco_jax.config.sections import MODEL, SECTIONS
-from deco_jax.config.values import flatten, make_config, nest, renamed, unknown
+from deco_jax.config.values import make_config, renamed, unknown
 from deco_jax.errors import UserError
+from deco_jax.nested import flatten, unflatten
 from deco_jax.run import storage
 
 NAME = "config.json"
@@ -35,7 +36,7 @@ def get_config(path: str) -> ml_collections.ConfigDict:
             f"{', '.join(of_model)}; use the version that wrote it"
         )
     flat = flatten(values)
-    return make_config(nest({key: value for key, value in flat.items() if not _within(key, extra)}))
+    return make_config(unflatten({key: value for key, value in flat.items() if not _within(key, extra)}))
 
 
 def read(path: str | pathlib.Path) -> tuple[dict[str, Any], list[str]]:

@@ -11,6 +11,7 @@ import ml_collections
 from deco_jax.config.sections import COMPUTED, MODEL, SECTIONS, TOP
 from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
+from deco_jax.nested import flatten, unflatten
 from deco_jax.schema import Setting
 
 
@@ -119,7 +120,7 @@ def renamed(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             value = flat.pop(old)
             flat.setdefault(new, setting.convert(value))
             notes.append(f"config.{old} is now config.{new}")
-    return nest(flat), notes
+    return unflatten(flat), notes
 
 
 def earlier_names() -> dict[str, tuple[str, Setting]]:
@@ -144,26 +145,6 @@ def unknown(values: Mapping[str, Any]) -> list[str]:
 def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The resolved config as plain JSON values."""
     return json.loads(json.dumps(config.to_dict()))
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"section.key": value} of nested settings, as overrides name them."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
-
-
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo `flatten`."""
-    values: dict[str, Any] = {}
-    for name, value in flat.items():
-        *sections, key = name.split(".")
-        place = values
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[key] = value
-    return values
 
 
 def model_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from deco_jax.errors import UserError
+from deco_jax.nested import flatten, unflatten
 
 Arrays = Sequence[np.ndarray]
 SHOWN = 4  # names an error lists before it only counts
@@ -262,29 +263,6 @@ def _remove(tree: Any, path: str) -> None:
     for parent in parents:
         tree = tree[parent]
     del tree[last]
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries to {dotted path: leaf}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{dotted path: leaf} to nested dictionaries."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, last = path.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree
 
 
 def listed(names: Iterable[str]) -> str:

@@ -15,10 +15,10 @@ from flax import nnx
 from deco_jax.convert.mapping import VECTOR, Row
 from deco_jax.models.architecture import Architecture
 from deco_jax.models.decoder import POSITION_FEATURES, PixelDecoder
-from deco_jax.models.official_names import linear_rows
-from deco_jax.models.trunk import RULES, Trunk, TrunkSettings, intermediates, trunk_flops, trunk_rows
+from deco_jax.models.official_names import linear_rows, trunk_rows
+from deco_jax.models.trunk import RULES, Trunk, TrunkSettings, trunk_flops
 from deco_jax.schema import MAX_INT32, at_least, one_of, setting
-from deco_jax.shapes import Images, Labels, PerExample, Text
+from deco_jax.shapes import Images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,31 +78,9 @@ class DeCo(Trunk):
             rngs=rngs,
         )
 
-    def __call__(
-        self,
-        images: Images,
-        times: PerExample,
-        context: Labels | Text,
-        aligned_layer: int | None = None,
-        keys: jax.Array | None = None,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Predict the velocity (or the clean image) of noised images.
-
-        Args:
-            images: [batch, height, width, 3], noised; sides are multiples of the patch size.
-            times: [batch] in [0, 1]; 0 is noise, 1 is data.
-            context: labels int32 [batch] (num_classes: no class), or text features [batch, length, text_width].
-            aligned_layer: blocks after which to take the features that REPA aligns; None: don't.
-            keys: [batch], for dropout while training; None: nothing is dropped.
-
-        Returns:
-            The prediction, float32 [batch, height, width, 3], and the intermediates by name:
-            "low_frequency" [batch, tokens, width], what the decoder is conditioned on (Fig. 4's DiT output), and
-            "aligned" [batch, tokens, width] if asked for.
-        """
-        h, time, _, aligned = self.hidden(images, times, context, aligned_layer, keys)
+    def head(self, images: Images, h: jax.Array, time: jax.Array, condition: jax.Array) -> tuple[jax.Array, jax.Array]:
         features = jax.nn.silu(time[:, None] + h)
-        return self.decoder(images, features), intermediates(low_frequency=features, aligned=aligned)
+        return self.decoder(images, features), features
 
 
 def flops(model: Mapping[str, Any], height: int, width: int) -> dict[str, float]:

@@ -15,9 +15,9 @@ from flax import nnx
 from deco_jax.convert.mapping import Row
 from deco_jax.models.architecture import Architecture
 from deco_jax.models.layers import Dtype, Linear, modulate, normalize, unpatchify, zeros
-from deco_jax.models.official_names import linear_rows, patch_out, patch_out_bias
-from deco_jax.models.trunk import RULES, Trunk, TrunkSettings, intermediates, trunk_flops, trunk_rows
-from deco_jax.shapes import Images, Labels, PerExample, Text
+from deco_jax.models.official_names import linear_rows, patch_out, patch_out_bias, trunk_rows
+from deco_jax.models.trunk import RULES, Trunk, TrunkSettings, trunk_flops
+from deco_jax.shapes import Images
 
 
 class FinalLayer(nnx.Module):
@@ -50,20 +50,10 @@ class DiT(Trunk):
         super().__init__(**trunk, rngs=rngs)
         self.output = FinalLayer(self.width, self.patch_size, dtype=self.dtype, rngs=rngs)
 
-    def __call__(
-        self,
-        images: Images,
-        times: PerExample,
-        context: Labels | Text,
-        aligned_layer: int | None = None,
-        keys: jax.Array | None = None,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """See `deco.DeCo.__call__`; "low_frequency" is the last block's output."""
-        h, _, condition, aligned = self.hidden(images, times, context, aligned_layer, keys)
+    def head(self, images: Images, h: jax.Array, time: jax.Array, condition: jax.Array) -> tuple[jax.Array, jax.Array]:
         patches = self.output(h, condition).astype(jnp.float32)
         patches = patches.reshape(*patches.shape[:2], self.patch_size**2, 3)
-        images = unpatchify(patches, self.patch_size, *images.shape[1:3])
-        return images, intermediates(low_frequency=h, aligned=aligned)
+        return unpatchify(patches, self.patch_size, *images.shape[1:3]), h
 
 
 def flops(model: Mapping[str, Any], height: int, width: int) -> dict[str, float]:

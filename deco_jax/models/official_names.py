@@ -1,15 +1,69 @@
-"""Rows that the tables of official names share: Linear layers, and Linear layers of patches.
+"""Rows that the tables of official names share: the trunk's, of Linear layers, and of Linear layers of patches.
 
 The official code holds images as [batch, 3, height, width] and flattens a patch channel first
 (index c·P² + row·P + column); ours are [batch, height, width, 3] and a patch is (row, column, channel).
-Everything else differs by a transposition only.
+Everything else differs by a transposition only. Source: the parameter names of the published DeCo checkpoints
+(arXiv 2511.19365).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from deco_jax.convert.mapping import TRANSPOSE, VECTOR, Row, Transform, one_to_one
+from deco_jax.convert.mapping import DROP_FIRST, MATRIX, TRANSPOSE, VECTOR, Row, Transform, halves, one_to_one
+
+
+def trunk_rows(model: Mapping[str, Any], embedder: str) -> list[Row]:
+    """Return the rows of embeddings and blocks.
+
+    Args:
+        model: `depth` and `patch_size`; `text_width` or `text_depth` above 0 for text to image.
+        embedder: the official name of the patches' Linear.
+    """
+    text_depth = model.get("text_depth", 0)
+    text = bool(text_depth or model.get("text_width", 0))
+    rows = [
+        Row(f"{embedder}.weight", "patch_embed.kernel", patch_in(model["patch_size"])),
+        Row(f"{embedder}.bias", "patch_embed.bias", VECTOR),
+        *linear_rows("t_embedder.mlp.0", "time_embed.hidden"),
+        *linear_rows("t_embedder.mlp.2", "time_embed.out"),
+        *_blocks("blocks", "blocks", model["depth"], fused_mlp=text, text_keys=text),
+    ]
+    if not text:
+        return [*rows, Row("y_embedder.embedding_table.weight", "label_embed.embedding", MATRIX)]
+    rows += linear_rows("y_embedder.proj", "text_embed.proj")
+    rows.append(Row("y_embedder.norm.weight", "text_embed.norm.scale", VECTOR))
+    rows.append(Row("y_pos_embedding", "text_positions", DROP_FIRST))
+    if text_depth:
+        rows += _blocks("text_refine_blocks", "text_blocks", text_depth, fused_mlp=True, text_keys=False)
+    return rows
+
+
+def _blocks(torch: str, ours: str, count: int, *, fused_mlp: bool, text_keys: bool) -> list[Row]:
+    """Transformer blocks; class-to-image has separate gate and up matrices, text-to-image one matrix of both."""
+    torch, many = f"{torch}.{{i}}", {"count": count}
+    qkv = "qkv_x" if text_keys else "qkv"
+    rows = [
+        Row(f"{torch}.norm1.weight", f"{ours}.norm1.scale", VECTOR, **many),
+        Row(f"{torch}.attn.{qkv}.weight", f"{ours}.attention.qkv.kernel", TRANSPOSE, **many),
+        Row(f"{torch}.attn.q_norm.weight", f"{ours}.attention.q_norm.scale", VECTOR, **many),
+        Row(f"{torch}.attn.k_norm.weight", f"{ours}.attention.k_norm.scale", VECTOR, **many),
+        *linear_rows(f"{torch}.attn.proj", f"{ours}.attention.out", **many),
+        Row(f"{torch}.norm2.weight", f"{ours}.norm2.scale", VECTOR, **many),
+        *linear_rows(f"{torch}.adaLN_modulation.0", f"{ours}.modulation", **many),
+    ]
+    if text_keys:
+        rows.append(Row(f"{torch}.attn.kv_y.weight", f"{ours}.attention.text_kv.kernel", TRANSPOSE, **many))
+    gate, up, down = (f"{ours}.mlp.{name}.kernel" for name in ("gate", "up", "down"))
+    if fused_mlp:
+        rows.append(Row(f"{torch}.mlp.w12.weight", (gate, up), halves(), **many))
+        rows.append(Row(f"{torch}.mlp.w3.weight", down, TRANSPOSE, **many))
+    else:
+        rows.append(Row(f"{torch}.mlp.w1.weight", gate, TRANSPOSE, **many))
+        rows.append(Row(f"{torch}.mlp.w3.weight", up, TRANSPOSE, **many))
+        rows.append(Row(f"{torch}.mlp.w2.weight", down, TRANSPOSE, **many))
+    return rows
 
 
 def linear_rows(torch: str, ours: str, **blocks: Any) -> list[Row]:

@@ -17,10 +17,10 @@ from deco_jax.convert.mapping import VECTOR, Row
 from deco_jax.models.architecture import Architecture
 from deco_jax.models.decoder import POSITION_FEATURES, cosine_basis, embed_pixels
 from deco_jax.models.layers import Dtype, Linear, RMSNorm, patchify, run_stack, stack, unpatchify, zeros
-from deco_jax.models.official_names import linear_rows
-from deco_jax.models.trunk import RULES, Trunk, TrunkSettings, intermediates, trunk_flops, trunk_rows
+from deco_jax.models.official_names import linear_rows, trunk_rows
+from deco_jax.models.trunk import RULES, Trunk, TrunkSettings, trunk_flops
 from deco_jax.schema import at_least, setting
-from deco_jax.shapes import Images, Labels, PerExample, Text
+from deco_jax.shapes import Images
 
 
 def unit_columns(weights: jax.Array, floor: float = 1e-12) -> jax.Array:
@@ -104,18 +104,9 @@ class PixNerd(Trunk):
             rngs=rngs,
         )
 
-    def __call__(
-        self,
-        images: Images,
-        times: PerExample,
-        context: Labels | Text,
-        aligned_layer: int | None = None,
-        keys: jax.Array | None = None,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """See `deco.DeCo.__call__`."""
-        h, time, _, aligned = self.hidden(images, times, context, aligned_layer, keys)
+    def head(self, images: Images, h: jax.Array, time: jax.Array, condition: jax.Array) -> tuple[jax.Array, jax.Array]:
         features = jax.nn.silu(time[:, None] + h)
-        return self.decoder(images, features), intermediates(low_frequency=features, aligned=aligned)
+        return self.decoder(images, features), features
 
 
 def flops(model: Mapping[str, Any], height: int, width: int) -> dict[str, float]:

@@ -4,8 +4,7 @@
     times ─ TimestepEmbedding ──┼─ blocks (scan) ─ hidden [batch, tokens, width] ─ a head: DeCo, DiT, PixNerd
     labels or text ─────────────┘
 
-Its FLOPs, sharding rules and official names stand below it. Source: DeCo (arXiv 2511.19365) and the parameter names of
-its published checkpoints.
+Its FLOPs and sharding rules stand below it. Source: DeCo (arXiv 2511.19365).
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import numpy as np
 from flax import nnx
 from jax.nn import initializers
 
-from deco_jax.convert.mapping import DROP_FIRST, MATRIX, TRANSPOSE, VECTOR, Row, halves
 from deco_jax.models.architecture import Rules
 from deco_jax.models.blocks import PLAIN, Block, Dropout
 from deco_jax.models.layers import (
@@ -36,7 +34,6 @@ from deco_jax.models.layers import (
     xavier,
     zeros,
 )
-from deco_jax.models.official_names import linear_rows, patch_in
 from deco_jax.schema import Rule, at_least, one_of, setting
 from deco_jax.shapes import Images, Labels, PerExample, Text
 
@@ -182,6 +179,46 @@ class Trunk(nnx.Module):
             xs, ys = np.linspace(0, 16, columns), np.linspace(0, 16, rows)
         return rotary_angles(xs, ys, self.head_width)
 
+    def __call__(
+        self,
+        images: Images,
+        times: PerExample,
+        context: Labels | Text,
+        aligned_layer: int | None = None,
+        keys: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Predict the velocity (or the clean image) of noised images.
+
+        Args:
+            images: [batch, height, width, 3], noised; sides are multiples of the patch size.
+            times: [batch] in [0, 1]; 0 is noise, 1 is data.
+            context: labels int32 [batch] (num_classes: no class), or text features [batch, length, text_width].
+            aligned_layer: blocks after which to take the features that REPA aligns; None: don't.
+            keys: [batch], for dropout while training; None: nothing is dropped.
+
+        Returns:
+            The prediction, float32 [batch, height, width, 3], and the intermediates by name: "low_frequency" [batch,
+            tokens, width], what the head is conditioned on (DeCo's Fig. 4: DiT output), and "aligned" [batch, tokens,
+            width] if asked for.
+        """
+        h, time, condition, aligned = self.hidden(images, times, context, aligned_layer, keys)
+        prediction, low_frequency = self.head(images, h, time, condition)
+        found = {"low_frequency": low_frequency, "aligned": aligned}
+        return prediction, {name: array for name, array in found.items() if array is not None}
+
+    def head(self, images: Images, h: jax.Array, time: jax.Array, condition: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Turn the last hidden states into the prediction; each model has its own.
+
+        Args:
+            images: [batch, height, width, 3], noised.
+            h: [batch, tokens, width].
+            time, condition: [batch, width], see `hidden`.
+
+        Returns:
+            float32 [batch, height, width, 3], and what of the hidden states it was made from, [batch, tokens, width].
+        """
+        raise NotImplementedError
+
     def hidden(
         self,
         images: Images,
@@ -190,14 +227,7 @@ class Trunk(nnx.Module):
         aligned_layer: int | None = None,
         keys: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-        """The low-frequency pathway.
-
-        Args:
-            images: [batch, height, width, 3], noised, in about ±1.
-            times: [batch] in [0, 1]; 0 is noise.
-            context: labels int32 [batch], or text features [batch, text_length, text_width].
-            aligned_layer: number of blocks after which to take the features that REPA aligns.
-            keys: [batch], for dropout while training; None: nothing is dropped.
+        """Run embeddings and blocks, the low-frequency pathway; arguments as of `__call__`.
 
         Returns:
             hidden [batch, tokens, width]; time embedding [batch, width]; condition [batch, width];
@@ -267,11 +297,6 @@ class Trunk(nnx.Module):
         return h[:, -tokens:], time, condition, aligned
 
 
-def intermediates(**arrays: jax.Array | None) -> dict[str, jax.Array]:
-    """What a model returns beside its output, without the entries that were not asked for."""
-    return {name: array for name, array in arrays.items() if array is not None}
-
-
 class TextEmbedding(nnx.Module):
     """RMSNorm(Linear(text)): [batch, length, text_width] → [batch, length, width]."""
 
@@ -320,55 +345,3 @@ def trunk_flops(model: Mapping[str, Any], height: int, width_px: int) -> dict[st
         parts["projections"] += depth * text * 2 * width**2
         parts["text_blocks"] = model["text_depth"] * block
     return parts
-
-
-def trunk_rows(model: Mapping[str, Any], embedder: str) -> list[Row]:
-    """Return the rows of embeddings and blocks.
-
-    Args:
-        model: `depth` and `patch_size`; `text_width` or `text_depth` above 0 for text to image.
-        embedder: the official name of the patches' Linear.
-    """
-    text_depth = model.get("text_depth", 0)
-    text = bool(text_depth or model.get("text_width", 0))
-    rows = [
-        Row(f"{embedder}.weight", "patch_embed.kernel", patch_in(model["patch_size"])),
-        Row(f"{embedder}.bias", "patch_embed.bias", VECTOR),
-        *linear_rows("t_embedder.mlp.0", "time_embed.hidden"),
-        *linear_rows("t_embedder.mlp.2", "time_embed.out"),
-        *_blocks("blocks", "blocks", model["depth"], fused_mlp=text, text_keys=text),
-    ]
-    if not text:
-        return [*rows, Row("y_embedder.embedding_table.weight", "label_embed.embedding", MATRIX)]
-    rows += linear_rows("y_embedder.proj", "text_embed.proj")
-    rows.append(Row("y_embedder.norm.weight", "text_embed.norm.scale", VECTOR))
-    rows.append(Row("y_pos_embedding", "text_positions", DROP_FIRST))
-    if text_depth:
-        rows += _blocks("text_refine_blocks", "text_blocks", text_depth, fused_mlp=True, text_keys=False)
-    return rows
-
-
-def _blocks(torch: str, ours: str, count: int, *, fused_mlp: bool, text_keys: bool) -> list[Row]:
-    """Transformer blocks; class-to-image has separate gate and up matrices, text-to-image one matrix of both."""
-    torch, many = f"{torch}.{{i}}", {"count": count}
-    qkv = "qkv_x" if text_keys else "qkv"
-    rows = [
-        Row(f"{torch}.norm1.weight", f"{ours}.norm1.scale", VECTOR, **many),
-        Row(f"{torch}.attn.{qkv}.weight", f"{ours}.attention.qkv.kernel", TRANSPOSE, **many),
-        Row(f"{torch}.attn.q_norm.weight", f"{ours}.attention.q_norm.scale", VECTOR, **many),
-        Row(f"{torch}.attn.k_norm.weight", f"{ours}.attention.k_norm.scale", VECTOR, **many),
-        *linear_rows(f"{torch}.attn.proj", f"{ours}.attention.out", **many),
-        Row(f"{torch}.norm2.weight", f"{ours}.norm2.scale", VECTOR, **many),
-        *linear_rows(f"{torch}.adaLN_modulation.0", f"{ours}.modulation", **many),
-    ]
-    if text_keys:
-        rows.append(Row(f"{torch}.attn.kv_y.weight", f"{ours}.attention.text_kv.kernel", TRANSPOSE, **many))
-    gate, up, down = (f"{ours}.mlp.{name}.kernel" for name in ("gate", "up", "down"))
-    if fused_mlp:
-        rows.append(Row(f"{torch}.mlp.w12.weight", (gate, up), halves(), **many))
-        rows.append(Row(f"{torch}.mlp.w3.weight", down, TRANSPOSE, **many))
-    else:
-        rows.append(Row(f"{torch}.mlp.w1.weight", gate, TRANSPOSE, **many))
-        rows.append(Row(f"{torch}.mlp.w3.weight", up, TRANSPOSE, **many))
-        rows.append(Row(f"{torch}.mlp.w2.weight", down, TRANSPOSE, **many))
-    return rows

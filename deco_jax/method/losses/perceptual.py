@@ -14,9 +14,9 @@ import jax
 import ml_collections
 
 from deco_jax.method.losses.loss import Loss
-from deco_jax.method.losses.repa import TEACHER, alignment_loss
+from deco_jax.method.losses.repa import TEACHER, alignment_loss, frozen_teacher
 from deco_jax.method.step import Step
-from deco_jax.models import dinov2, vgg
+from deco_jax.models import vgg
 from deco_jax.models.network import FrozenNetwork
 from deco_jax.schema import at_least, between, setting
 from deco_jax.shapes import PerExample
@@ -87,8 +87,5 @@ def lpips_from_config(config: ml_collections.ConfigDict) -> LPIPSLoss | None:
 
 def dino_from_config(config: ml_collections.ConfigDict) -> DINOLoss | None:
     """Build the loss of config.loss.dino_weight with config.teacher; None if it is off."""
-    loss, teacher = config.loss, config.teacher
-    if not loss.dino_weight:
-        return None
-    network = dinov2.teacher(teacher.size, teacher.path, teacher.dtype, config.model.patch_size)
-    return DINOLoss(network, loss.dino_weight, loss.perceptual_min_time)
+    loss = config.loss
+    return DINOLoss(frozen_teacher(config), loss.dino_weight, loss.perceptual_min_time) if loss.dino_weight else None

@@ -83,13 +83,19 @@ class AlignmentLoss(Loss):
         return alignment_loss(step.trained("projector", step.hidden["aligned"]), step.features[TEACHER])
 
 
+def frozen_teacher(config: ml_collections.ConfigDict) -> FrozenNetwork:
+    """Build the teacher of config.teacher, with tokens as the denoiser has them."""
+    teacher = config.teacher
+    return dinov2.teacher(teacher.size, teacher.path, teacher.dtype, config.model.patch_size)
+
+
 def from_config(config: ml_collections.ConfigDict) -> AlignmentLoss | None:
     """Build the loss of config.loss.repa_* with config.teacher; None if it is off."""
     loss, teacher = config.loss, config.teacher
     if not loss.repa_weight:
         return None
     return AlignmentLoss(
-        dinov2.teacher(teacher.size, teacher.path, teacher.dtype, config.model.patch_size),
+        frozen_teacher(config),
         make_projector(config.model, dinov2.sizes(teacher.size)[0]),
         loss.repa_layer,
         loss.repa_weight,
