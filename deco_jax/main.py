@@ -102,6 +102,9 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Several processes: ho
 _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Several processes: which one this is, from 0.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other hosts of a TPU pod; SLURM and MPI are noticed.")
 _TIMEOUT = flags.DEFINE_integer("distributed_timeout", 300, "Seconds that each stage of joining may take.")
+_HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat_timeout", 30, "Seconds of another process's silence after which the others end, with status 75."
+)
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "", "Checkpoint to read instead of the workdir's newest; train: to go on from in a new workdir."
 )
@@ -180,6 +183,7 @@ def _run() -> None:
                 _TIMEOUT.value,
                 _DISTRIBUTED.value,
                 preemptible=_MODE.value == "train",
+                heartbeat_timeout=_HEARTBEAT.value,
             )
         if mode.computes:
             from deco_jax.run.hardware import check_attention

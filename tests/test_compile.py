@@ -197,6 +197,28 @@ def test_a_tpu_slice(tmp_path):
     assert jax.default_backend() == "cpu"
 
 
+@pytest.mark.slow
+def test_two_tpu_slices(tmp_path):
+    """libtpu's own program of each slice: what crosses is what the gradients need, and each chip has all its memory."""
+    pytest.importorskip("libtpu")
+    result = run_main(
+        SMOKE,
+        f"--workdir={tmp_path}",
+        "--mode=compile",
+        "--topology=v5e:2x2",
+        "--config.mesh.slices=2",
+        "--config.mesh.fsdp=4",
+        timeout=580,
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "compile.json").read_text())
+    assert report["mesh"] == {"data": 2, "fsdp": 4}
+    assert report["memory"] == hardware.CHIPS[0][1].memory
+    sent = sum(row["bytes"] for row in report["estimate"]["between_slices"].values())
+    # Parameters in float32, of which each chip sends its quarter's gradients, half of them in each direction.
+    assert report["bytes"]["parameters"] * 0.9 < sent < report["bytes"]["parameters"] * 1.6
+
+
 # ------------------------------------------------------------------------------------------------ speed
 
 
@@ -213,6 +235,24 @@ def test_what_travels_between_devices_is_in_the_report(report):
     largest = estimate["largest_array"]
     assert largest["bytes"] > 0
     assert largest["source"]
+
+
+def test_two_slices_that_are_not_there(tmp_path):
+    result = run_main(
+        "--config=configs/quickstart.py:smoke",
+        f"--workdir={tmp_path}",
+        "--mode=compile",
+        "--topology=cpu:8",
+        "--config.mesh.slices=2",
+        "--config.mesh.fsdp=4",
+    )
+    assert result.returncode == 0, result.stderr
+    assert "in 2 slices" in result.stdout
+    assert "a chip sends to other slices all-reduce" in result.stdout
+    report = json.loads((tmp_path / "compile.json").read_text())
+    assert report["mesh"] == {"data": 2, "fsdp": 4}
+    estimate = report["estimate"]
+    assert 0 < estimate["between_slices"]["all-reduce"]["bytes"] < estimate["collectives"]["all-reduce"]["bytes"]
 
 
 @pytest.mark.parametrize("what", ["sample", "evaluate"])
@@ -303,7 +343,7 @@ def test_the_search_finds_the_fastest_that_fits_and_resumes(tmp_path, monkeypatc
         return fake_report(config, mesh)
 
     monkeypatch.setattr(compile_lib, "compile_report", report)
-    monkeypatch.setattr(search.sharding, "make_mesh", lambda data, fsdp, devices: None)
+    monkeypatch.setattr(search.sharding, "make_mesh", lambda *_: None)
     config = imagenet256.get_config("smoke")
     config.data.batch_size, config.mesh.data, config.mesh.fsdp, config.model.remat = 16, 1, -1, "full"
     search.search_settings(config, tmp_path, [None] * 8, "v5e:2x4")
@@ -334,7 +374,7 @@ def test_a_search_in_which_nothing_fits(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         compile_lib, "compile_report", lambda config, mesh: {**fake_report(config, mesh), "fits": False}
     )
-    monkeypatch.setattr(search.sharding, "make_mesh", lambda data, fsdp, devices: None)
+    monkeypatch.setattr(search.sharding, "make_mesh", lambda *_: None)
     with pytest.raises(SystemExit):
         search.search_settings(imagenet256.get_config("smoke"), tmp_path, [None] * 8, "v5e:2x4")
     assert "nothing that was tried fits" in capsys.readouterr().out

@@ -15,7 +15,7 @@ import sys
 
 import pytest
 
-from deco_jax.run import program
+from deco_jax.run import program, slices
 from tests.helpers import ROOT, fake_devices
 
 ROWS = 88  # a global batch of 8 x 11: no other size here is a multiple of it
@@ -27,6 +27,7 @@ CASES = {
     "text": {"mesh": (1, 8), "config": "t2i_256"},
     "teacher": {"mesh": (1, 8), "teacher": True},
     "parts": {"mesh": (2, 4), "accumulate": 11},
+    "slices": {"mesh": (2, 2), "slices": 2},
 }
 
 PROGRAM = """
@@ -51,7 +52,7 @@ for name, case in cases.items():
     if case.get("teacher"):
         config.loss.repa_weight, config.loss.repa_layer, config.teacher.size = 0.5, 1, "S"
     config.teacher.dtype = config.text.dtype = "float32"  # a CPU gathers no bfloat16
-    mesh = sharding.make_mesh(*case["mesh"])
+    mesh = sharding.make_mesh(*case["mesh"], slices=case.get("slices", 1))
     condition = abstract_condition(config, mesh)
     networks, observe, frozen = training.abstract_networks(config, mesh, condition)
     optimizer = make_optimizer(config.optimizer)
@@ -139,6 +140,7 @@ def test_no_more_travels_than_fsdp_needs(programs, name):
     """A block's weights are gathered twice and the other ones' once, gradients added up once; frozen ones gathered
     once. What isn't split is added up over all devices, and what is over the copies. All in float32 here."""
     data, fsdp = CASES[name]["mesh"]
+    data *= CASES[name].get("slices", 1)
     parts = CASES[name].get("accumulate", 1)
     needed = 0.0
     for p in json.loads((programs / f"{name}.json").read_text()):
@@ -151,6 +153,27 @@ def test_no_more_travels_than_fsdp_needs(programs, name):
             needed += 2 * size * p["trained"]
     assert needed > 0
     assert 0.9 * needed < sum(map(moved, program.collectives(read(programs, name)))) < 1.2 * needed
+
+
+def test_only_sums_cross_from_slice_to_slice(programs):
+    """Weights are gathered, and their gradients scattered, inside a slice: partitions 0 to 3, or 4 to 7."""
+    parsed, crossing = read(programs, "slices"), 0.0
+    for one in program.collectives(parsed):
+        groups = slices.groups(one.attributes, 8)
+        assert sorted(groups.ravel()) == list(range(8))
+        inside = all(len({member // 4 for member in group}) == 1 for group in groups)
+        assert inside or one.kind == "all-reduce", one
+        if not inside:  # two slices: a device of n in a group sends its share there, and gets the other's back
+            crossing += 2 * (one.bytes / (one.devices / 2)) / 2 * one.times
+    (row,) = slices.crossing(parsed, 2, 8).items()
+    assert row[0] == "all-reduce"
+    assert row[1]["bytes"] == crossing > 0
+    # Each gradient once: what is split crosses in its parts.
+    held = [math.prod(p["held"]) for p in json.loads((programs / "slices.json").read_text()) if p["trained"]]
+    whole = [p["shape"] == p["held"] for p in json.loads((programs / "slices.json").read_text()) if p["trained"]]
+    needed = sum(4 * size / (4 if kept else 2) for size, kept in zip(held, whole, strict=True))
+    assert 0.95 * needed < crossing < 1.05 * needed
+    assert slices.crossing(read(programs, "data2_fsdp4"), 1, 8) == {}
 
 
 def test_a_sampler_gathers_each_weight_once(programs):

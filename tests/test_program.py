@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from deco_jax.run import program as program_lib
+from deco_jax.run import slices
 from tests.helpers import ROOT, fake_devices
 
 pytestmark = pytest.mark.fast
@@ -206,6 +207,41 @@ def test_arrays_that_a_chip_holds(tpu):
 def test_who_exchanges_with_whom(groups, devices):
     text = TPU.replace("replica_groups={{0,1,2,3},{4,5,6,7}}", f"replica_groups={groups}")
     assert program_lib.collectives(program_lib.parse(text))[-1].devices == devices
+
+
+@pytest.mark.parametrize(
+    "attributes, expected",
+    [
+        ("replica_groups={{0,1},{2,3}}", [[0, 1], [2, 3]]),
+        ("replica_groups={}, to_apply=%add", [[0, 1, 2, 3, 4, 5, 6, 7]]),
+        ("replica_groups=[2,4]<=[8]", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), x={1}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=mesh['data'=2,'fsdp'=4] {'data'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups=mesh['a'=8] {'a':(2)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("source_target_pairs={{0,4},{4,0}}", [[0, 4], [4, 0]]),
+    ],
+)
+def test_the_groups_by_their_members(attributes, expected):
+    assert slices.groups(attributes, 8).tolist() == expected
+
+
+def test_what_libtpu_sends_to_other_slices():
+    """A program of each of two slices: the sum over them is a transfer between hosts of what each has summed up."""
+    text = """\
+HloModule jit_step, num_partitions=8
+
+ENTRY %main (g: f32[128,1024]) -> f32[128,1024] {
+  %g = f32[128,1024]{1,0} parameter(0)
+  %token = token[] after-all()
+  %send = (f32[128,1024]{1,0}, u32[], token[]) send(%g, %token), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %sum = f32[128,1024]{1,0} all-reduce(%g), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+}
+"""  # noqa: E501
+    found = slices.crossing(program_lib.parse(text), 2, 16)
+    assert found == {"all-reduce": {"count": 1, "bytes": 4 * 128 * 1024}}
+    assert slices.crossing(program_lib.parse(text), 1, 8) == {}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -22,14 +23,15 @@ from deco_jax.run import sharding
 from deco_jax.run.state import initial_state
 from tests.helpers import ROOT, fake_devices
 
-# data, fsdp and parts of a step: the last but one with one row a device and part; the width doesn't divide by 5.
+# data, fsdp and parts of a step, slices: "parts" has one row a device and part; the width doesn't divide by 5.
 MESHES = {
-    "one": (1, 1, 1),
-    "data8": (8, 1, 1),
-    "data2_fsdp4": (2, 4, 1),
-    "fsdp8": (1, 8, 1),
-    "parts": (2, 4, 5),
-    "fsdp5": (1, 5, 1),
+    "one": (1, 1, 1, 1),
+    "data8": (8, 1, 1, 1),
+    "data2_fsdp4": (2, 4, 1, 1),
+    "fsdp8": (1, 8, 1, 1),
+    "parts": (2, 4, 5, 1),
+    "fsdp5": (1, 5, 1, 1),
+    "slices": (2, 2, 1, 2),
 }
 
 # In an interpreter of its own, as the number of devices is fixed when JAX starts.
@@ -58,9 +60,9 @@ jax.config.update("jax_default_matmul_precision", "highest")
 requests = class_requests(even_labels(12, range(10)), 10)
 result, finals = {}, {}
 config.model.decoder_chunk = 128
-for name, (data, fsdp, parts) in meshes.items():
+for name, (data, fsdp, parts, slices) in meshes.items():
     config.optimizer.accumulate_steps = parts
-    mesh = sharding.make_mesh(data, fsdp)
+    mesh = sharding.make_mesh(data, fsdp, slices=slices)
     networks, observe, _ = training.abstract_networks(config, mesh)
     optimizer = make_optimizer(config.optimizer)
     wide = {"denoiser": network.build({**config.model.to_dict(), "width": 256, "depth": 4})}
@@ -124,7 +126,8 @@ def on_eight(tmp_path_factory):
 @pytest.mark.parametrize("name", [name for name in MESHES if name != "one"])
 def test_losses_and_pictures_are_those_of_one_device(on_eight, name):
     one, many = on_eight["one"], on_eight[name]
-    assert many["rows"] == MESHES[name][0] * MESHES[name][1]
+    data, fsdp, _, slices = MESHES[name]
+    assert many["rows"] == slices * data * fsdp
     np.testing.assert_allclose(many["losses"], one["losses"], rtol=1e-5)
     assert len(set(one["losses"])) == 20
     assert one["images"].shape == (12, 16, 16, 3)
@@ -219,6 +222,40 @@ def test_every_frozen_network_s_leaf_has_a_rule(caplog):
 def test_meshes_that_cannot_be(data, fsdp, message):
     with pytest.raises(UserError, match=message):
         sharding.make_mesh(data, fsdp, jax.devices()[:1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """A device as JAX shows those of several slices; `jax.make_mesh` asks for no more of a CPU's."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+def test_weights_stay_in_their_slice():
+    """However the devices are listed: the mesh's rows of "data" go slice by slice, and "fsdp" stays in one."""
+    devices = [Device(id=i, slice_index=i % 2, process_index=i // 2) for i in range(8)]
+    mesh = sharding.make_mesh(-1, 2, devices, slices=2)
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2}
+    assert [[device.slice_index for device in row] for row in mesh.devices] == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    # Where the devices don't say: whole processes, in their order.
+    unknown = [Device(id=7 - i, slice_index=0, process_index=(7 - i) // 4) for i in range(8)]
+    mesh = sharding.make_mesh(1, 4, unknown, slices=2)
+    assert [[device.id for device in row] for row in mesh.devices] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    for data, fsdp, slices, message in (
+        (1, 1, 2, "uses 1 of 4 devices of a slice; with several hosts or slices it must use all"),
+        (1, 8, 2, "asks for 1 x 8 = 8 devices of a slice, this machine has 4"),
+        (1, -1, 3, "config.mesh.slices=3 does not divide the 8 devices"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sharding.make_mesh(data, fsdp, unknown, slices)
+    tpus = [dataclasses.replace(device, platform="tpu") for device in devices]
+    for slices in (1, 4):
+        with pytest.raises(UserError, match=f"config.mesh.slices={slices}, and these devices are of 2"):
+            sharding.make_mesh(-1, 1, tpus, slices)
 
 
 def test_mesh_takes_what_is_left():

@@ -69,7 +69,7 @@ def open_model(
         UserError: there is no checkpoint, or it is another model's; the condition's files are missing.
     """
     where = checkpoint.find(workdir, checkpoint_path, config)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, slices=config.mesh.slices)
     condition = open_condition(config, mesh, source, class_names(where))
     return _load_checkpoint(where, config, config.sample.average, mesh, condition)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from deco_jax.config.failures import FailureSettings
 from deco_jax.data.sources import SOURCES
 from deco_jax.data.transforms import image_sides
 from deco_jax.evaluation import DISTANCES, EVALUATORS
@@ -97,6 +98,11 @@ class Mesh:
 
     data: int = setting(-1, "Devices along the axis that splits the batch; -1: all that are left.", AXIS)
     fsdp: int = setting(1, "Devices along the axis that also splits weights and optimizer; -1: all left.", AXIS)
+    slices: int = setting(
+        1,
+        "Groups of devices that only a data centre's network joins (slices of a TPU pod); data and fsdp are of each.",
+        at_least(1, 2**16),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +239,7 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
-class Train:
+class Train(FailureSettings):
     """The training loop."""
 
     num_steps: int = setting(1_600_000, "Steps to train, counted from the very first.", at_least(1, MAX_INT32 - 1))

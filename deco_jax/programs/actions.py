@@ -26,6 +26,8 @@ from deco_jax.errors import UserError
 from deco_jax.method.optimizer import learning_rate
 from deco_jax.method.training import Batch, Metrics
 from deco_jax.run import checkpoint, distributed, monitor, sharding
+from deco_jax.run.goodput import Goodput
+from deco_jax.run.local_copies import LocalCopies
 from deco_jax.run.state import State
 from deco_jax.run.writer import Writer
 from deco_jax.sampling import generate
@@ -47,6 +49,7 @@ class TrainingRun:
     frozen: dict[str, Any]
     checkpoints: checkpoint.Checkpoints
     writer: Writer
+    goodput: Goodput
 
     def at(self, step: int, every: int, last: bool = False) -> bool:
         """Whether a step is one of every so many (0: none), or, if asked, the last of the training."""
@@ -62,9 +65,11 @@ class Action(Protocol):
 
     Attributes:
         hurried: also done when the run has been asked to stop, which doesn't wait for anything else.
+        spends: what the time that the devices wait for it is called.
     """
 
     hurried: bool
+    spends: str
 
     def due(self, step: int, stopping: bool) -> bool:
         """Whether it is to be done after a step; `stopping`: the last one before the run stops."""
@@ -104,12 +109,14 @@ class Log:
     """Writes a line of metrics, and stops a run that diverges. Steps come in by `add`, still on the device."""
 
     hurried = True
+    spends = "logging"
 
     def __init__(self, run: TrainingRun, unreadable: Callable[[], int]) -> None:
         self._run, self._unreadable = run, unreadable
         self._rate = learning_rate(run.config.optimizer)
         self._pending: list[Metrics] = []
         self._since = time.monotonic()
+        self.blocked = 0.0  # seconds that the longest save since the last line took from the steps
 
     def add(self, metrics: Metrics) -> None:
         self._pending.append(metrics)
@@ -130,6 +137,9 @@ class Log:
             values["peak_memory_gib"] = memory / 2**30
         values["learning_rate"] = float(self._rate(np.int32(step - 1)))
         values["images_per_second"] = self._run.config.data.batch_size * len(history) / seconds
+        values |= self._run.goodput.shares()
+        if self.blocked:
+            values["save_blocked_seconds"], self.blocked = self.blocked, 0.0
         self._run.writer.write(step, {**values, "unreadable_images": self._unreadable()})
 
     def check(self, step: int) -> list[dict[str, np.ndarray]]:
@@ -141,21 +151,59 @@ class Log:
 
 
 class Save:
-    """Writes a checkpoint, of a state that is known to be good."""
+    """Writes a checkpoint, of a state that is known to be good.
+
+    Steps wait while the state is copied to the host; it is written in the background. Where the one before is still
+    being written after config.train.save_wait seconds, this one comes at the next line of metrics instead. A milestone
+    and the save at a stop or the end wait as long as it takes.
+    """
 
     hurried = True
+    spends = "saving"
 
     def __init__(self, run: TrainingRun, log: Log) -> None:
         self._run, self._log = run, log
+        self._postponed = self._must = False
 
     def due(self, step: int, stopping: bool) -> bool:
         train = self._run.config.train
-        return stopping or self._run.at(step, train.save_every, last=True) or self._run.at(step, train.keep_every)
+        self._must = stopping or step == train.num_steps or self._run.at(step, train.keep_every)
+        again = self._postponed and self._run.at(step, train.log_every)
+        return self._must or again or self._run.at(step, train.save_every)
+
+    def __call__(self, step: int, state: State) -> None:
+        run = self._run
+        self._log.check(step)
+        began = time.monotonic()
+        if not self._must and not run.checkpoints.free(run.config.train.save_wait):
+            if not self._postponed:
+                logging.warning("step %d: the last checkpoint is still being written; this one comes later", step)
+            self._postponed = True
+            return
+        self._postponed = False
+        run.writer.sync()
+        run.checkpoints.save(step, state, run.config)
+        self._log.blocked = max(self._log.blocked, time.monotonic() - began)
+        run.goodput.note(step)
+
+
+class CopyLocally:
+    """Copies the state to each host's own disk."""
+
+    hurried = False
+    spends = "saving"
+
+    def __init__(self, run: TrainingRun, log: Log, copies: LocalCopies) -> None:
+        self._run, self._log, self._copies = run, log, copies
+
+    def due(self, step: int, stopping: bool) -> bool:
+        return self._run.at(step, self._run.config.train.local_copies_every)
 
     def __call__(self, step: int, state: State) -> None:
         self._log.check(step)
-        self._run.writer.sync()
-        self._run.checkpoints.save(step, state, self._run.config)
+        began = time.monotonic()
+        self._copies.save(step, state)
+        self._log.blocked = max(self._log.blocked, time.monotonic() - began)
 
 
 class Evaluate:
@@ -167,6 +215,7 @@ class Evaluate:
     """
 
     hurried = False
+    spends = "evaluation"
 
     def __init__(self, run: TrainingRun, every: int, scores: Callable[[Any], Mapping[str, float]]) -> None:
         self._run, self._every, self._scores = run, every, scores
@@ -183,6 +232,7 @@ class Grid:
     """Draws samples into one image."""
 
     hurried = False
+    spends = "grids"
 
     def __init__(self, run: TrainingRun, generator: generate.Generator, requests: Requests) -> None:
         self._run, self._generator, self._requests = run, generator, requests

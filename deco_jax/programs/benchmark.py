@@ -47,7 +47,7 @@ def benchmark(config: ml_collections.ConfigDict, workdir: str, import_seconds: f
         import_seconds: from the start of the process to here.
     """
     began = time.monotonic()
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, slices=config.mesh.slices)
     sharding.check_batch(mesh, config.data.batch_size, "config.data.batch_size", config.optimizer.accumulate_steps)
     source = sources.open_source(config.data)
     condition = open_condition(config, mesh, source)

@@ -2,7 +2,7 @@
 
 Runs nothing. The training step; --what=sample: the sampler; --what=evaluate: the Inception network.
 
---topology=v5e:16x16   a TPU slice, by libtpu's compiler; no TPU is needed
+--topology=v5e:16x16   a TPU slice, or config.mesh.slices of them, by libtpu's compiler; no TPU is needed
 --topology=cpu:8       that many devices made of this CPU: shardings and memory in outline
 (none)                 this machine's own devices
 """
@@ -57,8 +57,8 @@ def compile_program(
         what: "train" (the step), "sample" (the sampler), or "evaluate" (the Inception network).
         search: try settings of the training step instead; see `search.py`.
     """
-    devices = topology_devices(topology)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    devices = topology_devices(topology, config.mesh.slices)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices, config.mesh.slices)
     check_batch(config, mesh, what)
     make_workdir(storage.path(workdir))
     # The report names lines of today's code; a program in JAX's cache may carry yesterday's.
@@ -85,8 +85,11 @@ def check_batch(config: ml_collections.ConfigDict, mesh: Mesh, what: str) -> Non
         sharding.check_batch(mesh, config.data.batch_size, "config.data.batch_size", parts)
 
 
-def topology_devices(topology: str) -> list[jax.Device]:
+def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
     """The devices of a topology; must come before anything that starts JAX's own devices.
+
+    Args:
+        slices: so many TPU slices of that topology.
 
     Raises:
         UserError: the name is none, or libtpu is missing.
@@ -118,7 +121,8 @@ def topology_devices(topology: str) -> list[jax.Device]:
     except ImportError as error:
         raise UserError(f'--topology={topology} needs libtpu\'s compiler: pip install "jax[tpu]"') from error
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        several = {"num_slices": slices} if slices > 1 else {}
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **several).devices)
     except Exception as error:  # libtpu answers with runtime errors of its own
         raise UserError(f"--topology={topology} is not known to libtpu: {str(error).splitlines()[0][:200]}") from error
 
@@ -230,6 +234,7 @@ def compile_report(config: ml_collections.ConfigDict, mesh: Mesh, what: str = "t
         "chip": chip.name if chip else None,
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
+        "slices": config.mesh.slices,
         "batch_size": lowered.batch_size,
         "batch_per_device": lowered.batch_size / mesh.size,
         "remat": model.remat,
@@ -256,7 +261,7 @@ def compile_report(config: ml_collections.ConfigDict, mesh: Mesh, what: str = "t
             placed: Any = compiled.input_shardings[0][0]
             report["replicated"] = replicated(placed["params"] if what == "train" else placed, lowered.params)
         text = program_lib.parse(compiled.as_text() or "")
-        report["estimate"] = estimate_lib.estimate(text, chip, lowered.flops or 0.0, mesh.size)
+        report["estimate"] = estimate_lib.estimate(text, chip, lowered.flops or 0.0, mesh.size, config.mesh.slices)
     report["seconds_to_compile"] = round(time.monotonic() - began, 2)
     report["advice"] = advice(config, mesh, report) if report["fits"] is False and what == "train" else []
     return report
@@ -296,7 +301,7 @@ def advice(config: ml_collections.ConfigDict, mesh: Mesh, report: dict[str, Any]
     if mesh.shape["data"] > 1 and size["state"] > 0.25 * report["memory"]:
         advised.append(
             f"split the state ({size['state'] / 2**30:.1f} GiB a device) over more devices: "
-            f"config.mesh.fsdp={min(mesh.size, mesh.shape['fsdp'] * 8)} config.mesh.data=-1"
+            f"config.mesh.fsdp={min(mesh.size // config.mesh.slices, mesh.shape['fsdp'] * 8)} config.mesh.data=-1"
         )
     stronger = {"none": "dots", "dots": "full"}.get(config.model.remat)
     if stronger:
@@ -322,7 +327,8 @@ def describe(report: dict[str, Any]) -> str:
         f"{report['model']} at {report['image_size'][0]}x{report['image_size'][1]}, {report['dtype']}, "
         + (f"remat {report['remat']}, " if training else "")
         + f"batch {report['batch_size']} ({report['batch_per_device']:g} per device)",
-        f"mesh        {mesh} of {report['device_kind']}",
+        f"mesh        {mesh} of {report['device_kind']}"
+        + (f" in {report['slices']} slices" if report["slices"] > 1 else ""),
         f"compiling   {report['seconds_to_compile']} s",
     ]
     if report["flops_per_step"]:

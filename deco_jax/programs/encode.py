@@ -36,7 +36,7 @@ def encode(config: ml_collections.ConfigDict, workdir: str) -> None:
     if not settings.features:
         beside = f"{config.data.path.rstrip('/')}.features" if config.data.path else "FOLDER"
         raise UserError(f"--mode=encode needs a folder to fill; set --config.text.features={beside}")
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, slices=config.mesh.slices)
     sharding.check_batch(mesh, config.data.batch_size, "config.data.batch_size")
     source = sources.open_source(config.data)
     distributed.check_same_data(source)

@@ -45,7 +45,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: s
     folder, began = storage.path(workdir), time.monotonic()
     if config.train.wandb and jax.process_index() == 0:
         tracking.check(config.train.wandb)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, slices=config.mesh.slices)
     check_evaluators(config)
     searching = best_of.wanted(config)
     model = None if config.evaluate.samples else open_model(config, workdir, checkpoint_path)

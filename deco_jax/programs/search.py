@@ -61,12 +61,13 @@ def search_settings(
 
     settings = flatten(config.to_dict())
     first = {name: settings[name] for name in TRIED}
-    first |= resolved(first, len(devices))
+    inside = len(devices) // config.mesh.slices
+    first |= resolved(first, inside)
     if first["model.remat"] == AUTO:
         first["model.remat"] = CHEAPEST_FIRST[-1]  # every policy has its turn
-    for stage in (meshes, policies, batches, policies):
+    for stage, count in ((meshes, inside), (policies, inside), (batches, len(devices)), (policies, inside)):
         start = best(shown.values()) or {"batch": first["data.batch_size"], **first}
-        measure(stage({name: start[name] for name in TRIED}, len(devices)))
+        measure(stage({name: start[name] for name in TRIED}, count))
     ordered = sorted(shown.values(), key=rank)
     print("\nthe fastest that fits first\n" + HEADER)
     print("\n".join(map(line_of, ordered)))
@@ -113,7 +114,7 @@ def compiled(config: ml_collections.ConfigDict, values: dict[str, Any], devices:
 
     tried = with_settings(config, values)
     try:
-        report = compile_report(tried, sharding.make_mesh(tried.mesh.data, tried.mesh.fsdp, devices))
+        report = compile_report(tried, sharding.make_mesh(tried.mesh.data, tried.mesh.fsdp, devices, tried.mesh.slices))
     except Exception as error:  # one combination that some layer can't do is a row, and not the end of the search
         return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}", "fits": False}
     finally:

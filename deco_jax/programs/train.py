@@ -28,9 +28,12 @@ from deco_jax.method.objective import make_method
 from deco_jax.method.optimizer import make_optimizer
 from deco_jax.method.training import Batch, Metrics, choose_remat, lower_train_step, make_networks
 from deco_jax.models.network import build
-from deco_jax.programs.actions import Action, Evaluate, FirstTime, Grid, Log, Reader, Save, TrainingRun
+from deco_jax.programs.actions import Action, CopyLocally, Evaluate, FirstTime, Grid, Log, Reader, Save, TrainingRun
 from deco_jax.run import checkpoint, distributed, monitor, preemption, settings, sharding, storage, tracking
+from deco_jax.run.goodput import Goodput
+from deco_jax.run.local_copies import LocalCopies
 from deco_jax.run.state import State, create_state, state_shapes
+from deco_jax.run.watchdog import Watchdog
 from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import Writer, write_json, write_overview
 from deco_jax.sampling import generate
@@ -50,7 +53,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     # Everything that can be wrong is found before anything compiles or is written.
     if config.train.wandb and jax.process_index() == 0:
         tracking.check(config.train.wandb)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, slices=config.mesh.slices)
     sharding.check_batch(mesh, config.data.batch_size, "config.data.batch_size", config.optimizer.accumulate_steps)
     with distributed.stage("listing the images"):
         source = sources.open_source(config.data)
@@ -96,19 +99,23 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
         make_workdir(written)
 
     checkpoints = checkpoint.Checkpoints(folder, config.train.keep_checkpoints, keep_every=config.train.keep_every)
-    with distributed.stage("reading the newest checkpoint"):
-        state = checkpoints.restore(shapes, config)
+    main_host = jax.process_index() == 0
+    goodput = Goodput(folder if main_host else None)
+    copies = LocalCopies(config, folder) if config.train.local_copies else None
+    with distributed.stage("reading the newest checkpoint"), goodput.spending("restore"):
+        state = copies.restore(shapes, newer_than=max(checkpoints.steps(), default=0)) if copies else None
+        if state is None:
+            state = checkpoints.restore(shapes, config)
         if state is None and checkpoint_path:
             state = checkpoint.load_state(checkpoint.find(checkpoint_path), shapes, config)
     resumed = state is not None
     if state is None:
-        with distributed.stage("creating the state"):
+        with distributed.stage("creating the state"), goodput.spending("restore"):
             state = create_state(config.seed, networks, optimizer, mesh, averages)
             if config.init_from:
                 state = start_from(config, state, mesh)
     start = int(state["step"])
     checkpoints.set_aside_after(start)
-    main_host = jax.process_index() == 0
     if main_host and (start < config.train.num_steps or not (folder / "config.json").exists()):
         settings.record(folder, config, start)
     if main_host:
@@ -130,12 +137,15 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
         checkpoints.close()
         return
 
-    run = TrainingRun(config, folder, mesh, condition, frozen, checkpoints, writer)
+    goodput.resumed(start)
+    run = TrainingRun(config, folder, mesh, condition, frozen, checkpoints, writer, goodput)
     generator = generate.Generator(generate.make_denoiser(config), mesh)
 
     def make_actions(log: Log) -> list[Action]:
         """In this order: what takes minutes comes after the save, which it must not cost."""
         actions: list[Action] = [log, Save(run, log)]
+        if copies is not None:
+            actions.append(CopyLocally(run, log, copies))
         if quick_fid is not None:
             actions.append(Evaluate(run, config.evaluate.every, fid_of_samples(run, generator, quick_fid)))
         if validation is not None:
@@ -148,21 +158,23 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     batches = open_batches(config, mesh, source, condition, start)
     try:
         # From here on, compiling included, a signal asks to save and stop.
-        with preemption.Watch() as watch:
+        with preemption.Watch() as watch, distributed.ending_with_the_others():
             reader = Reader(run, batches)
-            with distributed.stage("reading the first batch"):
+            with distributed.stage("reading the first batch"), goodput.spending("data"):
                 batch = reader()
             compiled = remat.compiled if remat else None
             if compiled is None:
                 writer.say("compiling the training step ...")
                 began = time.monotonic()
                 # Compiled once, for these shapes: another shape or sharding later is an error, not a recompilation.
-                with distributed.stage("compiling the training step"):
+                with distributed.stage("compiling the training step"), goodput.spending("compile"):
                     compiled = lower_train_step(
                         networks, optimizer, config, observe, mesh, state, batch, frozen
                     ).compile()
                 writer.say(f"compiled in {time.monotonic() - began:.1f} s")
             loop(run, compiled, state, reader, batch, make_actions, watch)
+            if copies is not None:
+                copies.remove()
     finally:
         batches.close()
         writer.close()
@@ -200,15 +212,21 @@ def loop(
     log = Log(run, reader.unreadable)
     actions = make_actions(log)
     profiler = monitor.Profiler(run.folder, train.profile_start, train.profile_steps)
-    with monitor.CompileWatch() as compilations, contextlib.closing(profiler):
+    watchdog = Watchdog(run.folder, train.step_timeout, run.goodput.clock)
+    distributed.wait_for_all("first_step")
+    with monitor.CompileWatch() as compilations, contextlib.closing(profiler), watchdog:
         may_compile = FirstTime(compilations)
         for step in range(start + 1, total + 1):
             profiler.before(step - start - 1)
             if step == start + 1:
                 with distributed.stage("the first step"), compilations.expected():
-                    state, metrics = jax.block_until_ready(train_step(state, batch, run.frozen))
+                    state, metrics = train_step(state, batch, run.frozen)
+                    run.goodput.handed_over(step, metrics)
+                    jax.block_until_ready(metrics)
             else:
                 state, metrics = train_step(state, batch, run.frozen)
+                run.goodput.handed_over(step, metrics)
+            watchdog.handed_over(step)
             log.add(metrics)
             if profiler.after(step - start, metrics):
                 run.writer.say(f"wrote a trace of {train.profile_steps} steps to {profiler.folder}")
@@ -216,7 +234,8 @@ def loop(
             reader.used()
             if step < total:
                 try:
-                    batch = reader()
+                    with run.goodput.spending("data"):
+                        batch = reader()
                 except pipeline.WorkerLostError:
                     if jax.process_count() == 1:  # several hosts save together or not at all
                         for action in actions:
@@ -233,20 +252,25 @@ def loop(
                 if action.due(step, stopping) and (action.hurried or not stopping):
                     try:
                         with may_compile(action), contextlib.nullcontext() if action.hurried else watch.leaving():
-                            action(step, state)
+                            with run.goodput.spending(action.spends), watchdog.resting():
+                                action(step, state)
                     except preemption.StopRequestedError:
                         stopping = True
                     done.append(action)
                     log.restart_clock()
             if stopping:
-                for action in actions:  # what only a stop makes due: the save
-                    if action.hurried and action not in done and action.due(step, stopping):
-                        with may_compile(action):
-                            action(step, state)
-                run.checkpoints.wait()
+                with run.goodput.spending("saving"), watchdog.resting():
+                    for action in actions:  # what only a stop makes due: the save
+                        if action.hurried and action not in done and action.due(step, stopping):
+                            with may_compile(action):
+                                action(step, state)
+                    run.checkpoints.wait()
+                run.writer.say(run.goodput.close(step))
                 run.writer.say(f"{watch.reason}: saved step {step}; the same command goes on from here")
                 raise SystemExit(watch.exit_code)
-        run.checkpoints.wait()
+        with run.goodput.spending("saving"), watchdog.resting():
+            run.checkpoints.wait()
+    run.writer.say(run.goodput.close(total))
     run.writer.say(f"done: step {total}, in {run.folder}")
 
 

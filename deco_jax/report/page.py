@@ -22,7 +22,15 @@ from deco_jax.report.pieces import button, image, missing, note_list, swatch, ta
 
 TEMPLATE = pathlib.Path(__file__).with_name("page.html")
 # Metrics that have a place of their own; every other is drawn among the losses.
-ELSEWHERE = ("step", "fid", "images_per_second", "peak_memory_gib", "unreadable_images")
+ELSEWHERE = (
+    "step",
+    "fid",
+    "images_per_second",
+    "peak_memory_gib",
+    "unreadable_images",
+    "goodput",
+    "save_blocked_seconds",
+)
 GREY = 7  # among the colours of page.html
 # Of the spectra's curves that no model drew: the dash and the width of each.
 STYLES: dict[str, tuple[str, float]] = {"data": ("", 3), "Y": ("2 4", 1.75), "Cb": ("9 4 2 4", 1.75)}
@@ -55,7 +63,9 @@ def _data(runs: list[Run]) -> dict[str, Any]:
     names: dict[str, None] = {"loss": None}
     for run in runs:
         names |= dict.fromkeys(sorted(run.metrics, key=lambda name: (name == "gradient_norm", name)))
-    losses = [n for n in names if n not in ELSEWHERE and any(run.known(n) for run in runs)]
+    losses = [
+        n for n in names if n not in ELSEWHERE and not n.startswith("time_") and any(run.known(n) for run in runs)
+    ]
     if "gradient_norm" in losses:  # the parts of the loss stand together
         losses = [name for name in losses if name != "gradient_norm"] + ["gradient_norm"]
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import socket
 import sys
@@ -10,7 +11,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -21,6 +22,11 @@ from deco_jax.errors import UserError
 
 # A stage that takes longer says so, again and again.
 REMINDER_SECONDS = 60.0
+# Exit status of a process that ends because another one, or a device, no longer answers: EX_TEMPFAIL of sysexits.h.
+# Launchers start a run again that ends with it; 1 is an error that comes again.
+RESTART = 75
+# Waiting for another host's compilation may take long.
+BARRIER_SECONDS = 3600
 
 
 def several_tasks(environment: Mapping[str, str]) -> bool:
@@ -38,6 +44,7 @@ def start(
     timeout: int = 300,
     forced: bool = False,
     preemptible: bool = False,
+    heartbeat_timeout: int = 30,
 ) -> None:
     """Join the other processes, if there are any, before anything touches a device.
 
@@ -48,6 +55,7 @@ def start(
         forced: join even if nothing in the environment speaks of several tasks (a TPU pod's virtual machines).
         preemptible: JAX's preemption service takes SIGTERM, for `preemption.Watch` to ask it; otherwise SIGTERM ends
             the process as ever.
+        heartbeat_timeout: seconds of another process's silence after which it is lost, and this one ends too.
 
     Raises:
         UserError: the flags contradict each other, or the others can't be joined.
@@ -55,6 +63,8 @@ def start(
     explicit = bool(coordinator) or num_processes > 0 or process_id >= 0
     if timeout < 1:
         raise UserError(f"--distributed_timeout={timeout} must be at least 1 second")
+    if heartbeat_timeout < 1:
+        raise UserError(f"--heartbeat_timeout={heartbeat_timeout} must be at least 1 second")
     if explicit:
         if not (coordinator and num_processes > 0 and 0 <= process_id < num_processes):
             raise UserError(
@@ -70,14 +80,14 @@ def start(
     where = f"to the coordinator {coordinator}" if explicit else "as the environment says"
     jax.config.update("jax_enable_preemption_service", preemptible)
     with stage(f"connecting {where}", timeout, who):
+        # The watch over the stage ends a process that waits too long, with a line that JAX wouldn't give.
+        times: Any = {"initialization_timeout": timeout + 60, "heartbeat_timeout_seconds": heartbeat_timeout}
         try:
-            # The watch over the stage ends a process that waits too long, with a line that JAX wouldn't give.
-            if explicit:
-                jax.distributed.initialize(
-                    coordinator, num_processes=num_processes, process_id=process_id, initialization_timeout=timeout + 60
-                )
-            else:
-                jax.distributed.initialize(initialization_timeout=timeout + 60)
+            with _ending_in_one_line():
+                if explicit:
+                    jax.distributed.initialize(coordinator, num_processes=num_processes, process_id=process_id, **times)
+                else:
+                    jax.distributed.initialize(**times)
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"the processes could not be joined: {str(error).splitlines()[0][:300]}; "
@@ -129,6 +139,82 @@ def stage(name: str, limit: float | None = None, who: str = "") -> Iterator[None
         thread.join()
     if who:
         print(f"{prefix}{name}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _ending_in_one_line() -> Iterator[None]:
+    """A client of JAX's coordination service made in here ends the process with one line and RESTART.
+
+    By itself it aborts, with the stacks of C++ and Python, when the service says that a process is lost, or is silent.
+    JAX has no setting for it. Its extension takes a function to call instead, but fails to hand it the reason, so that
+    C++ calls its last handler, which is set here. Versions that call these otherwise abort as ever.
+    """
+    try:
+        from jax._src.lib import _jax
+
+        make = _jax.get_distributed_runtime_client
+        _on_terminate()
+    except (ImportError, AttributeError, OSError):
+        yield
+        return
+    _jax.get_distributed_runtime_client = lambda *args, **options: make(
+        *args, missed_heartbeat_callback=_lost, **options
+    )
+    try:
+        yield
+    finally:
+        _jax.get_distributed_runtime_client = make
+
+
+def _lost(*_: object) -> None:
+    end_for_restart("another process of this run has ended, or can't be reached")
+
+
+_handlers: list[object] = []  # ctypes' functions, which C++ goes on pointing to
+
+
+def _on_terminate() -> None:
+    """Have std::terminate, which an exception in a thread of the runtime ends in, call `_lost`."""
+    handler = ctypes.CFUNCTYPE(None)(_lost)
+    set_terminate = ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE
+    set_terminate.restype = ctypes.c_void_p
+    set_terminate(handler)
+    _handlers.append(handler)
+
+
+def end_for_restart(reason: str) -> NoReturn:
+    """End this process at once, with a line: the others don't answer, so that nothing can be finished together."""
+    who = f"process {jax.process_index()} of {jax.process_count()}, {socket.gethostname()}"
+    line = (
+        f"error: [{who}] {reason}; ending with status {RESTART}: start all processes again, and the run goes on "
+        "from its newest checkpoint\n"
+    )
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        os.write(2, line.encode())
+    os._exit(RESTART)
+
+
+@contextlib.contextmanager
+def ending_with_the_others() -> Iterator[None]:
+    """Of several processes, end this one with RESTART where a transfer among them fails in here: one is gone."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        end_for_restart(f"what the processes do together failed ({' '.join(str(error).split())[:200]})")
+
+
+def wait_for_all(name: str) -> None:
+    """Return when all processes are here; a hundred times more patient than the first transfer among CPUs is."""
+    if jax.process_count() == 1:
+        return
+    from jax._src import distributed as jax_distributed
+
+    client = jax_distributed.global_state.client
+    if client is not None:
+        client.wait_at_barrier(f"deco_jax_{name}", BARRIER_SECONDS * 1000)
 
 
 def on_main_host(action: Callable[[], None]) -> None:

@@ -10,20 +10,23 @@ from typing import Any
 from deco_jax.run import program as program_lib
 from deco_jax.run.hardware import Chip
 from deco_jax.run.program import Collective, Program
+from deco_jax.run.slices import crossing
 
 DEAREST = 10  # ops that the report lists
 
 
-def estimate(program: Program, chip: Chip | None, flops: float, devices: int) -> dict[str, Any]:
+def estimate(program: Program, chip: Chip | None, flops: float, devices: int, slices: int = 1) -> dict[str, Any]:
     """What a program's text says of its speed, as JSON values; None for what is not known of the chip.
 
     Args:
         flops: of the model in a run of the program, on all devices together.
+        slices: that the devices are of.
 
     Returns:
         "cycles" and "compute_seconds" by XLA's model, which is written for TPUs alone; "least_seconds", what the
         arithmetic takes at the chip's peak; "share_of_peak"; "parts" (share of the cycles) and "dearest" ops;
         "collectives" by kind ("count" and "bytes" sent by a chip, and "in_loops" of them) with "link_seconds";
+        "between_slices" by kind, what a chip sends over the network, which is in no estimate of seconds;
         "bound": "compute" or "links"; "seconds" of a run if transfers hide behind the computation entirely; and the
         "largest_array" that a chip holds.
     """
@@ -54,6 +57,7 @@ def estimate(program: Program, chip: Chip | None, flops: float, devices: int) ->
             for cost in costs[:DEAREST]
         ],
         "collectives": by_kind(transfers),
+        "between_slices": crossing(program, slices, devices),
         "link_seconds": links,
         "bound": None if known is None or links is None else ("compute" if known >= links else "links"),
         "seconds": seconds,
@@ -87,9 +91,10 @@ def words(values: dict[str, Any], chip: str | None) -> list[str]:
     lines = []
     array = values["largest_array"]
     lines.append(f"largest     {array['type']}, {array['bytes'] / 2**20:.4g} MiB, {array['source'] or array['op']}")
-    kinds = [f"{kind} {row['count']:g} x, {row['bytes'] / 1e6:.4g} MB" for kind, row in values["collectives"].items()]
-    if kinds:
-        lines.append("a chip sends " + "; ".join(kinds))
+    for what, found in (("sends", values["collectives"]), ("sends to other slices", values["between_slices"])):
+        kinds = [f"{kind} {row['count']:g} x, {row['bytes'] / 1e6:.4g} MB" for kind, row in found.items()]
+        if kinds:
+            lines.append(f"a chip {what} " + "; ".join(kinds))
     if values["compute_seconds"] is not None:
         share = f", {values['share_of_peak']:.1%} of peak" if values["share_of_peak"] else ""
         lines.append(

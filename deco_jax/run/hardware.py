@@ -68,7 +68,9 @@ def device_memory(device: jax.Device, mesh: Mesh) -> float | None:
     if chip is None:
         return None
     # A v4 chip shows as two devices, which share its memory.
-    places = {tuple(device.coords) for device in mesh.devices.flat if hasattr(device, "coords")}
+    places = {
+        (getattr(device, "slice_index", 0), *device.coords) for device in mesh.devices.flat if hasattr(device, "coords")
+    }
     return chip.memory * (len(places) or mesh.size) / mesh.size
 
 

@@ -30,7 +30,7 @@ def check_memory(config: ml_collections.ConfigDict, training: bool) -> None:
     Args:
         training: else images are drawn.
     """
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, slices=config.mesh.slices)
     device = jax.local_devices()[0]
     available = device_memory(device, mesh) or host_memory() / len(jax.local_devices())
     fsdp = mesh.shape["fsdp"]

@@ -36,6 +36,7 @@ class Collective(NamedTuple):
     op_name: str
     source: str
     sliced: bool  # an all-reduce of which each device keeps its slice only: a reduce-scatter on other backends
+    attributes: str  # of the instruction; they say who exchanges with whom
 
     @property
     def bytes(self) -> int:
@@ -233,6 +234,7 @@ def collectives(program: Program) -> list[Collective]:
                         named.op_name,
                         source(program, named),
                         kind == "all-reduce" and _sliced(program, scope, part.name),
+                        part.attributes,
                     )
                 )
     return found

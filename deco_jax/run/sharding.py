@@ -1,6 +1,7 @@
 """The mesh, which parameter is split along which axis of it, and programs that each device runs on its own rows.
 
-Two axes: "data" holds copies of the state, "fsdp" splits it; the batch is split over both. Whatever contains a network
+Two axes: "data" holds copies of the state, "fsdp" splits it; the batch is split over both. Slices of a pod that only a
+slower network joins lie along "data". Whatever contains a network
 runs inside `each_device` (`jax.shard_map`): there an array of a batch is this device's rows and a parameter is the part
 that this device keeps, so nothing can be spread over devices in another way. `gather` makes a parameter whole where
 it is used; its derivative adds up the devices' gradients and leaves each device its part. Networks gather for
@@ -48,29 +49,64 @@ def rules() -> tuple[tuple[str, int | None], ...]:
     return (*denoisers, *projector.RULES, *dinov2.RULES, *qwen3.RULES, *vgg.RULES, *RULES)
 
 
-def make_mesh(data: int, fsdp: int, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int, fsdp: int, devices: list[jax.Device] | None = None, slices: int = 1) -> Mesh:
     """A mesh ("data", "fsdp"); −1 takes all devices that the other axis leaves.
 
+    Args:
+        slices: groups of devices with fast links inside, joined by a slower network. `data` and `fsdp` are of each; the
+            mesh's "data" axis is slices × data long, slice by slice. So weights are gathered inside a slice, and only
+            sums over "data" cross the network.
+
     Raises:
-        UserError: the machine has not that many devices, or they don't divide.
+        UserError: the machine has not that many devices or slices, or they don't divide.
     """
     devices = jax.devices() if devices is None else devices
-    count = len(devices)
+    groups = _slices(devices, slices)
+    count, of_each = len(groups[0]), " of a slice" if slices > 1 else ""
     if data == fsdp == -1:
         raise UserError("config.mesh.data and config.mesh.fsdp are both -1; give one of them a number")
     if data == -1 or fsdp == -1:
         known = fsdp if data == -1 else data
         if count % known:
-            raise UserError(f"the mesh axis of {known} does not divide this machine's {count} devices")
+            raise UserError(f"the mesh axis of {known} does not divide this machine's {count} devices{of_each}")
         data, fsdp = (count // known, fsdp) if data == -1 else (data, count // known)
     if data * fsdp > count:
         raise UserError(
-            f"config.mesh asks for {data} x {fsdp} = {data * fsdp} devices, this machine has {count}; "
+            f"config.mesh asks for {data} x {fsdp} = {data * fsdp} devices{of_each}, this machine has {count}; "
             "make it smaller, or -1 for all that are there"
         )
-    if data * fsdp < count and jax.process_count() > 1:
-        raise UserError(f"config.mesh uses {data * fsdp} of {count} devices; with several hosts it must use all")
-    return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[: data * fsdp])
+    if data * fsdp < count and (jax.process_count() > 1 or slices > 1):
+        raise UserError(
+            f"config.mesh uses {data * fsdp} of {count} devices{of_each}; with several hosts or slices it must use all"
+        )
+    # Inside each slice the order that suits its links.
+    inside = [
+        jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=group[: data * fsdp])
+        for group in groups
+    ]
+    if slices == 1:
+        return inside[0]
+    return Mesh(np.concatenate([mesh.devices for mesh in inside]), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def _slices(devices: Sequence[jax.Device], slices: int) -> list[list[jax.Device]]:
+    """The devices of each slice, as the devices say; where they don't, equal runs of them, whole processes first."""
+    found: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        found.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    on_tpu = devices[0].platform == "tpu"
+    if len(found) == slices or (slices == 1 and not on_tpu):
+        return [found[index] for index in sorted(found)] if slices > 1 else [list(devices)]
+    if on_tpu:
+        raise UserError(
+            f"config.mesh.slices={slices}, and these devices are of {len(found)}; give it that number, for fsdp must "
+            "not reach across slices"
+        )
+    if len(devices) % slices:
+        raise UserError(f"config.mesh.slices={slices} does not divide the {len(devices)} devices")
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    size = len(devices) // slices
+    return [ordered[i : i + size] for i in range(0, len(devices), size)]
 
 
 # ---------------------------------------------------------------------------------------- inside a device's program

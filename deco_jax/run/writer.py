@@ -83,7 +83,8 @@ class Writer:
             print(json.dumps(self._row), flush=True)
             return
         # The time left comes first: a narrow terminal cuts the end.
-        line = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float))
+        shown = {name: value for name, value in metrics.items() if not name.startswith("time_")}
+        line = "  ".join(f"{name} {value:.4g}" for name, value in shown.items() if isinstance(value, float))
         self.say(f"step {step}/{self._total}  {self._time_left(step)}  {line}", live=True)
 
     def add(self, step: int, name: str, value: float) -> None:

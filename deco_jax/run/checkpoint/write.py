@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import time
 from typing import Any
 
 import jax
@@ -67,6 +68,13 @@ class Checkpoints:
         self._guarded(None, self._manager.wait_until_finished)  # as Orbax would: `_writing` is one at a time
         self._writing = step
         self._guarded(step, lambda: self._manager.save(step, args=_save_args(state, config)))
+
+    def free(self, wait: float) -> bool:
+        """Whether nothing is being written any more, on all hosts, after at most so many seconds."""
+        end = time.monotonic() + wait
+        while self._manager.is_saving_in_progress() and time.monotonic() < end:
+            time.sleep(0.01)
+        return distributed.all_hosts(not self._manager.is_saving_in_progress())
 
     def _note_checksums(self) -> None:
         """Called by Orbax in the background when all is written, before the folder gets its name or COMMITTED."""
