@@ -99,9 +99,7 @@ class Mesh:
     data: int = setting(-1, "Devices along the axis that splits the batch; -1: all that are left.", AXIS)
     fsdp: int = setting(1, "Devices along the axis that also splits weights and optimizer; -1: all left.", AXIS)
     slices: int = setting(
-        1,
-        "Groups of devices that only a data centre's network joins (slices of a TPU pod); data and fsdp are of each.",
-        at_least(1, 2**16),
+        1, "Slices of a pod, which only a data centre's network joins; data and fsdp are of each.", at_least(1, 2**16)
     )
 
 
