@@ -2,14 +2,15 @@
 # GPUs of one or several SLURM nodes: one process a GPU, joined by jax.distributed through SLURM's own variables.
 #
 #   launch/slurm.sh [--dry-run] [--nodes=2] [--gpus=8] [--cpus=8] [--time=24:00:00] [--name=deco] \
-#       [--sbatch=OPTION ...] -- --config=configs/imagenet256.py --workdir=/shared/runs/xl --config.mesh.fsdp=8
+#       [--restarts=20] [--sbatch=OPTION ...] -- --config=configs/imagenet256.py --workdir=/shared/runs/xl --config.mesh.fsdp=8
 #
 # --gpus is for each node, --cpus for each GPU (its data workers share them); --sbatch=--partition=x and the like are
-# passed on. The workdir must be on a file system that all nodes share. Two minutes before its time is over the job
-# gets SIGTERM, saves, and is put into the queue again; --dry-run prints the batch script.
+# passed on. The workdir must be on a file system that all nodes share, or a bucket. Two minutes before its time is over
+# the job gets SIGTERM, saves, and is put into the queue again; so it is after a process was killed or a step hung
+# (status 75), up to --restarts times, unless it had run for less than two minutes. --dry-run prints the batch script.
 set -euo pipefail
 
-usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
 dry_run=""
 nodes=1
@@ -17,6 +18,7 @@ gpus=8
 cpus=8
 limit=24:00:00
 name=deco
+restarts=20
 extra=()
 while [[ $# -gt 0 ]]; do
   case $1 in
@@ -26,13 +28,14 @@ while [[ $# -gt 0 ]]; do
     --cpus=*) cpus=${1#*=} ;;
     --time=*) limit=${1#*=} ;;
     --name=*) name=${1#*=} ;;
+    --restarts=*) restarts=${1#*=} ;;
     --sbatch=*) extra+=("${1#*=}") ;;
     --) shift; break ;;
     *) usage ;;
   esac
   shift
 done
-[[ $nodes =~ ^[1-9][0-9]*$ && $gpus =~ ^[1-9][0-9]*$ && $cpus =~ ^[1-9][0-9]*$ && $# -gt 0 ]] || usage
+[[ $nodes =~ ^[1-9][0-9]*$ && $gpus =~ ^[1-9][0-9]*$ && $cpus =~ ^[1-9][0-9]*$ && $restarts =~ ^[0-9]+$ && $# -gt 0 ]] || usage
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 arguments=$(printf '%q ' "$@")
@@ -70,6 +73,9 @@ if [[ \$stopped ]]; then
   wait "\$step"
   code=\$?
   if [[ \$code -eq 0 ]]; then scontrol requeue "\$SLURM_JOB_ID"; fi
+elif [[ \$code -eq 75 || \$code -gt 130 ]] && ((SECONDS > 120 && \${SLURM_RESTART_COUNT:-0} < $restarts)); then
+  echo "status \$code after \$SECONDS s: into the queue again"
+  scontrol requeue "\$SLURM_JOB_ID"
 fi
 exit "\$code"
 SBATCH

@@ -1,20 +1,33 @@
 #!/usr/bin/env bash
-# All hosts of a Cloud TPU slice: the same command on each, joined by jax.distributed through the slice's metadata.
+# All hosts of Cloud TPU slices: the same command on each, joined by jax.distributed through the slices' metadata.
 #
-#   launch/tpu_pod.sh [--dry-run] --name=my-v5e-256 --zone=us-west4-a [--project=P] [--folder=deco_jax] -- \
-#       --config=configs/imagenet256.py --workdir=/mnt/shared/runs/xl --config.mesh.data=16 --config.mesh.fsdp=16
+#   launch/tpu_pod.sh [--dry-run] --name=xl --zone=us-west4-a [--project=P] [--folder=deco_jax] [--restarts=100] \
+#       [--type=v5litepod-256 --version=v2-alpha-tpuv5-lite [--slices=N] [--spot] [--setup=COMMAND]] -- \
+#       --config=configs/imagenet256.py --workdir=gs://bucket/runs/xl --config.mesh.fsdp=16
 #
-# The workdir must be on a file system that all hosts share (Filestore, or a bucket through gcsfuse). The code must
-# lie in --folder on every host, installed with: pip install -r requirements.txt "jax[tpu]"
+# Without --type the slice --name must be there, the code in --folder on every host, installed with:
+#   pip install -r requirements.txt "jax[tpu]"
+# With it, N slices are asked for as a queued resource, waited for, and set up by --setup in the home folder of every
+# host (git clone, pip install). When they are taken away they are asked for again and the run goes on, up to --restarts
+# times; so it is started again where a process was killed or a step hung (status 75), but not after an error (1).
+# The workdir must be a bucket, or on a file system that all hosts share. Slices are left running at the end; this
+# machine must stay on (tmux). For several slices give --config.mesh.slices=N as well.
 set -euo pipefail
 
-usage() { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
 dry_run=""
 name=""
 zone=""
 project=""
 folder=deco_jax
+type=""
+version=""
+slices=1
+spot=""
+setup=""
+restarts=100
+poll=${POLL_SECONDS:-30}
 while [[ $# -gt 0 ]]; do
   case $1 in
     --dry-run) dry_run=1 ;;
@@ -22,18 +35,102 @@ while [[ $# -gt 0 ]]; do
     --zone=*) zone=${1#*=} ;;
     --project=*) project=${1#*=} ;;
     --folder=*) folder=${1#*=} ;;
+    --type=*) type=${1#*=} ;;
+    --version=*) version=${1#*=} ;;
+    --slices=*) slices=${1#*=} ;;
+    --spot) spot=1 ;;
+    --setup=*) setup=${1#*=} ;;
+    --restarts=*) restarts=${1#*=} ;;
     --) shift; break ;;
     *) usage ;;
   esac
   shift
 done
-[[ $name && $zone && $# -gt 0 ]] || usage
+[[ $name && $zone && $# -gt 0 && $slices =~ ^[1-9][0-9]*$ && $restarts =~ ^[0-9]+$ ]] || usage
+[[ -z $type || $version ]] || usage
 
-remote="cd $(printf '%q' "$folder") && exec ${PYTHON:-python3} -m deco_jax.main --distributed $(printf '%q ' "$@")"
-command=(gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" ${project:+--project="$project"} --worker=all --command="$remote")
-if [[ $dry_run ]]; then
-  printf '%q ' "${command[@]}"
-  echo
-else
-  exec "${command[@]}"
+where=(--zone="$zone" ${project:+--project="$project"})
+nodes=("$name")
+node_flags=(--node-id="$name")
+if ((slices > 1)); then
+  nodes=()
+  for ((i = 0; i < slices; i++)); do nodes+=("$name-$i"); done
+  node_flags=(--node-count="$slices" --node-prefix="$name")
 fi
+
+do_or_print() {
+  if [[ $dry_run ]]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+state() { gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format="value(state.state)" 2>/dev/null || true; }
+
+create() {
+  do_or_print gcloud compute tpus queued-resources create "$name" "${where[@]}" "${node_flags[@]}" \
+    --accelerator-type="$type" --runtime-version="$version" ${spot:+--spot}
+}
+
+# On all hosts of all slices at once; fails if one does.
+everywhere() {
+  local node code=0 pid
+  local pids=()
+  for node in "${nodes[@]}"; do
+    if [[ $dry_run ]]; then
+      do_or_print gcloud compute tpus tpu-vm ssh "$node" "${where[@]}" --worker=all --command="$1"
+    else
+      gcloud compute tpus tpu-vm ssh "$node" "${where[@]}" --worker=all --command="$1" &
+      pids+=($!)
+    fi
+  done
+  for pid in "${pids[@]+"${pids[@]}"}"; do wait "$pid" || code=$?; done
+  return "$code"
+}
+
+# Until the slices are there, asking for them anew where they were taken away.
+ready() {
+  local now fresh=""
+  while :; do
+    now=$(state)
+    case $now in
+      ACTIVE) break ;;
+      "") create; fresh=1 ;;
+      FAILED | SUSPENDED)
+        echo "the slices are $now: asking for them again" >&2
+        gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
+        continue
+        ;;
+      *) ;;
+    esac
+    sleep "$poll"
+  done
+  [[ -z $fresh || -z $setup ]] || everywhere "$setup"
+}
+
+# A host whose process was killed, or ended with 75 as the others then do, starts it again by itself.
+program="${PYTHON:-python3} -m deco_jax.main --distributed $(printf '%q ' "$@")"
+remote="cd $(printf '%q' "$folder") && for i in \$(seq 0 $restarts); do $program; code=\$?; if [ \$code -ne 75 ] && [ \$code -le 130 ]; then break; fi; echo \"status \$code: starting again\" >&2; sleep 10; done; exit \$code"
+
+if [[ $dry_run ]]; then
+  if [[ $type ]]; then
+    create
+    [[ -z $setup ]] || everywhere "$setup"
+  fi
+  everywhere "$remote"
+  exit 0
+fi
+
+for ((attempt = 0; ; attempt++)); do
+  [[ -z $type ]] || ready
+  code=0
+  everywhere "$remote" || code=$?
+  if ((code == 0)); then exit 0; fi
+  # An error of the run's own comes again; slices that are gone don't.
+  if [[ -z $type ]] || ((attempt >= restarts)); then exit "$code"; fi
+  sleep "$poll"
+  if [[ $(state) == ACTIVE ]]; then exit "$code"; fi
+  echo "the slices were taken away ($(state)); going on with new ones ($((attempt + 1)) of $restarts)" >&2
+done
