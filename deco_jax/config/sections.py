@@ -272,7 +272,8 @@ class Evaluate:
 
     metrics: str = setting(
         "adm",
-        "What is measured, comma separated: adm (FID, sFID, Inception Score, precision, recall), kid, fd_dinov2.",
+        "What is measured, comma separated: adm (FID, sFID, Inception Score, precision, recall), kid, fd_dinov2, "
+        "lpips (its weights: config.lpips), clip_score.",
         Rule(
             lambda text: bool(text) and set(text.split(",")) <= set(EVALUATORS),
             f"some of {', '.join(EVALUATORS)}, comma separated",
@@ -321,6 +322,9 @@ class Evaluate:
     dinov2: str = setting("", "Of fd_dinov2: its weights, such as dinov2_vitl14_pretrain.pth.")
     dinov2_size: str = setting("L", "Their size; published scores are of L.", one_of("S", "B", "L"))
     dinov2_dtype: str = setting("float32", "Precision of its computation.", PRECISION)
+    clip: str = setting("", "Of clip_score: CLIP's Hugging Face folder.")
+    lpips_images: int = setting(1000, "Of lpips: images of config.data that are denoised.", at_least(1, 10_000_000))
+    lpips_time: float = setting(0.5, "Of lpips: the time that they are noised to.", between(0, 1))
     kid_subsets: int = setting(100, "Random subsets that KID is averaged over.", at_least(1, 100_000))
     kid_subset_size: int = setting(1000, "Images in each of them.", at_least(2, 1_000_000))
     save_every: int = setting(5000, "Images between two saves of what is measured so far.", at_least(1, MAX_INT32))

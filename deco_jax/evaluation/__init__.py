@@ -6,6 +6,8 @@ EVALUATORS = {
     "adm": "deco_jax.evaluation.adm",  # FID, sFID, Inception Score, precision and recall
     "kid": "deco_jax.evaluation.kid",
     "fd_dinov2": "deco_jax.evaluation.fd_dinov2",
+    "lpips": "deco_jax.evaluation.lpips",
+    "clip_score": "deco_jax.evaluation.clip_score",
 }
 
 # The scores' names in evaluation.json → in tables.
@@ -20,7 +22,7 @@ TITLES = {
     **ADM_TITLES,
     "kid": "KID",
     "fd_dinov2": "FD-DINOv2",
-    "lpips_reconstruction": "LPIPS of x\u0302",
+    "lpips_reconstruction": "LPIPS of denoised",
     "lpips_pairs": "LPIPS of pairs",
     "clip_score": "CLIP score",
 }

@@ -19,6 +19,7 @@ from deco_jax.evaluation.measuring import Reader
 from deco_jax.models.network import Params
 
 if TYPE_CHECKING:
+    from deco_jax.api import Model
     from deco_jax.evaluation.adm import InceptionFeatures
 
 
@@ -29,11 +30,13 @@ class Subject:
     samples: drawn from the weights batch by batch when an evaluator asks for them, or read from files.
     params: one average of the denoiser's weights, on the mesh; None where only samples are given.
     frozen: arrays that never train (teacher, text encoder, null features), by name, on the mesh.
+    model: the weights with what it takes to apply them, in --mode=evaluate; None on the way of a training.
     """
 
     samples: ImageSet | None = None
     params: Params | None = None
     frozen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    model: Model | None = None
 
 
 @dataclasses.dataclass(frozen=True)

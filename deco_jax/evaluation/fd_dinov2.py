@@ -23,7 +23,7 @@ from deco_jax.evaluation.adm import FOLDER, open_reference
 from deco_jax.evaluation.evaluator import Scores, Setup, Subject
 from deco_jax.evaluation.fid import frechet_distance
 from deco_jax.evaluation.image_sets import ImageSet, digest
-from deco_jax.evaluation.measuring import Extractor, Reader, Rows, fingerprint_of, read
+from deco_jax.evaluation.measuring import Extractor, Reader, Rows, file_identity, fingerprint_of, read
 from deco_jax.models.dinov2 import MEAN, META_URL, STD, DINOv2, load_teacher, sizes
 from deco_jax.models.network import Params, functional
 from deco_jax.run import storage
@@ -70,7 +70,7 @@ class FDDINOv2:
         self._reference = reference.images
         self._cache, self._save_every = settings.cache, settings.save_every
         path = storage.local(settings.dinov2)
-        self._weights = f"DINOv2 {settings.dinov2_size} {settings.dinov2_dtype} {_identity(path)}"
+        self._weights = f"DINOv2 {settings.dinov2_size} {settings.dinov2_dtype} {file_identity(path)}"
         apply, _ = class_tokens(settings.dinov2_size, settings.dinov2_dtype)
         params = load_teacher(path, settings.dinov2_size)
         self._extractor = Extractor(apply, params, setup.batch_size, setup.mesh)
@@ -106,14 +106,6 @@ class FDDINOv2:
             {"fd_dinov2": frechet(ours, theirs)},
             notes={"fd_dinov2_of": {"samples": len(ours), "reference": len(theirs), "weights": self._weights}},
         )
-
-
-def _identity(path: pathlib.Path) -> str:
-    """Equal for equal files."""
-    if path.is_dir():
-        return " ".join(_identity(each) for each in sorted(path.glob("*.safetensors")))
-    status = path.stat()
-    return f"{path.absolute()} {status.st_size} {status.st_mtime_ns}"
 
 
 def check(config: ml_collections.ConfigDict) -> None:

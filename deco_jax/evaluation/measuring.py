@@ -195,3 +195,11 @@ class Extractor:
 def fingerprint_of(images: ImageSet, *what: Any) -> str:
     """Name everything that a measurement depends on: the images, and with what they are measured."""
     return ", ".join([f"{images.identity} x {images.total}", *map(str, what)])
+
+
+def file_identity(path: pathlib.Path) -> str:
+    """Return what is equal for equal weights: a file's place, size and time, or those of a folder's safetensors."""
+    if path.is_dir():
+        return " ".join(file_identity(each) for each in sorted(path.glob("*.safetensors")))
+    status = path.stat()
+    return f"{path.absolute()} {status.st_size} {status.st_mtime_ns}"

@@ -167,7 +167,7 @@ def drawn_samples(config: ml_collections.ConfigDict, model: api.Model) -> ImageS
 
 def subject_of(samples: ImageSet, model: api.Model | None) -> Subject:
     """What evaluators are given: samples, and the weights that drew them."""
-    return Subject(samples) if model is None else Subject(samples, model.params, model.frozen)
+    return Subject(samples) if model is None else Subject(samples, model.params, model.frozen, model)
 
 
 def table(result: dict[str, Any]) -> str:
