@@ -108,6 +108,16 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
         )
     if model.attention == "cudnn" and model.dtype != "bfloat16":
         raise UserError(f"config.model.attention=cudnn needs config.model.dtype=bfloat16, not {model.dtype}")
+    if model.mean_velocity and model.attention == "cudnn":
+        raise UserError("config.model.attention=cudnn has no forward-mode product, which model.mean_velocity needs")
+    if model.mean_velocity != loss.mean_flow:
+        raise UserError(
+            "config.model.mean_velocity is trained by config.loss.mean_flow, and that needs it: set both or neither"
+        )
+    if config.sample.sampler == "mean_flow" and not model.mean_velocity:
+        raise UserError(
+            "config.sample.sampler=mean_flow is for models with config.model.mean_velocity=True; choose another"
+        )
     if model.name == "deco" and model.patch_size % model.decoder_patch_size:
         raise UserError(
             f"config.model.decoder_patch_size={model.decoder_patch_size} does not divide "

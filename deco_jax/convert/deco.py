@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from deco_jax.convert.mapping import TRANSPOSE, VECTOR, Row, to_ours
 from deco_jax.convert.mapping import to_torch as table_to_torch
 from deco_jax.models.network import architecture
+from deco_jax.models.official_names import linear_rows
 
 PROJECTOR: list[Row] = [
     Row(f"0.{index}.{torch}", f"{name}.{ours}", transform)
@@ -27,7 +29,22 @@ def table(model: Mapping[str, Any]) -> list[Row]:
     Raises:
         UserError: no such model.
     """
-    return architecture(model["name"]).table(model)
+    rows = architecture(model["name"]).table(model)
+    return [*rows, *_mean_velocity(rows)] if model.get("mean_velocity") else rows
+
+
+def _mean_velocity(rows: list[Row]) -> list[Row]:
+    """What MeanFlow adds to a model, under names of our own: a second head, and the embedding of jumps."""
+    heads = [
+        dataclasses.replace(row, torch=f"velocity_head.{row.torch}", ours=f"velocity_{row.ours}")
+        for row in rows
+        if isinstance(row.ours, str) and row.ours.startswith(("output.", "decoder."))
+    ]
+    return [
+        *heads,
+        *linear_rows("jump_embedder.mlp.0", "jump_embed.hidden"),
+        *linear_rows("jump_embedder.mlp.2", "jump_embed.out"),
+    ]
 
 
 def from_torch(

@@ -27,6 +27,7 @@ class Draws(NamedTuple):
     keys: Array | None = None  # [batch], for what else is drawn
     # Loss → how much each example counts, [batch] with the mean 1 over the whole batch; losses without: all the same.
     counts: Mapping[str, Array] = {}
+    jump: Array | None = None  # [batch, 4], of MeanFlow; see `losses.mean_flow`
 
 
 class Observed(NamedTuple):
@@ -48,6 +49,7 @@ class Step:
         pixels: the clean images, uint8 [batch, height, width, 3].
         images: the same, float32 in [−1, 1].
         draws: noise and times.
+        null: what stands for no condition.
         context: labels or text features, already replaced where they are dropped.
         features: of the clean images, by frozen network (`Loss.features`).
     """
@@ -69,6 +71,7 @@ class Step:
         self.images = images.to_float(pixels)
         dropped = draws.dropped.reshape(-1, *[1] * observed.null.ndim)
         self.context = jnp.where(dropped, observed.null, observed.context)
+        self.null = observed.null
         self.features = {name: jax.lax.stop_gradient(value) for name, value in observed.features.items()}
         self._path, self._prediction, self._layer = path, prediction, layer
         self._networks, self._frozen = networks, frozen
@@ -122,9 +125,9 @@ class Step:
         """What the prediction multiplies squared errors of v̂ by, [batch] or one for all."""
         return self._prediction.weight(self.times)
 
-    def trained(self, name: str, *inputs: Any) -> Any:
+    def trained(self, name: str, *inputs: Any, **options: Any) -> Any:
         """Apply a network that trains: "denoiser", or one that a loss brings (`Loss.trained`)."""
-        return self._networks[name].apply(self.params[name], *inputs)
+        return self._networks[name].apply(self.params[name], *inputs, **options)
 
     def frozen(self, name: str, *inputs: Any) -> Any:
         """Apply a frozen network that a loss brings (`Loss.frozen`); gradients pass to the inputs."""

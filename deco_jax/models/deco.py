@@ -64,23 +64,28 @@ class DeCo(Trunk):
         **trunk: Any,
     ) -> None:
         super().__init__(**trunk, rngs=rngs)
-        self.decoder = PixelDecoder(
-            self.width,
-            width=decoder_width,
-            depth=decoder_depth,
-            patch_size=self.patch_size,
-            query_size=decoder_patch_size,
-            interaction=decoder_interaction,
-            chunk=decoder_chunk,
-            rotary=self.with_text,
-            dtype=self.dtype,
-            remat=self.remat,
-            rngs=rngs,
-        )
+        options: dict[str, Any] = {
+            "width": decoder_width,
+            "depth": decoder_depth,
+            "patch_size": self.patch_size,
+            "query_size": decoder_patch_size,
+            "interaction": decoder_interaction,
+            "chunk": decoder_chunk,
+            "rotary": self.with_text,
+            "dtype": self.dtype,
+            "remat": self.remat,
+            "forward_mode": self.mean_velocity,
+        }
+        self.decoder = PixelDecoder(self.width, **options, rngs=rngs)
+        if self.mean_velocity:
+            self.velocity_decoder = PixelDecoder(self.width, **options, rngs=rngs)
 
-    def head(self, images: Images, h: jax.Array, time: jax.Array, condition: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def head(
+        self, images: Images, h: jax.Array, time: jax.Array, condition: jax.Array, second: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
         features = jax.nn.silu(time[:, None] + h)
-        return self.decoder(images, features), features
+        decoder = self.velocity_decoder if second else self.decoder
+        return decoder(images, features), features
 
 
 def flops(model: Mapping[str, Any], height: int, width: int) -> dict[str, float]:

@@ -169,6 +169,7 @@ class PixelDecoder(nnx.Module):
             the cache, and the backward pass computes a chunk again instead of reading it from memory. It must
             divide the number of a device's queries to have an effect.
         rotary: text-to-image's position features instead of class-to-image's.
+        forward_mode: whether forward-mode products are taken; the rows of a TPU's registers have none.
     """
 
     def __init__(
@@ -184,8 +185,10 @@ class PixelDecoder(nnx.Module):
         rotary: bool,
         dtype: Dtype,
         remat: str,
+        forward_mode: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
+        self.forward_mode = forward_mode
         self.depth, self.patch_size, self.query_size, self.interaction = depth, patch_size, query_size, interaction
         self.chunk, self.rotary, self.dtype, self.remat = chunk, rotary, dtype, remat
         values, queries = 3 * query_size**2, (patch_size // query_size) ** 2
@@ -204,7 +207,8 @@ class PixelDecoder(nnx.Module):
         basis = rotary_basis(side) if self.rotary else cosine_basis(side)
         queries = to_queries(images, self.patch_size, self.query_size)
         width = self.input.out_features
-        if on_tpu() and not self.chunk and LANES % width == 0 and queries.shape[2] % (LANES // width) == 0:
+        fits = LANES % width == 0 and queries.shape[2] % (LANES // width) == 0
+        if on_tpu() and not self.chunk and not self.forward_mode and fits:
             values = self.side_by_side(queries, features, basis, LANES // width)
             return from_queries(values, self.patch_size, self.query_size, *images.shape[1:3])
         h = embed_pixels(queries, basis, self.pixel_embed, self.input)

@@ -48,10 +48,19 @@ class DiT(Trunk):
 
     def __init__(self, *, rngs: nnx.Rngs, **trunk: Any) -> None:
         super().__init__(**trunk, rngs=rngs)
-        self.output = FinalLayer(self.width, self.patch_size, dtype=self.dtype, rngs=rngs)
+        self.output = self.make_head(rngs)
+        if self.mean_velocity:
+            self.velocity_output = self.make_head(rngs)
 
-    def head(self, images: Images, h: jax.Array, time: jax.Array, condition: jax.Array) -> tuple[jax.Array, jax.Array]:
-        patches = self.output(h, condition).astype(jnp.float32)
+    def make_head(self, rngs: nnx.Rngs) -> FinalLayer:
+        """Make what turns the last hidden states into pixels."""
+        return FinalLayer(self.width, self.patch_size, dtype=self.dtype, rngs=rngs)
+
+    def head(
+        self, images: Images, h: jax.Array, time: jax.Array, condition: jax.Array, second: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        output = self.velocity_output if second else self.output
+        patches = output(h, condition).astype(jnp.float32)
         patches = patches.reshape(*patches.shape[:2], self.patch_size**2, 3)
         return unpatchify(patches, self.patch_size, *images.shape[1:3]), h
 

@@ -49,8 +49,9 @@ class JiT(DiT):
     def __init__(self, *, bottleneck: int = 0, rngs: nnx.Rngs, **trunk: Any) -> None:
         self.bottleneck = bottleneck
         super().__init__(**trunk, rngs=rngs)
-        norm = RMSNorm(self.width)
-        self.output = FinalLayer(self.width, self.patch_size, norm=norm, dtype=self.dtype, rngs=rngs)
+
+    def make_head(self, rngs: nnx.Rngs) -> FinalLayer:
+        return FinalLayer(self.width, self.patch_size, norm=RMSNorm(self.width), dtype=self.dtype, rngs=rngs)
 
     def make_embeddings(self, rngs: nnx.Rngs) -> None:
         options = {"kernel_init": xavier, "dtype": self.dtype, "rngs": rngs}

@@ -189,10 +189,15 @@ class TimestepEmbedding(nnx.Module):
 
     def __call__(self, times: PerExample) -> jax.Array:
         """times [batch] → [batch, width]."""
-        frequencies = jnp.asarray(self.period ** (-np.arange(self.WAVES) / self.WAVES), jnp.float32)
-        angles = times.astype(jnp.float32)[:, None] * frequencies
-        waves = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-        return self.out(jax.nn.silu(self.hidden(waves)))
+        return self.out(jax.nn.silu(self.hidden(waves(times, self.period))))
+
+
+def waves(numbers: jax.Array, period: float) -> jax.Array:
+    """Return 128 cosines, then 128 sines, of numbers [...] at the frequencies period^(−k/128): float32 [..., 256]."""
+    count = TimestepEmbedding.WAVES
+    frequencies = jnp.asarray(period ** (-np.arange(count) / count), jnp.float32)
+    angles = numbers.astype(jnp.promote_types(numbers.dtype, jnp.float32))[..., None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 def rotary_angles(xs: np.ndarray, ys: np.ndarray, head_width: int) -> np.ndarray:

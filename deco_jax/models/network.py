@@ -112,7 +112,9 @@ def build(model: Mapping[str, Any]) -> Network:
     arguments = {key: value for key, value in dict(model).items() if key not in ("name", "prediction")}
     arguments["dtype"] = jnp.dtype(arguments["dtype"])
     if "attention" in arguments:
-        arguments["attention"] = choices.attention(arguments["attention"], arguments["dtype"])
+        # cuDNN's attention has no forward-mode product, which MeanFlow takes.
+        platform = "cpu" if arguments.get("mean_velocity") else None
+        arguments["attention"] = choices.attention(arguments["attention"], arguments["dtype"], platform)
     if arguments.get("remat") == choices.AUTO:
         # Training has settled it by now, and without a gradient there is nothing to keep.
         arguments["remat"] = "none"

@@ -93,20 +93,24 @@ class PixNerd(Trunk):
         self, *, decoder_width: int, decoder_depth: int, decoder_ratio: int, rngs: nnx.Rngs, **trunk: Any
     ) -> None:
         super().__init__(**trunk, rngs=rngs)
-        self.decoder = GeneratedDecoder(
-            self.width,
-            width=decoder_width,
-            depth=decoder_depth,
-            ratio=decoder_ratio,
-            patch_size=self.patch_size,
-            dtype=self.dtype,
-            remat=self.remat,
-            rngs=rngs,
-        )
+        options: dict[str, Any] = {
+            "width": decoder_width,
+            "depth": decoder_depth,
+            "ratio": decoder_ratio,
+            "patch_size": self.patch_size,
+            "dtype": self.dtype,
+            "remat": self.remat,
+        }
+        self.decoder = GeneratedDecoder(self.width, **options, rngs=rngs)
+        if self.mean_velocity:
+            self.velocity_decoder = GeneratedDecoder(self.width, **options, rngs=rngs)
 
-    def head(self, images: Images, h: jax.Array, time: jax.Array, condition: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def head(
+        self, images: Images, h: jax.Array, time: jax.Array, condition: jax.Array, second: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
         features = jax.nn.silu(time[:, None] + h)
-        return self.decoder(images, features), features
+        decoder = self.velocity_decoder if second else self.decoder
+        return decoder(images, features), features
 
 
 def flops(model: Mapping[str, Any], height: int, width: int) -> dict[str, float]:

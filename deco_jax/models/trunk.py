@@ -31,6 +31,7 @@ from deco_jax.models.layers import (
     rotary_angles,
     run_stack,
     stack,
+    waves,
     xavier,
     zeros,
 )
@@ -55,6 +56,9 @@ class TrunkSettings:
         0, "Tokens of the class that join the image's on the way (JiT's in-context conditioning).", at_least(0, 4096)
     )
     context_start: int = setting(0, "Blocks before which they join.", at_least(0, 1024))
+    mean_velocity: bool = setting(
+        False, "Also read how far to jump and how to guide, and have a second head, for MeanFlow (loss.mean_flow)."
+    )
     dropout: float = setting(
         0.0,
         "Share of the units that training drops in the middle half of the blocks.",
@@ -101,6 +105,7 @@ class Trunk(nnx.Module):
         context_tokens: class tokens that join the image's before block `context_start` and leave after the last
             (in-context conditioning, Li & He 2025, JiT); class-to-image only.
         dropout: share of the units that training drops in the middle half of the blocks.
+        mean_velocity: see `JumpEmbedding`; a model then returns its second head's output as "velocity".
     """
 
     style = PLAIN
@@ -123,12 +128,13 @@ class Trunk(nnx.Module):
         context_tokens: int = 0,
         context_start: int = 0,
         dropout: float = 0.0,
+        mean_velocity: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
         self.width, self.depth, self.patch_size, self.head_width = width, depth, patch_size, width // num_heads
         self.with_text = text_width > 0
         self.context_tokens, self.context_start, self.dropout = context_tokens, context_start, dropout
-        self.dtype, self.remat, self.unroll = dtype, remat, unroll
+        self.dtype, self.remat, self.unroll, self.mean_velocity = dtype, remat, unroll, mean_velocity
         # Class-to-image: two thirds of 4·width, so that the gated MLP costs what a plain one would.
         mlp_hidden = 4 * width if self.with_text else int(2 * 4 * width / 3)
 
@@ -158,6 +164,8 @@ class Trunk(nnx.Module):
         self.blocks = stack(lambda rngs: block(rngs, self.with_text), depth, rngs)
         if context_tokens:
             self.context_positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (context_tokens, width)))
+        if mean_velocity:
+            self.jump_embed = JumpEmbedding(width, period=self.time_embed.period, dtype=dtype, rngs=rngs)
 
     def make_embeddings(self, rngs: nnx.Rngs) -> None:
         """Make the layers that patches and times enter by."""
@@ -186,6 +194,7 @@ class Trunk(nnx.Module):
         context: Labels | Text,
         aligned_layer: int | None = None,
         keys: jax.Array | None = None,
+        jump: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Predict the velocity (or the clean image) of noised images.
 
@@ -195,24 +204,29 @@ class Trunk(nnx.Module):
             context: labels int32 [batch] (num_classes: no class), or text features [batch, length, text_width].
             aligned_layer: blocks after which to take the features that REPA aligns; None: don't.
             keys: [batch], for dropout while training; None: nothing is dropped.
+            jump: [batch, 4], see `JumpEmbedding`, for models with mean_velocity; None: of length 0, without guidance.
 
         Returns:
             The prediction, float32 [batch, height, width, 3], and the intermediates by name: "low_frequency" [batch,
             tokens, width], what the head is conditioned on (DeCo's Fig. 4: DiT output), and "aligned" [batch, tokens,
-            width] if asked for.
+            width] if asked for, and the second head's "velocity", of the images' shape.
         """
-        h, time, condition, aligned = self.hidden(images, times, context, aligned_layer, keys)
+        h, time, condition, aligned = self.hidden(images, times, context, aligned_layer, keys, jump)
         prediction, low_frequency = self.head(images, h, time, condition)
-        found = {"low_frequency": low_frequency, "aligned": aligned}
+        velocity = self.head(images, h, time, condition, second=True)[0] if self.mean_velocity else None
+        found = {"low_frequency": low_frequency, "aligned": aligned, "velocity": velocity}
         return prediction, {name: array for name, array in found.items() if array is not None}
 
-    def head(self, images: Images, h: jax.Array, time: jax.Array, condition: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def head(
+        self, images: Images, h: jax.Array, time: jax.Array, condition: jax.Array, second: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
         """Turn the last hidden states into the prediction; each model has its own.
 
         Args:
             images: [batch, height, width, 3], noised.
             h: [batch, tokens, width].
             time, condition: [batch, width], see `hidden`.
+            second: by the head that mean_velocity adds.
 
         Returns:
             float32 [batch, height, width, 3], and what of the hidden states it was made from, [batch, tokens, width].
@@ -226,6 +240,7 @@ class Trunk(nnx.Module):
         context: Labels | Text,
         aligned_layer: int | None = None,
         keys: jax.Array | None = None,
+        jump: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
         """Run embeddings and blocks, the low-frequency pathway; arguments as of `__call__`.
 
@@ -238,6 +253,9 @@ class Trunk(nnx.Module):
         rows, columns = height // self.patch_size, width // self.patch_size
         h = self.embed(patches.reshape(*patches.shape[:2], -1), rows, columns)
         time = self.time_embed(times)
+        if self.mean_velocity:
+            still = jnp.tile(jnp.asarray(STILL, jnp.float32), (len(images), 1))
+            time = time + self.jump_embed(still if jump is None else jump)
         text = None
         if self.with_text:
             condition = jax.nn.silu(time)
@@ -297,6 +315,29 @@ class Trunk(nnx.Module):
         return h[:, -tokens:], time, condition, aligned
 
 
+STILL = (0.0, 1.0, 0.0, 1.0)  # a jump of length 0, which is no guidance
+
+
+class JumpEmbedding(nnx.Module):
+    """What MeanFlow adds to a time's embedding: how far to jump, and the guidance that the velocity shall include.
+
+    Reads [batch, 4]: the jump's length in 0..1, the scale of guidance from 1 on, and the interval (low, high] of times
+    in which it acts. Zero at first, so that a trained network goes on as it was.
+    """
+
+    def __init__(self, width: int, *, period: float, dtype: Dtype, rngs: nnx.Rngs) -> None:
+        self.period = period
+        waves = 2 * TimestepEmbedding.WAVES
+        self.hidden = Linear(4 * waves, width, kernel_init=initializers.normal(0.02), dtype=dtype, rngs=rngs)
+        self.out = Linear(width, width, kernel_init=zeros, bias_init=zeros, dtype=dtype, rngs=rngs)
+
+    def __call__(self, jump: jax.Array) -> jax.Array:
+        """jump [batch, 4] → [batch, width]."""
+        length, scale, low, high = jnp.moveaxis(jump.astype(jnp.float32), 1, 0)
+        numbers = jnp.stack([length, jnp.log(jnp.maximum(scale, 1.0)), low, high], axis=1)
+        return self.out(jax.nn.silu(self.hidden(waves(numbers, self.period).reshape(len(jump), -1))))
+
+
 class TextEmbedding(nnx.Module):
     """RMSNorm(Linear(text)): [batch, length, text_width] → [batch, length, width]."""
 
@@ -315,7 +356,7 @@ class TextEmbedding(nnx.Module):
 RULES: Rules = (
     (r"(qkv|text_kv|gate|up)/kernel$", -2),  # [depth, width, ...]
     (r"(attention/out|down|modulation)/kernel$", -1),  # [depth, ..., width]
-    (r"(patch_embed|patch_reduce|time_embed/\w+|text_embed/proj)/kernel$", -1),
+    (r"(patch_embed|patch_reduce|(time|jump)_embed/\w+|text_embed/proj)/kernel$", -1),
     (r"(label_embed/embedding|text_positions|context_positions)$", -1),
     (r"output/linear/kernel$", -2),
 )

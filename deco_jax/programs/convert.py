@@ -103,7 +103,7 @@ def export_checkpoint(config: ml_collections.ConfigDict, workdir: str, checkpoin
 
 def _no_official_module(model: ml_collections.ConfigDict) -> str:
     """Why no module of the official code can hold the weights; "" if one can."""
-    for setting, official in (("decoder_patch_size", 1), ("decoder_interaction", "adaln")):
+    for setting, official in (("decoder_patch_size", 1), ("decoder_interaction", "adaln"), ("mean_velocity", False)):
         if model.get(setting, official) != official:
             return f"the official code has no model with config.model.{setting}={model[setting]}"
     return ""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
@@ -66,15 +67,17 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
         )
     fresh = ""
     if (config.init_from or checkpoint_path) and not checkpoint.complete_steps(folder):
-        like = with_classes_of(checkpoint.find(config.init_from), config) if config.init_from else config
+        like = as_stored(checkpoint.find(config.init_from), config) if config.init_from else config
         checkpoint.check_projector(checkpoint.find(checkpoint_path or config.init_from, config=like), config)
         if like.model.num_classes != config.model.num_classes:
             fresh = (
                 f"the label table starts anew, for {config.model.num_classes:,} classes instead of the "
                 f"{like.model.num_classes:,} of {config.init_from}"
             )
-            if config.init_optimizer:
-                raise UserError(f"{fresh}, and has no moments there; set config.init_optimizer=False")
+        elif like.model.mean_velocity != config.model.mean_velocity:
+            fresh = f"{config.init_from} learnt the velocity; what MeanFlow adds to it starts anew"
+        if fresh and config.init_optimizer:
+            raise UserError(f"{fresh}, and has no moments there; set config.init_optimizer=False")
     changed = {}
     if checkpoint.complete_steps(folder):
         settings.check_kept(folder, config)
@@ -327,14 +330,14 @@ def grid_requests(
 def start_from(config: ml_collections.ConfigDict, state: State, mesh: Mesh) -> State:
     """A new run's state with the weights of the checkpoint config.init_from, its averages and, if asked, its moments.
 
-    An average that it hasn't starts from its "ema". A label table for another number of classes stays a new one.
+    An average that it hasn't starts from its "ema". A label table for another number of classes stays a new one, and so
+    does what MeanFlow adds to a model that learnt the velocity, but for the second head, which starts as the first.
     """
     where = checkpoint.find(config.init_from)
-    like = with_classes_of(where, config)
+    like = as_stored(where, config)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state["params"])
     anew = like.model.num_classes != config.model.num_classes
-    if anew:
-        shapes = {**shapes, "denoiser": build(like.model.to_dict()).shapes}
+    shapes = {**shapes, "denoiser": build(like.model.to_dict()).shapes}
     params = checkpoint.load_params(where, shapes, like, mesh)
     there = checkpoint.average_names(where)
     averages = {
@@ -345,6 +348,8 @@ def start_from(config: ml_collections.ConfigDict, state: State, mesh: Mesh) -> S
         params["denoiser"]["label_embed"] = state["params"]["denoiser"]["label_embed"]
         for name, average in averages.items():
             average["label_embed"] = state["averages"][name]["label_embed"]
+    params["denoiser"] = completed(params["denoiser"], state["params"]["denoiser"])
+    averages = {name: completed(average, state["averages"][name]) for name, average in averages.items()}
     started = {**state, "params": params, "averages": averages}
     if config.init_optimizer:
         shapes = jax.tree.map(
@@ -354,10 +359,22 @@ def start_from(config: ml_collections.ConfigDict, state: State, mesh: Mesh) -> S
     return started
 
 
-def with_classes_of(where: pathlib.Path, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config with a checkpoint's number of classes; unchanged where either is of a text-to-image model."""
+def completed(params: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters with those of `fresh` that they lack; a second head, velocity_NAME, is a copy of the first."""
+    there = dict(params)
+    for name, new in fresh.items():
+        if name not in there:
+            first = params.get(name.removeprefix("velocity_"))
+            there[name] = new if first is None else jax.tree.map(jnp.copy, first)
+    return there
+
+
+def as_stored(where: pathlib.Path, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config with a checkpoint's number of classes, if neither is of a text-to-image model, and without what
+    MeanFlow adds to a model if the checkpoint's hasn't it."""
     there = checkpoint.num_classes(where)
     like = config.copy_and_resolve_references()
+    like.model.mean_velocity &= checkpoint.load_config(where)["model"].get("mean_velocity", False)
     if there and config.model.num_classes:
         like.model.num_classes = there
     return like

@@ -30,6 +30,7 @@ from deco_jax.run import checkpoint, preemption
 from deco_jax.run.sharding import BATCH, WHOLE, batch_sharding, each_device, place_everywhere, replicated, specs
 from deco_jax.sampling import samplers
 from deco_jax.sampling.guidance import make_velocity
+from deco_jax.sampling.jumps import make_mean_velocity
 from deco_jax.sampling.settings import Sampling
 
 # As `Requests.batch` makes them, on the mesh: "index" int32 [batch], "context" labels or text features, and perhaps
@@ -52,6 +53,12 @@ class Denoiser(NamedTuple):
 
     network: Network
     prediction: Prediction
+    jumps: bool = False  # whether it can be told how far to jump, config.model.mean_velocity
+
+    def mean_velocity(self, params: Params, x: jax.Array, t: jax.Array, context: Any, jump: jax.Array) -> jax.Array:
+        """The mean velocity [n, height, width, 3] over jumps from states x at t [n]; jump [n, 4]."""
+        output, _ = self.network.apply(params, x, t, context, jump=jump)
+        return self.prediction.velocity(output, x, t)
 
     def velocity(self, params: Params, x: jax.Array, t: jax.Array, context: Any) -> jax.Array:
         """The velocity [n, height, width, 3] at states x, whatever the network predicts; t [n]."""
@@ -67,7 +74,9 @@ class Denoiser(NamedTuple):
 
 def make_denoiser(config: ml_collections.ConfigDict) -> Denoiser:
     """The network of config.model, as it is used in sampling."""
-    return Denoiser(network_lib.build(config.model.to_dict()), make_prediction(config).in_sampling())
+    return Denoiser(
+        network_lib.build(config.model.to_dict()), make_prediction(config).in_sampling(), config.model.mean_velocity
+    )
 
 
 class Generator:
@@ -95,14 +104,19 @@ class Generator:
             ) -> samplers.Carry:
                 _, height, width, _ = carry.state.shape
                 normal = noise_of(settings["seed"], batch["index"], (height, width))
-                velocity = make_velocity(
-                    denoiser.velocity,
-                    settings["guidance"],
-                    denoiser.network.whole(params),
-                    (batch["context"], settings["null"]),
-                )
+                guidance, whole = settings["guidance"], denoiser.network.whole(params)
+                velocity: Callable[..., jax.Array]
+                if denoiser.jumps:
+                    velocity = make_mean_velocity(denoiser.mean_velocity, guidance, whole, batch["context"])
+                else:
+                    velocity = make_velocity(denoiser.velocity, guidance, whole, (batch["context"], settings["null"]))
                 return samplers.integrate(
-                    velocity, carry, settings["rows"], between or settings["between"], lambda step: normal(1 + step)
+                    velocity,
+                    carry,
+                    settings["rows"],
+                    between or settings["between"],
+                    lambda step: normal(1 + step),
+                    spans=denoiser.jumps,
                 )
 
             arguments = (specs(mesh, params), BATCH, BATCH, WHOLE)

@@ -35,12 +35,18 @@ class Table:
     keep: np.ndarray  # [evaluations]
     advance: np.ndarray  # [evaluations, velocities], newest velocity first
     predict: np.ndarray  # [evaluations, velocities]
+    span: np.ndarray  # [evaluations]: the time over which a mean velocity is asked for; 0: the velocity
     noise: np.ndarray  # [evaluations]
     ends: np.ndarray  # int [steps - 1]: the evaluations after which the state is x at times[1:-1]
 
 
 def _table(step: np.ndarray, time: np.ndarray, advance: np.ndarray, ends: np.ndarray, **columns: np.ndarray) -> Table:
-    defaults = {"keep": np.ones(len(time)), "predict": np.zeros_like(advance), "noise": np.zeros(len(time))}
+    defaults = {
+        "keep": np.ones(len(time)),
+        "predict": np.zeros_like(advance),
+        "span": np.zeros(len(time)),
+        "noise": np.zeros(len(time)),
+    }
     return Table(step, time, advance=advance, ends=ends, **{**defaults, **columns})
 
 
@@ -108,6 +114,12 @@ def sde(times: np.ndarray) -> Table:
     )
 
 
+def mean_flow(times: np.ndarray) -> Table:
+    """Jump over each step by its mean velocity: exact in any number of steps, one too, if the network is."""
+    dt = np.diff(times)
+    return _table(np.arange(len(dt)), times[:-1], advance=dt[:, None], ends=np.arange(len(dt) - 1), span=dt)
+
+
 # Enough for 512 steps of Heun's method.
 MIN_ROWS = 1024
 
@@ -120,6 +132,7 @@ SAMPLERS: dict[str, Callable[[np.ndarray], Table]] = {
     "adams3": functools.partial(adams, order=3),
     "adams4": functools.partial(adams, order=4),
     "sde": sde,
+    "mean_flow": mean_flow,
 }
 
 
@@ -171,7 +184,7 @@ def rows(table: Table, guided: np.ndarray) -> dict[str, np.ndarray]:
     """
     if np.shape(guided) != (len(table.ends) + 1,):
         raise ValueError(f"the sampler makes {len(table.ends) + 1} steps, but guided has shape {np.shape(guided)}")
-    columns = {name: getattr(table, name) for name in ("time", "keep", "advance", "predict", "noise")}
+    columns = {name: getattr(table, name) for name in ("time", "keep", "advance", "predict", "span", "noise")}
     columns = {name: np.asarray(column, np.float32) for name, column in columns.items()}
     columns |= {"step": table.step.astype(np.int32), "guided": np.asarray(guided, bool)[table.step]}
     length = max(MIN_ROWS, 1 << (len(table.step) - 1).bit_length())
@@ -205,11 +218,12 @@ def update(carry: Carry, velocity: Array, row: dict[str, Array], noise: Array) -
 
 
 def integrate(
-    velocity: Callable[[Array, Array, bool], Array],
+    velocity: Callable[..., Array],
     carry: Carry,
     rows: dict[str, Array],
     between: tuple[int | Array, int | Array],
     step_noise: Callable[[Array], Array],
+    spans: bool = False,
 ) -> Carry:
     """Run the evaluations of a table from between[0] up to but without between[1]. To be called under `jax.jit`.
 
@@ -221,16 +235,18 @@ def integrate(
         velocity: (x [batch, height, width, 3], t scalar, guided: bool) → velocity, as `guidance.make_velocity` makes.
         rows: of `rows`.
         step_noise: index of a step → standard normal [batch, height, width, 3].
+        spans: whether `velocity` takes a row's span as a fourth argument.
     """
 
     def evaluate(i: Array, carry: Carry) -> Carry:
         row = {name: lax.dynamic_index_in_dim(column, i, keepdims=False) for name, column in rows.items()}
         v = lax.cond(
             row["guided"],
-            lambda point, t: velocity(point, t, True).astype(jnp.float32),
-            lambda point, t: velocity(point, t, False).astype(jnp.float32),
+            lambda *arguments: velocity(*arguments[:2], True, *arguments[2:]).astype(jnp.float32),
+            lambda *arguments: velocity(*arguments[:2], False, *arguments[2:]).astype(jnp.float32),
             carry.point,
             row["time"],
+            *([row["span"]] if spans else []),
         )
         noise = lax.cond(
             row["noise"] != 0,

@@ -11,6 +11,7 @@ from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
 from deco_jax.sampling import samplers
 from deco_jax.sampling.guidance import Guidance
+from deco_jax.sampling.jumps import TrainedGuidance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,9 @@ class Sampling:
             settings.num_steps,
             settings.sampler,
             settings.shift,
-            Guidance(settings.guidance, tuple(settings.guidance_interval)),
+            (TrainedGuidance if config.model.mean_velocity else Guidance)(
+                settings.guidance, tuple(settings.guidance_interval)
+            ),
             settings.seed,
         )
 
@@ -58,6 +61,8 @@ class Sampling:
             return forwards
         if np.any(forwards.noise):
             raise UserError(f"the sampler {self.sampler!r} is stochastic and can't go backwards; choose another")
+        if np.any(forwards.span):
+            raise UserError(f"the sampler {self.sampler!r} jumps towards the image only; choose another")
         return samplers.make_table(self.sampler, self.times)
 
     def guided(self) -> np.ndarray:
