@@ -48,6 +48,8 @@ def training(config: ml_collections.ConfigDict) -> float:
     """FLOPs of training on one image: forward and twice that for the gradients, and the frozen networks' forward."""
     model, size = config.model, config.data.image_size
     total = 3 * forward_total(model, size)
+    if config.loss.mean_flow:  # the network's own velocities with and without a condition, and a forward-mode product
+        total += 4 * forward_total(model, size)
     if config.loss.repa_weight:
         height, width = image_sides(size)
         total += 3 * projector(model.width, config.teacher.size, height * width // model.patch_size**2)

@@ -41,9 +41,10 @@ def test_smoke_trains_and_samples(tmp_path, tmp_path_factory, name):
 
     assert json.loads((tmp_path / "config.json").read_text()) == config_lib.to_json(config)
     logged = rows(tmp_path)
+    term = "mean_velocity" if config.loss.mean_flow else "pixel"
     assert list(logged) == list(range(log_every, total + 1, log_every))
     for row in logged.values():
-        assert {"step", "loss", "pixel", "gradient_norm", "images_per_second", "unreadable_images"} <= set(row)
+        assert {"step", "loss", term, "gradient_norm", "images_per_second", "unreadable_images"} <= set(row)
         assert all(math.isfinite(value) for value in row.values())
     assert (tmp_path / "checkpoints" / str(total)).is_dir()
     assert all(step.isdigit() for step in steps(tmp_path))

@@ -12,6 +12,7 @@ from deco_jax.data.sources import SOURCES
 from deco_jax.data.transforms import image_sides
 from deco_jax.evaluation import DISTANCES, EVALUATORS
 from deco_jax.method.losses.frequency import FrequencySettings
+from deco_jax.method.losses.mean_flow import MeanFlowSettings
 from deco_jax.method.losses.perceptual import PerceptualSettings
 from deco_jax.method.losses.repa import RepaSettings
 from deco_jax.method.paths import PATHS
@@ -141,7 +142,7 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Loss(FrequencySettings, RepaSettings, PerceptualSettings):
+class Loss(FrequencySettings, RepaSettings, PerceptualSettings, MeanFlowSettings):
     """What is minimised. The losses declare their own settings in method/losses."""
 
     label_dropout: float = setting(

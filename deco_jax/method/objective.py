@@ -22,6 +22,7 @@ from deco_jax.errors import UserError
 from deco_jax.method.averages import Average, parse_averages
 from deco_jax.method.losses import LOSSES
 from deco_jax.method.losses.loss import Loss
+from deco_jax.method.losses.mean_flow import MeanFlow, MeanStep, make_mean_flow
 from deco_jax.method.paths import Path, make_path
 from deco_jax.method.predictions import Prediction, make_prediction
 from deco_jax.method.step import Draws, Observed, Params, Step
@@ -40,6 +41,7 @@ class Method:
         losses: whose weighted sum is minimised.
         averages: of the denoiser's weights, by name.
         label_dropout: share of the examples trained without their label or caption.
+        mean_flow: how jumps are drawn where the mean velocity is learnt; None: the velocity is.
     """
 
     path: Path
@@ -48,6 +50,7 @@ class Method:
     losses: tuple[Loss, ...]
     averages: Mapping[str, Average]
     label_dropout: float
+    mean_flow: MeanFlow | None = None
 
     def objective(
         self,
@@ -70,7 +73,7 @@ class Method:
         Returns:
             The loss, and its terms, unweighted, by name.
         """
-        step = Step(
+        step = (MeanStep if self.mean_flow else Step)(
             params,
             pixels,
             draws,
@@ -91,13 +94,18 @@ class Method:
     def draw(self, key: Array, shape: tuple[int, ...]) -> Draws:
         """Draw the random part of a step for image batches of `shape`; depends on the key alone, not on devices."""
         noise_key, time_key, drop_key = jax.random.split(key, 3)
-        times = self.times(time_key, shape[0])
+        jump = None
+        if self.mean_flow:
+            times, jump = self.mean_flow.draw(time_key, self.times, shape[0])
+        else:
+            times = self.times(time_key, shape[0])
         return Draws(
             noise=jax.random.normal(noise_key, shape),
             times=times,
             dropped=jax.random.bernoulli(drop_key, self.label_dropout, (shape[0],)),
             keys=jax.random.split(jax.random.fold_in(key, 1), shape[0]),
             counts={loss.name: counted(times, loss.min_time) for loss in self.losses if loss.min_time > 0},
+            jump=jump,
         )
 
     def observe(self, frozen: Mapping[str, Params], pixels: Array) -> dict[str, Any]:
@@ -145,4 +153,5 @@ def make_method(config: ml_collections.ConfigDict) -> Method:
         losses=tuple(each for each in found if each is not None),
         averages=parse_averages(config.optimizer.ema_decay, config.optimizer.averages),
         label_dropout=loss.label_dropout,
+        mean_flow=make_mean_flow(config),
     )

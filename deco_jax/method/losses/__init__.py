@@ -11,11 +11,13 @@ from collections.abc import Callable
 
 import ml_collections
 
-from deco_jax.method.losses import frequency, perceptual, pixel, repa
+from deco_jax.method.losses import frequency, mean_flow, perceptual, pixel, repa
 from deco_jax.method.losses.loss import Loss
 
 LOSSES: list[Callable[[ml_collections.ConfigDict], Loss | None]] = [
     pixel.from_config,
+    mean_flow.mean_from_config,
+    mean_flow.head_from_config,
     frequency.from_config,
     repa.from_config,
     perceptual.lpips_from_config,

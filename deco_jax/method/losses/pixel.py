@@ -37,6 +37,6 @@ def flow_matching_loss(error: Images) -> PerExample:
     return jnp.mean(jnp.square(error.astype(jnp.float32)), axis=tuple(range(1, error.ndim)))
 
 
-def from_config(config: ml_collections.ConfigDict) -> PixelLoss:
-    """Build the loss that every run has."""
-    return PixelLoss()
+def from_config(config: ml_collections.ConfigDict) -> PixelLoss | None:
+    """Build the loss that every run has; None where MeanFlow stands in its place."""
+    return None if config.loss.mean_flow else PixelLoss()
