@@ -21,6 +21,7 @@ from jax.nn import initializers
 
 from deco_jax.models.architecture import Rules
 from deco_jax.models.blocks import PLAIN, Block, Dropout
+from deco_jax.models.jumps import STILL, JumpEmbedding
 from deco_jax.models.layers import (
     REMAT_POLICIES,
     Dtype,
@@ -31,7 +32,6 @@ from deco_jax.models.layers import (
     rotary_angles,
     run_stack,
     stack,
-    waves,
     xavier,
     zeros,
 )
@@ -105,7 +105,7 @@ class Trunk(nnx.Module):
         context_tokens: class tokens that join the image's before block `context_start` and leave after the last
             (in-context conditioning, Li & He 2025, JiT); class-to-image only.
         dropout: share of the units that training drops in the middle half of the blocks.
-        mean_velocity: see `JumpEmbedding`; a model then returns its second head's output as "velocity".
+        mean_velocity: see `jumps.JumpEmbedding`; a model then returns its second head's output as "velocity".
     """
 
     style = PLAIN
@@ -204,7 +204,7 @@ class Trunk(nnx.Module):
             context: labels int32 [batch] (num_classes: no class), or text features [batch, length, text_width].
             aligned_layer: blocks after which to take the features that REPA aligns; None: don't.
             keys: [batch], for dropout while training; None: nothing is dropped.
-            jump: [batch, 4], see `JumpEmbedding`, for models with mean_velocity; None: of length 0, without guidance.
+            jump: [batch, 4], see `jumps.JumpEmbedding`, for models with mean_velocity; None: of length 0, without guidance.
 
         Returns:
             The prediction, float32 [batch, height, width, 3], and the intermediates by name: "low_frequency" [batch,
@@ -313,29 +313,6 @@ class Trunk(nnx.Module):
                 angles = jnp.pad(angles, ((self.context_tokens, 0), (0, 0)))  # the class has no place in the image
             start = stop
         return h[:, -tokens:], time, condition, aligned
-
-
-STILL = (0.0, 1.0, 0.0, 1.0)  # a jump of length 0, which is no guidance
-
-
-class JumpEmbedding(nnx.Module):
-    """What MeanFlow adds to a time's embedding: how far to jump, and the guidance that the velocity shall include.
-
-    Reads [batch, 4]: the jump's length in 0..1, the scale of guidance from 1 on, and the interval (low, high] of times
-    in which it acts. Zero at first, so that a trained network goes on as it was.
-    """
-
-    def __init__(self, width: int, *, period: float, dtype: Dtype, rngs: nnx.Rngs) -> None:
-        self.period = period
-        waves = 2 * TimestepEmbedding.WAVES
-        self.hidden = Linear(4 * waves, width, kernel_init=initializers.normal(0.02), dtype=dtype, rngs=rngs)
-        self.out = Linear(width, width, kernel_init=zeros, bias_init=zeros, dtype=dtype, rngs=rngs)
-
-    def __call__(self, jump: jax.Array) -> jax.Array:
-        """jump [batch, 4] → [batch, width]."""
-        length, scale, low, high = jnp.moveaxis(jump.astype(jnp.float32), 1, 0)
-        numbers = jnp.stack([length, jnp.log(jnp.maximum(scale, 1.0)), low, high], axis=1)
-        return self.out(jax.nn.silu(self.hidden(waves(numbers, self.period).reshape(len(jump), -1))))
 
 
 class TextEmbedding(nnx.Module):

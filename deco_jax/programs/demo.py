@@ -237,7 +237,8 @@ def make_page(gradio: Any, model: api.Model) -> Any:
                 )
                 asked["seed"] = gradio.Number(sample.seed, label="Seed", precision=0)
                 with gradio.Accordion("Sampler and size", open=False):
-                    asked["sampler"] = gradio.Dropdown(list(SAMPLERS), value=sample.sampler, label="Sampler")
+                    samplers = [name for name in SAMPLERS if model.config.model.mean_velocity or name != "mean_flow"]
+                    asked["sampler"] = gradio.Dropdown(samplers, value=sample.sampler, label="Sampler")
                     asked["shift"] = gradio.Slider(
                         0.1,
                         max(10, sample.shift),

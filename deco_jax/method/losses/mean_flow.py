@@ -30,7 +30,7 @@ from deco_jax.method.times import Times
 from deco_jax.schema import above, at_least, between, setting
 from deco_jax.shapes import Images, PerExample
 
-# Columns of what the network is told, [batch, 4]; see `models.trunk.JumpEmbedding`.
+# Columns of what the network is told, [batch, 4]; see `models.jumps.JumpEmbedding`.
 LENGTH, GUIDANCE, LOW, HIGH = range(4)
 
 
