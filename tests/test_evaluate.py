@@ -15,6 +15,7 @@ from PIL import Image
 from configs import quickstart
 from deco_jax.errors import UserError
 from deco_jax.evaluation import adm, image_sets
+from deco_jax.evaluation.measuring import read
 from deco_jax.evaluation.statistics import NpzImages
 from deco_jax.models.inception import Features
 from deco_jax.programs import evaluate as evaluate_lib
@@ -89,6 +90,18 @@ def test_interrupted_and_continued(tmp_path):
     measured(images, tmp_path / "state.npz", Projection(0))  # and now none
     with pytest.raises(KeyboardInterrupt):  # something else is not continued
         measured(images, tmp_path / "state.npz", Projection(0), num_kept=5)
+
+
+def test_evaluators_of_the_same_features_share_a_reader(tmp_path):
+    """ADM's scores and KID take Inception's features of each image once."""
+    features = adm.InceptionFeatures.__new__(adm.InceptionFeatures)
+    features.config, features.folder, features.weights = settings(), tmp_path, "digest"
+    features.extractor, features._reader = Projection(7), None
+    samples = image_sets.folder_images(as_folder(tmp_path / "images", pictures(7)))
+    read(samples, [features.reader(samples), features.reader(samples)], 4, say=lambda text: None)
+    assert features.of_samples(samples).count == 7
+    other = samples._replace(identity="other")
+    assert features.reader(other).count == 0
 
 
 def test_npz_equals_folder(tmp_path):

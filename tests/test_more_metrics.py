@@ -94,10 +94,12 @@ def test_reconstruction(tmp_path, files):
         condition=Classes(10), frozen={}, velocity=lambda state, t, labels: jnp.zeros_like(state) + 0 * labels[0]
     )
 
+    setup = setup_of(tmp_path, files)
+    measure = lpips.make(setup)
+
     def distance(time):
-        return lpips.make(setup_of(tmp_path, files, lpips_time=time))(Subject(model=model)).values[
-            "lpips_reconstruction"
-        ]
+        setup.config.evaluate.lpips_time = time
+        return measure(Subject(model=model)).values["lpips_reconstruction"]
 
     assert distance(1.0) == pytest.approx(0, abs=1e-6)
     early, late = distance(0.3), distance(0.9)

@@ -53,14 +53,19 @@ class InceptionFeatures:
         self.config, self.folder = config, folder / FOLDER
         self.weights = digest(self.path.read_bytes())
         self.extractor = FeatureExtractor(load_inception(self.path), min(config.evaluate.batch_size, most), mesh)
+        self._reader: Reader[Accumulator] | None = None
 
     def reader(self, samples: ImageSet, kept: bool = True) -> Reader[Accumulator]:
-        """Measure samples; `kept`: in the folder, from where it goes on."""
+        """Measure samples; `kept`: in the folder, from where it goes on, and one reader for all who ask."""
         settings, path = self.config.evaluate, self.folder / "samples.npz"
         if not kept:
             return inception_reader(samples, self.extractor, None, self.weights, 0, 1)
         num_kept = settings.precision_recall_samples
-        return inception_reader(samples, self.extractor, path, self.weights, num_kept, settings.save_every)
+        wanted = measured_from(samples, self.weights, num_kept)
+        if self._reader is None or self._reader.state.fingerprint != wanted:
+            save_every = settings.save_every
+            self._reader = inception_reader(samples, self.extractor, path, self.weights, num_kept, save_every)
+        return self._reader
 
     def of_samples(self, samples: ImageSet) -> Accumulator:
         """Return what there is to know of samples; those that are measured already aren't drawn again."""

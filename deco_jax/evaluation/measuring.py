@@ -97,7 +97,7 @@ def read(
 ) -> None:
     """Let the readers measure what is left of a set, in batches of `batch_size` images; the last may be smaller."""
     say = say or (lambda text: print(text, flush=True) if jax.process_index() == 0 else None)
-    waiting = [reader for reader in readers if reader.count < images.total]
+    waiting = [reader for reader in dict.fromkeys(readers) if reader.count < images.total]
     first = min((reader.count for reader in waiting), default=images.total)
     if first:
         say(f"{images.name}: {first:,} of {images.total:,} images are measured already")

@@ -126,8 +126,7 @@ class TextTower(nnx.Module):
 def square(images: jax.Array, side: int) -> jax.Array:
     """uint8 images [batch, height, width, 3] → their middle square in [0, 1], resized (bicubic, antialiased)."""
     _, height, width, _ = images.shape
-    scale = side / min(height, width)
-    rows, columns = max(side, round(height * scale)), max(side, round(width * scale))
+    rows, columns = (length * side // min(height, width) for length in (height, width))
     x = images.astype(jnp.float32) / 255
     if (rows, columns) != (height, width):
         x = jax.image.resize(x, (len(x), rows, columns, 3), "cubic", antialias=True)
