@@ -204,7 +204,7 @@ class Trunk(nnx.Module):
             context: labels int32 [batch] (num_classes: no class), or text features [batch, length, text_width].
             aligned_layer: blocks after which to take the features that REPA aligns; None: don't.
             keys: [batch], for dropout while training; None: nothing is dropped.
-            jump: [batch, 4], see `jumps.JumpEmbedding`, for models with mean_velocity; None: of length 0, without guidance.
+            jump: [batch, 4], see `jumps.JumpEmbedding`, with mean_velocity; None: of length 0, without guidance.
 
         Returns:
             The prediction, float32 [batch, height, width, 3], and the intermediates by name: "low_frequency" [batch,
