@@ -18,8 +18,11 @@ Variants, each also as NAME-cpu (1.3 million parameters, for two cores) and NAME
     no_frequency     without the frequency loss
     patch2, patch4   side of what the decoder treats as one token
     add              condition added instead of adaLN
+    NAME_repa        any of these aligned with a teacher: VGG16's third tap, whose 8×8 grid is the tokens';
+                     --config.teacher.path=/data/vgg16-397923af.pth (torchvision's file)
 
-Parameters of all lie within 2 % of DeCo's (6 % at -cpu). No teacher anywhere; with one: not measured yet.
+Parameters of all lie within 2 % of DeCo's (6 % at -cpu). The paper's models but "dit" have a teacher, DINOv2-B: its
+claim is about dit, jit_repa, no_frequency_repa and deco_repa, in this order. With VGG16: not measured yet.
 Hardware: meant for one GPU; its memory is not measured yet. Time: not measured yet. FID: not measured yet. NAME-cpu:
 12 to 15 minutes on one core of two, and FIDs that only tell them apart: docs/results.md.
 """
@@ -33,21 +36,29 @@ from deco_jax.config import default_config
 
 ROWS = {name: ablation.ROWS[name][1] for name in ("deco", "dit", "pixnerd", "jit", "no_frequency", "patch4", "add")}
 
-# Beside ours launch/sweep.py prints the paper's figures (size L, ImageNet 256²) of the rows that have no teacher, as
-# none has here.
+# Beside ours launch/sweep.py prints the paper's figures (size L, ImageNet 256²) of the rows that it has, with its own
+# teacher where ours have VGG16.
 PAPER = {
     f"{ours}{size}": ablation.PAPER[theirs]
-    for ours, theirs in (("deco", "no_repa"), ("dit", "dit"))
+    for ours, theirs in (
+        ("deco", "no_repa"),
+        ("dit", "dit"),
+        *((f"{name}_repa", name) for name in ("deco", "jit", "no_frequency", "pixnerd", "patch4", "add")),
+    )
     for size in ("", "-cpu")
 }
 
 
 def get_config(variant: str = "deco") -> ml_collections.ConfigDict:
-    """A row by its name, ROW-cpu or ROW-smoke; B is deco, smoke is deco-smoke."""
-    name, _, size = {"B": "deco", "smoke": "deco-smoke"}.get(variant, variant).partition("-")
+    """A row by its name, perhaps with _repa, perhaps with -cpu or -smoke; B is deco, smoke is deco-smoke."""
+    row, _, size = {"B": "deco", "smoke": "deco-smoke"}.get(variant, variant).partition("-")
+    name, aligned = row.removesuffix("_repa"), row.endswith("_repa")
     if name not in (*ROWS, "patch2") or size not in ("", "cpu", "smoke"):
         names = ", ".join([*ROWS, "patch2"])
-        raise ValueError(f"there is no variant {variant!r}; choose one of {names} (or one of them with -cpu or -smoke)")
+        raise ValueError(
+            f"there is no variant {variant!r}; choose one of {names} (or one of them with _repa, and then -cpu or "
+            "-smoke)"
+        )
     config = default_config()
     config.model.width, config.model.depth, config.model.num_heads = 512, 12, 8
     if size == "cpu":
@@ -94,4 +105,14 @@ def get_config(variant: str = "deco") -> ml_collections.ConfigDict:
         config.model.patch_size = 4
         if "decoder_patch_size" in config.model:
             config.model.decoder_patch_size = patch
+    if aligned:
+        config.loss.repa_weight = 0.5
+        config.loss.repa_layer = max(2, config.model.depth // 3)
+        vgg_teacher(config)
     return config
+
+
+def vgg_teacher(config: ml_collections.ConfigDict) -> None:
+    """Make VGG16 the teacher: the tap whose grid at 32² in patches of 4 is that of the tokens."""
+    config.teacher.name, config.teacher.size = "vgg", "3"
+    config.teacher.dtype = config.model.dtype

@@ -17,8 +17,9 @@ import ml_collections
 
 from deco_jax.conditioning.encoders import abstract_encoder
 from deco_jax.data.transforms import image_sides
-from deco_jax.models import dinov2, vgg
+from deco_jax.models import projector, vgg
 from deco_jax.models.network import architecture
+from deco_jax.models.teachers import features_width, make_teacher
 from deco_jax.sampling.settings import Sampling
 
 
@@ -38,12 +39,6 @@ def forward_total(model: Mapping[str, Any], image_size: int | tuple[int, int]) -
     return sum(forward(model, image_size).values())
 
 
-def projector(width: int, teacher_size: str, tokens: int) -> float:
-    """FLOPs of REPA's projector on one image."""
-    teacher_width, _, _ = dinov2.sizes(teacher_size)
-    return 2.0 * tokens * (2 * width**2 + width * teacher_width)
-
-
 def training(config: ml_collections.ConfigDict) -> float:
     """FLOPs of training on one image: forward and twice that for the gradients, and the frozen networks' forward."""
     model, size = config.model, config.data.image_size
@@ -52,12 +47,16 @@ def training(config: ml_collections.ConfigDict) -> float:
         total += 4 * forward_total(model, size)
     if config.loss.repa_weight:
         height, width = image_sides(size)
-        total += 3 * projector(model.width, config.teacher.size, height * width // model.patch_size**2)
+        tokens, features = (
+            height * width // model.patch_size**2,
+            features_width(config.teacher.name, config.teacher.size),
+        )
+        total += 3 * projector.flops(config.loss.repa_projector, model.width, features, tokens)
     # A perceptual loss's network sees the predicted image, and gradients pass through it.
     if config.loss.lpips_weight:
         total += 3 * vgg.flops(image_sides(size), model.patch_size)  # and the true image
     if config.loss.dino_weight:
-        total += 2 * dinov2.flops(config.teacher.size, model.patch_size, *image_sides(size))
+        total += 2 * make_teacher(config).network.flops(*image_sides(size))
     return total + frozen(config)
 
 
@@ -65,7 +64,7 @@ def frozen(config: ml_collections.ConfigDict) -> float:
     """FLOPs on one training image of the networks that aren't trained: REPA's teacher, the text encoder; 0 without."""
     total, model = 0.0, config.model
     if config.loss.repa_weight or config.loss.dino_weight:
-        total += dinov2.flops(config.teacher.size, model.patch_size, *image_sides(config.data.image_size))
+        total += make_teacher(config).network.flops(*image_sides(config.data.image_size))
     if model.text_width and not config.text.features:
         total += abstract_encoder(config).network.flops(model.text_length)
     return total

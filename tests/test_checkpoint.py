@@ -228,7 +228,11 @@ def test_another_teacher(saved):
     stored["loss"]["repa_weight"] = config.loss.repa_weight = 0.5
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint.folder, "load_config", lambda _: stored)
-        with pytest.raises(UserError, match=r"trained with the teacher B and here it is L.*config.teacher.size"):
+        with pytest.raises(UserError, match=r"teacher.size=B and here it is L, which its projector"):
+            checkpoint.check_projector(path, config)
+        config.teacher.size = "B"
+        config.loss.repa_mask = 0.2
+        with pytest.raises(UserError, match=r"mask=0.0 and here it is 0.2; .* for hidden tokens only above"):
             checkpoint.check_projector(path, config)
 
 

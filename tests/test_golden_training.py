@@ -59,7 +59,8 @@ def setup(model: str, frequency_weight: float = 1.0):
 
 def step_inputs(noise: np.ndarray, times: np.ndarray):
     values = golden("losses")
-    features = {"teacher": jnp.asarray(values["step/features"])}
+    tokens = jnp.asarray(values["step/features"])
+    features = {"teacher": network.View(tokens, tokens.mean(axis=1))}
     observed = Observed(jnp.asarray(values["step/y"], jnp.int32), jnp.int32(10), features)
     draws = Draws(jnp.asarray(nhwc(noise)), jnp.asarray(times), jnp.zeros(len(times), bool))
     return jnp.asarray(nhwc(values["step/x"])), draws, observed

@@ -16,6 +16,7 @@ from deco_jax.config.sections import MODEL, SECTIONS, TOP
 from deco_jax.config.words import suggestion
 from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
+from deco_jax.models import teachers
 from deco_jax.nested import flatten
 from deco_jax.run import storage
 from deco_jax.schema import Setting, wrong
@@ -162,9 +163,17 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
         )
     if loss.repa_weight and loss.repa_layer > model.depth:
         raise UserError(f"config.loss.repa_layer={loss.repa_layer} is deeper than config.model.depth={model.depth}")
-    if (loss.repa_weight or loss.dino_weight) and (height * 14 % model.patch_size or width * 14 % model.patch_size):
+    if loss.repa_weight or loss.dino_weight:
+        teachers.check_image_size(config, height, width)
+    if loss.repa_schedule != "constant" and not loss.repa_until_step:
         raise UserError(
-            f"the teacher reads the image at 14/{model.patch_size} of its size, which is not whole for {height}x{width}"
+            f"config.loss.repa_schedule={loss.repa_schedule} falls to 0 at config.loss.repa_until_step, which is 0; "
+            "set it"
+        )
+    if loss.repa_weight and loss.repa_target == "spatial" and (height, width) == (model.patch_size,) * 2:
+        raise UserError(
+            "config.loss.repa_target=spatial compares an image's tokens with their mean, and this image is one token; "
+            "make config.model.patch_size smaller"
         )
     if config.evaluate.every % config.train.log_every:
         raise UserError(

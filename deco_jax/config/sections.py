@@ -17,6 +17,8 @@ from deco_jax.method.losses.perceptual import PerceptualSettings
 from deco_jax.method.losses.repa import RepaSettings
 from deco_jax.method.paths import PATHS
 from deco_jax.models.network import SETTINGS as MODEL_SETTINGS
+from deco_jax.models.teachers import SIZES as TEACHER_SIZES
+from deco_jax.models.teachers import TEACHERS
 from deco_jax.sampling.samplers import SAMPLERS
 from deco_jax.schema import MAX_INT32, Rule, Setting, above, at_least, between, one_of, setting, settings
 
@@ -159,10 +161,11 @@ class Loss(FrequencySettings, RepaSettings, PerceptualSettings, MeanFlowSettings
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """DINOv2, read only where loss.repa_weight is above 0."""
+    """The frozen encoder to align with, read only where loss.repa_weight or loss.dino_weight is above 0."""
 
+    name: str = setting("dinov2", "Kind of encoder.", one_of(*TEACHERS))
     path: str = setting("", "Its weights, such as dinov2_vitb14_pretrain.pth.")
-    size: str = setting("B", "Its size.", one_of("S", "B", "L"))
+    size: str = setting("B", "Its size; of vgg the tap, 1 to 5.", one_of(*TEACHER_SIZES))
     dtype: str = setting("bfloat16", "Precision of its computation.", PRECISION)
 
 

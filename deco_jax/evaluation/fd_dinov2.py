@@ -25,7 +25,7 @@ from deco_jax.evaluation.fid import frechet_distance
 from deco_jax.evaluation.image_sets import ImageSet, digest
 from deco_jax.evaluation.measuring import Extractor, Reader, Rows, file_identity, fingerprint_of, read
 from deco_jax.models.dinov2 import MEAN, META_URL, STD, DINOv2, load_teacher, sizes
-from deco_jax.models.network import Params, functional
+from deco_jax.models.network import Params, View, functional
 from deco_jax.run import storage
 
 SIDE = 224  # pixels, 16 × 16 patches
@@ -36,13 +36,14 @@ def class_tokens(size: str, dtype: str) -> tuple[jax.stages.Wrapped, Params]:
     kind = jnp.dtype(dtype)
 
     class ClassToken(DINOv2):
-        def __call__(self, images: jax.Array, patch_size: int = 16) -> jax.Array:
+        def __call__(self, images: jax.Array, patch_size: int = 16) -> View:
             x = images.astype(jnp.float32) / 255
             x = jax.image.resize(x, (len(x), SIDE, SIDE, 3), "cubic", antialias=True)
-            return self.features((x - MEAN) / STD)[:, 0]
+            h = self.features((x - MEAN) / STD)
+            return View(h[:, 1:], h[:, 0])
 
     network = functional(lambda rngs: ClassToken.of_size(size, dtype=kind, rngs=rngs), kind)
-    return jax.jit(network.apply), network.shapes
+    return jax.jit(lambda params, images: network.apply(params, images).image), network.shapes
 
 
 def frechet(x: np.ndarray, y: np.ndarray) -> float:

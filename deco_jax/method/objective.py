@@ -87,12 +87,16 @@ class Method:
         total, terms = jnp.zeros(len(pixels)), {}
         for loss in self.losses:
             terms[loss.name] = loss(step) * draws.counts.get(loss.name, 1.0)
-            total = total + loss.weight * terms[loss.name]
+            total = total + loss.weight * draws.shares.get(loss.name, 1.0) * terms[loss.name]
         return jnp.mean(total), {name: jnp.mean(values) for name, values in terms.items()}
 
     @jax.named_scope("noise")
-    def draw(self, key: Array, shape: tuple[int, ...]) -> Draws:
-        """Draw the random part of a step for image batches of `shape`; depends on the key alone, not on devices."""
+    def draw(self, key: Array, shape: tuple[int, ...], step: Array | None = None) -> Draws:
+        """Draw the random part of a step for image batches of `shape`; depends on the key alone, not on devices.
+
+        Args:
+            step: steps done, for weights that change on the way; None: they are what they are at first.
+        """
         noise_key, time_key, drop_key = jax.random.split(key, 3)
         jump = None
         if self.mean_flow:
@@ -106,12 +110,34 @@ class Method:
             keys=jax.random.split(jax.random.fold_in(key, 1), shape[0]),
             counts={loss.name: counted(times, loss.min_time) for loss in self.losses if loss.min_time > 0},
             jump=jump,
+            shares={}
+            if step is None
+            else {
+                loss.name: jnp.full(shape[0], share_of_weight(loss.schedule, loss.until_step, step))
+                for loss in self.losses
+                if loss.schedule != "constant"
+            },
         )
+
+    def at(self, step: int) -> Method:
+        """Return the method without the losses that have ended after so many steps."""
+        return dataclasses.replace(
+            self, losses=tuple(loss for loss in self.losses if not loss.until_step or step < loss.until_step)
+        )
+
+    @property
+    def ends(self) -> list[int]:
+        """Steps done after which a loss is left out, ascending."""
+        return sorted({loss.until_step for loss in self.losses if loss.until_step})
 
     def observe(self, frozen: Mapping[str, Params], pixels: Array) -> dict[str, Any]:
         """Compute the features of clean images, uint8 [batch, height, width, 3], that losses ask for, by network."""
-        names = dict.fromkeys(name for loss in self.losses for name in loss.features)
-        return {name: self.frozen[name].apply(frozen[name], pixels) for name in names}
+        return {name: self.frozen[name].apply(frozen[name], pixels) for name in self.features}
+
+    @functools.cached_property
+    def features(self) -> tuple[str, ...]:
+        """The frozen networks whose features of clean images losses ask for."""
+        return tuple(dict.fromkeys(name for loss in self.losses for name in loss.features))
 
     @functools.cached_property
     def trained(self) -> dict[str, Network]:
@@ -136,6 +162,12 @@ def counted(times: Array, min_time: float) -> Array:
     """Return how much each example counts, [batch]: all alike from a time on, 0 before it; 1 on average if any does."""
     late = (times >= min_time).astype(jnp.float32)
     return late * len(times) / jnp.maximum(jnp.sum(late), 1)
+
+
+def share_of_weight(schedule: str, until_step: int, step: Array) -> Array:
+    """Return the share of its weight that a loss still has after `step` steps, from 1 down to 0 at `until_step`."""
+    done = jnp.clip(step / until_step, 0.0, 1.0)
+    return {"linear": 1 - done, "cosine": (1 + jnp.cos(jnp.pi * done)) / 2}[schedule]
 
 
 def make_method(config: ml_collections.ConfigDict) -> Method:

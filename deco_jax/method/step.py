@@ -28,6 +28,8 @@ class Draws(NamedTuple):
     # Loss → how much each example counts, [batch] with the mean 1 over the whole batch; losses without: all the same.
     counts: Mapping[str, Array] = {}
     jump: Array | None = None  # [batch, 4], of MeanFlow; see `losses.mean_flow`
+    # Loss → the share of its weight that it has at this step, [batch], all the same; losses without: all of it.
+    shares: Mapping[str, Array] = {}
 
 
 class Observed(NamedTuple):

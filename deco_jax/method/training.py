@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from deco_jax.conditioning.condition import Condition, abstract_condition
 from deco_jax.data.transforms import image_sides
 from deco_jax.method.averages import update_average
-from deco_jax.method.objective import make_method
+from deco_jax.method.objective import Method, make_method
 from deco_jax.method.optimizer import make_optimizer
 from deco_jax.method.step import Draws, Observed
 from deco_jax.models import network as network_lib
@@ -31,8 +31,17 @@ Metrics = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
 
 
-# (frozen arrays by name, batch) → Observed
-Observer = Callable[[dict[str, Any], Batch], Observed]
+class Observer(Protocol):
+    """Computes what is known of a batch besides its images."""
+
+    def __call__(self, frozen: dict[str, Any], batch: Batch, method: Method | None = None) -> Observed:
+        """Observe a batch.
+
+        Args:
+            frozen: arrays by name.
+            method: whose losses say which features are wanted; None: the config's.
+        """
+        ...
 
 
 # Keeps the noise of training apart from that of samples, whose keys are those of the seed and their index, below this.
@@ -45,6 +54,7 @@ def make_train_step(
     config: ml_collections.ConfigDict,
     observe: Observer,
     mesh: Mesh | None = None,
+    start: int = 0,
 ) -> Callable[[State, Batch, dict[str, Any]], tuple[State, Metrics]]:
     """(state, batch, frozen) → (state, metrics), to be jitted with the state donated.
 
@@ -54,13 +64,14 @@ def make_train_step(
 
     Args:
         mesh: None: one device.
+        start: steps done before it is first run. Losses that have ended by then are not in it, nor what they need.
     """
-    method = make_method(config)
+    method = make_method(config).at(start)
     gradient = jax.value_and_grad(functools.partial(method.objective, networks=networks), has_aux=True)
     accumulate = config.optimizer.accumulate_steps
 
     def of_rows(params: Any, batch: Batch, draws: Draws, frozen: dict[str, Any]) -> tuple[Any, Any]:
-        (loss, parts), grads = gradient(params, batch["image"], draws, observe(frozen, batch), frozen)
+        (loss, parts), grads = gradient(params, batch["image"], draws, observe(frozen, batch, method), frozen)
         return {"loss": loss, **parts}, grads
 
     def loss_and_gradient(params: Any, batch: Batch, draws: Draws, frozen: dict[str, Any]) -> tuple[Any, Any]:
@@ -95,7 +106,7 @@ def make_train_step(
 
     def train_step(state: State, batch: Batch, frozen: dict[str, Any]) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), TRAINING), state["step"])
-        draws = method.draw(key, batch["image"].shape)
+        draws = method.draw(key, batch["image"].shape, state["step"])
         metrics, grads = over_mesh(state["params"], batch, draws, frozen)
 
         with jax.named_scope("optimizer"):
@@ -130,11 +141,12 @@ def lower_train_step(
     state: State,
     batch: dict[str, Any],
     frozen: dict[str, Any],
+    start: int = 0,
 ) -> jax.stages.Lowered:
     """`make_train_step` for a state, batch and frozen arrays (or their shapes with shardings), to be compiled."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(
-        make_train_step(networks, optimizer, config, observe, mesh),
+        make_train_step(networks, optimizer, config, observe, mesh, start),
         donate_argnums=0,
         out_shardings=(shardings, sharding.replicated(mesh)),
     )
@@ -207,14 +219,13 @@ def abstract_networks(
         condition: by default one that is known by its shapes alone.
     """
     condition = condition or abstract_condition(config, mesh)
-    method = make_method(config)
-    networks = {"denoiser": network_lib.build(config.model.to_dict())} | method.trained
-    weights = {name: network.shapes for name, network in method.frozen.items()}
+    whole = make_method(config)
+    networks = {"denoiser": network_lib.build(config.model.to_dict())} | whole.trained
+    weights = {name: network.shapes for name, network in whole.frozen.items()}
     shapes = dict(condition.shapes) | sharding.placed_shapes(mesh, weights)
 
-    def observe(frozen: dict[str, Any], batch: Batch) -> Observed:
-        return Observed(
-            condition.context(frozen, batch), condition.null(frozen), method.observe(frozen, batch["image"])
-        )
+    def observe(frozen: dict[str, Any], batch: Batch, method: Method | None = None) -> Observed:
+        features = (method or whole).observe(frozen, batch["image"])
+        return Observed(condition.context(frozen, batch), condition.null(frozen), features)
 
     return networks, observe, shapes

@@ -52,6 +52,17 @@ class Network(NamedTuple):
         return sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
 
 
+class View(NamedTuple):
+    """What a teacher sees in images, float32.
+
+    tokens: [batch, tokens, width], a vector for each of the denoiser's tokens, row by row.
+    image: [batch, width], one for the whole image: the class token, or what takes its place.
+    """
+
+    tokens: jax.Array
+    image: jax.Array
+
+
 class FrozenNetwork(NamedTuple):
     """A network that doesn't train: a teacher, a text encoder.
 

@@ -1,4 +1,4 @@
-"""LPIPS on VGG16, the frozen network whose features tell how alike two images look.
+"""VGG16: LPIPS, which tells how alike two images look, and a teacher where no other one can be had.
 
 Sources: Zhang et al. 2018 (LPIPS, version 0.1); Simonyan & Zisserman 2015 (VGG16).
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Mapping
+import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +21,8 @@ from deco_jax.convert.mapping import VECTOR, Row, one_to_one, to_ours
 from deco_jax.convert.torch_files import read_tensors
 from deco_jax.errors import UserError
 from deco_jax.models.layers import Dtype
-from deco_jax.models.network import FrozenNetwork, functional
+from deco_jax.models.network import FrozenNetwork, Network, View, functional
+from deco_jax.run import storage
 
 # Channels of the convolutions in each group; 2×2 max-pooling stands between groups, a tap ends each one.
 GROUPS: tuple[tuple[int, ...], ...] = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -44,11 +46,72 @@ LINEAR = one_to_one(
 )
 
 
+# The taps by number → channels of their features.
+TAPS = {str(number): group[-1] for number, group in enumerate(GROUPS, start=1)}
+
 # How its parameters are split, see `run.sharding`.
-RULES = ((r"lpips/convolutions/\d+/kernel$", -1), (r"lpips/weights/\d+$", None))
+RULES = ((r"(lpips|teacher)/convolutions/\d+/kernel$", -1), (r"lpips/weights/\d+$", None))
 
 
-class LPIPS(nnx.Module):
+class VGG16(nnx.Module):
+    """VGG16's convolutions.
+
+    Args:
+        groups: how many of `GROUPS`.
+        dtype: compute dtype.
+    """
+
+    def __init__(self, groups: int = len(GROUPS), *, dtype: Dtype = jnp.float32, rngs: nnx.Rngs) -> None:
+        self.dtype, self.groups = dtype, GROUPS[:groups]
+        he = initializers.variance_scaling(2.0, "fan_in", "normal")
+        widths = [3, *(width for group in self.groups for width in group)]
+        self.convolutions = nnx.List(
+            nnx.Conv(fan_in, fan_out, (3, 3), padding=1, kernel_init=he, dtype=dtype, rngs=rngs)
+            for fan_in, fan_out in itertools.pairwise(widths)
+        )
+
+    def taps(self, images: jax.Array, patch_size: int = PATCH, pixels: int = PATCH) -> list[jax.Array]:
+        """Return the features after the last ReLU of each group, [batch, height, width, channels] each.
+
+        Args:
+            images: [batch, height, width, 3] in ±1.
+            patch_size: of the student. Its images are resized first (bilinear, antialiased), so that
+            pixels: are the side of a patch.
+        """
+        batch, height, width, _ = images.shape
+        if patch_size != pixels:
+            shape = (batch, height * pixels // patch_size, width * pixels // patch_size, 3)
+            images = jax.image.resize(images, shape, "linear")
+        h = ((images - SHIFT) / SCALE).astype(self.dtype)
+        found, convolution = [], iter(self.convolutions)
+        for number, group in enumerate(self.groups):
+            if number:
+                h = nnx.max_pool(h, (2, 2), strides=(2, 2))
+            for _ in group:
+                h = jax.nn.relu(next(convolution)(h))
+            found.append(h)
+        return found
+
+
+class Tap(VGG16):
+    """VGG16 up to one of its taps, as a teacher."""
+
+    @jax.named_scope("teacher")
+    def __call__(self, images: jax.Array, patch_size: int) -> View:
+        """Return the tap's features of each patch of the student, and their mean in place of a class token's.
+
+        Args:
+            images: [batch, height, width, 3], uint8 or in [0, 1].
+            patch_size: of the student; see `taps`.
+        """
+        x = images.astype(jnp.float32)
+        x = x / 127.5 - 1 if images.dtype == jnp.uint8 else 2 * x - 1
+        features = self.taps(x, patch_size, 2 ** (len(self.groups) - 1))[-1].astype(jnp.float32)
+        tokens = features.reshape(len(features), -1, features.shape[-1])
+        return View(tokens, jnp.mean(tokens, axis=1))
+
+
+class LPIPS(VGG16):
     """VGG16's convolutions and the five linear layers that weigh their features.
 
     Args:
@@ -56,35 +119,8 @@ class LPIPS(nnx.Module):
     """
 
     def __init__(self, *, dtype: Dtype = jnp.float32, rngs: nnx.Rngs) -> None:
-        self.dtype = dtype
-        he = initializers.variance_scaling(2.0, "fan_in", "normal")
-        widths = [3, *(width for group in GROUPS for width in group)]
-        self.convolutions = nnx.List(
-            nnx.Conv(fan_in, fan_out, (3, 3), padding=1, kernel_init=he, dtype=dtype, rngs=rngs)
-            for fan_in, fan_out in itertools.pairwise(widths)
-        )
+        super().__init__(dtype=dtype, rngs=rngs)
         self.weights = nnx.List(nnx.Param(jax.random.uniform(rngs.params(), (group[-1],))) for group in GROUPS)
-
-    def taps(self, images: jax.Array, patch_size: int = PATCH) -> list[jax.Array]:
-        """Return the features after the last ReLU of each group, [batch, height, width, channels] each.
-
-        Args:
-            images: [batch, height, width, 3] in ±1.
-            patch_size: of the student. Its images are resized by 16 / patch_size first (bilinear, antialiased).
-        """
-        batch, height, width, _ = images.shape
-        if patch_size != PATCH:
-            shape = (batch, height * PATCH // patch_size, width * PATCH // patch_size, 3)
-            images = jax.image.resize(images, shape, "linear")
-        h = ((images - SHIFT) / SCALE).astype(self.dtype)
-        found, convolution = [], iter(self.convolutions)
-        for number, group in enumerate(GROUPS):
-            if number:
-                h = nnx.max_pool(h, (2, 2), strides=(2, 2))
-            for _ in group:
-                h = jax.nn.relu(next(convolution)(h))
-            found.append(h)
-        return found
 
     def __call__(self, images: jax.Array, others: jax.Array, patch_size: int = PATCH) -> jax.Array:
         """Return the distance of each image from its counterpart.
@@ -116,10 +152,10 @@ def _unit(features: jax.Array) -> jax.Array:
     return x / (norm + EPSILON)
 
 
-def vgg_table() -> list[Row]:
-    """Return the rows of torchvision's VGG16, its classifier left out."""
+def vgg_table(groups: int = len(GROUPS)) -> list[Row]:
+    """Return the rows of torchvision's VGG16 up to a tap, its classifier left out."""
     rows, index, number = [], 0, 0
-    for group in GROUPS:
+    for group in GROUPS[:groups]:
         for _ in group:
             for torch, ours, transform in (("weight", "kernel", CONVOLUTION), ("bias", "bias", VECTOR)):
                 rows.append(Row(f"features.{index}.{torch}", f"convolutions.{number}.{ours}", transform))
@@ -141,8 +177,11 @@ def from_torch(vgg: Mapping[str, np.ndarray], lpips: Mapping[str, np.ndarray]) -
     """
     ignored = tuple(name for name in vgg if name.startswith("classifier."))
     convolutions = to_ours(vgg_table(), vgg, ignore=ignored, what="the file of VGG16")
-    params = convolutions | to_ours(lpips_table(), lpips, what="the file of LPIPS's linear layers")
-    # Lists of modules have numbers for names.
+    return _numbered(convolutions | to_ours(lpips_table(), lpips, what="the file of LPIPS's linear layers"))
+
+
+def _numbered(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Name the entries of lists of modules as Flax does, by numbers."""
     return {name: {int(number): value for number, value in entries.items()} for name, entries in params.items()}
 
 
@@ -152,10 +191,60 @@ def load_lpips(vgg: str | os.PathLike[str], lpips: str | os.PathLike[str]) -> di
     Raises:
         UserError: a path isn't set or a file is missing (with where to get it), damaged, or of another layout.
     """
-    for what, path, url in (("VGG16's", vgg, VGG_URL), ("LPIPS's linear layers'", lpips, LPIPS_URL)):
-        if not path or not os.path.isfile(path):
-            raise UserError(f"{path or 'no path'}: no {what} weights there; download {url}")
-    return from_torch(read_tensors(vgg), read_tensors(lpips))
+    files = (("VGG16's", vgg, VGG_URL), ("LPIPS's linear layers'", lpips, LPIPS_URL))
+    return from_torch(*(read_tensors(_found(*file)) for file in files))
+
+
+def _found(what: str, path: str | os.PathLike[str], url: str) -> pathlib.Path:
+    here = storage.local(path) if path else None
+    if here is None or not here.is_file():
+        raise UserError(f"{path or 'no path'}: no {what} weights there; download {url}")
+    return here
+
+
+def stride(tap: str) -> int:
+    """Return the side in pixels of what a tap has a feature vector of."""
+    return 2 ** (int(tap) - 1)
+
+
+def teacher(tap: str, path: str, dtype: str, patch_size: int) -> FrozenNetwork:
+    """Return VGG16 up to a tap as (params, images) → `View`, images [batch, height, width, 3], uint8 or in [0, 1].
+
+    Args:
+        tap: "1" to "5".
+        path: of torchvision's file.
+        dtype: that the convolutions are kept and computed in.
+        patch_size: of the student, whose tokens' features these are.
+    """
+    groups, kind = int(tap), jnp.dtype(dtype)
+    network = functional(lambda rngs: Tap(groups, dtype=kind, rngs=rngs))
+
+    def load() -> dict[str, Any]:
+        rows, tensors = vgg_table(groups), read_tensors(_found("VGG16's", path, VGG_URL))
+        used = {name for row in rows for names in row.torch_names() for name in names}
+        return _numbered(to_ours(rows, {name: tensors[name] for name in tensors if name in used}, what=path))
+
+    return _frozen(
+        network,
+        kind,
+        lambda params, images: network.apply(params, images, patch_size),
+        load,
+        lambda height, width: flops((height, width), patch_size, groups, 2 ** (groups - 1)),
+    )
+
+
+def _frozen(
+    network: Network, kind: Any, apply: Callable[..., Any], load: Callable[[], Any], flops: Callable[..., float]
+) -> FrozenNetwork:
+    """Keep the kernels in `kind`."""
+
+    def keep(tree: Any) -> Any:
+        def kept(path: tuple[Any, ...], leaf: Any) -> Any:
+            return leaf.astype(kind) if path[-1].key == "kernel" else leaf
+
+        return jax.tree_util.tree_map_with_path(kept, tree)
+
+    return FrozenNetwork(apply, jax.eval_shape(keep, network.shapes), lambda: keep(load()), flops)
 
 
 def frozen_lpips(vgg: str, lpips: str, dtype: str, patch_size: int) -> FrozenNetwork:
@@ -168,27 +257,21 @@ def frozen_lpips(vgg: str, lpips: str, dtype: str, patch_size: int) -> FrozenNet
     """
     kind = jnp.dtype(dtype)
     network = functional(lambda rngs: LPIPS(dtype=kind, rngs=rngs))
-
-    def keep(tree: Any) -> Any:
-        def kept(path: tuple[Any, ...], leaf: Any) -> Any:
-            return leaf.astype(kind) if path[-1].key == "kernel" else leaf
-
-        return jax.tree_util.tree_map_with_path(kept, tree)
-
-    return FrozenNetwork(
+    return _frozen(
+        network,
+        kind,
         lambda params, images, others: network.apply(params, images, others, patch_size),
-        jax.eval_shape(keep, network.shapes),
-        lambda: keep(load_lpips(vgg, lpips)),
+        lambda: load_lpips(vgg, lpips),
         lambda size: flops(size, patch_size),
     )
 
 
-def flops(size: tuple[int, int], patch_size: int = PATCH) -> float:
-    """Return the FLOPs of the convolutions on one image of (height, width) pixels."""
-    pixels = size[0] * size[1] * (PATCH / patch_size) ** 2
+def flops(size: tuple[int, int], patch_size: int = PATCH, groups: int = len(GROUPS), pixels: int = PATCH) -> float:
+    """Return the FLOPs of the convolutions of the first groups on one image of (height, width) pixels; see `taps`."""
+    area = size[0] * size[1] * (pixels / patch_size) ** 2
     total, fan_in = 0.0, 3
-    for number, group in enumerate(GROUPS):
+    for number, group in enumerate(GROUPS[:groups]):
         for width in group:
-            total += 2 * 9 * fan_in * width * pixels / 4**number
+            total += 2 * 9 * fan_in * width * area / 4**number
             fan_in = width
     return total

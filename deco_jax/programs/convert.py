@@ -11,12 +11,12 @@ import jax
 import ml_collections
 import numpy as np
 
-from deco_jax.config import to_json
+from deco_jax.config import make_config, to_json
 from deco_jax.convert import deco, torch_files
 from deco_jax.data import imagenet
 from deco_jax.errors import UserError
-from deco_jax.models import dinov2, network
-from deco_jax.models.projector import make_projector
+from deco_jax.method.losses.repa import projector_of
+from deco_jax.models import network
 from deco_jax.run import checkpoint, sharding, storage
 from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import write_json
@@ -46,8 +46,9 @@ def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: s
     if config.loss.repa_weight:
         if not file.projector:
             raise UserError(f"{source} has no REPA projector; import it with --config.loss.repa_weight=0")
-        width, _, _ = dinov2.sizes(config.teacher.size)
-        shapes = make_projector(config.model, width).shapes
+        if why := _no_official_projector(config):
+            raise UserError(f"{source} can't be imported with this projector: {why}; import with repa_weight=0 instead")
+        shapes = projector_of(config).shapes
         params["projector"] = deco.projector_from_torch(file.projector, like=shapes, dtype=np.float32, what=source)
     elif file.projector:
         print(f"{source} has a REPA projector, left out because config.loss.repa_weight=0", flush=True)
@@ -81,8 +82,8 @@ def export_checkpoint(config: ml_collections.ConfigDict, workdir: str, checkpoin
     denoiser = network.build(config.model.to_dict())
     shapes: dict[str, Any] = {"denoiser": denoiser.shapes}
     if stored["loss"]["repa_weight"]:
-        width, _, _ = dinov2.sizes(stored["teacher"]["size"])
-        shapes["projector"] = make_projector(config.model, width).shapes
+        theirs = make_config(stored)
+        shapes["projector"] = projector_of(theirs).shapes
     folder = storage.path(workdir) / "export"
     step = checkpoint.load_step(where)
     # One network in memory at a time, and of it only what isn't converted yet.
@@ -95,10 +96,21 @@ def export_checkpoint(config: ml_collections.ConfigDict, workdir: str, checkpoin
         print(f"exported {where} to {folder}: {weights}, config.json; no deco.ckpt: {why}")
         return
     params = checkpoint.load_params(where, shapes, config, mesh)
+    if stored["loss"]["repa_weight"] and (why := _no_official_projector(theirs)):
+        print(f"the projector is left out of deco.ckpt: {why}")
+        del params["projector"]
     projector = deco.projector_to_torch(params.pop("projector")) if "projector" in params else {}
     raw = deco.to_torch(config.model, params.pop("denoiser"), consume=True)
     torch_files.write_lightning(folder / "deco.ckpt", torch_files.Checkpoint(raw, ema, projector, step=step))
     print(f"exported {where} to {folder}: deco.ckpt, {weights}, config.json")
+
+
+def _no_official_projector(config: ml_collections.ConfigDict) -> str:
+    """Why the official code has no such projector; "" if it has."""
+    loss = config.loss
+    if loss.repa_projector != "mlp" or loss.repa_mask:
+        return f"the official one is an mlp that sees all tokens, not {loss.repa_projector} with mask {loss.repa_mask}"
+    return ""
 
 
 def _no_official_module(model: ml_collections.ConfigDict) -> str:

@@ -7,7 +7,7 @@ import functools
 import json
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -39,6 +39,8 @@ from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import Writer, write_json, write_overview
 from deco_jax.sampling import generate
 from deco_jax.sampling.settings import Sampling
+
+TrainStep = Callable[[State, Batch, dict[str, Any]], tuple[State, Metrics]]
 
 CLASSES = "classes.json"  # their names in the order of the labels
 
@@ -87,7 +89,8 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     settled, remat = choose_remat(config, mesh, condition)
     networks, observe, frozen = make_networks(settled, mesh, condition)
     optimizer = make_optimizer(config.optimizer)
-    averages = make_method(config).averages
+    method = make_method(config)
+    averages = method.averages
     if config.sample.average not in averages:
         raise UserError(
             f"config.sample.average={config.sample.average!r} is not an average that this run keeps; choose from "
@@ -165,17 +168,23 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
             reader = Reader(run, batches)
             with distributed.stage("reading the first batch"), goodput.spending("data"):
                 batch = reader()
-            compiled = remat.compiled if remat else None
-            if compiled is None:
-                writer.say("compiling the training step ...")
+
+            def compile_step(done: int, state: State, batch: Batch) -> TrainStep:
+                """For the steps after `done`, as long as the same losses hold."""
+                ended = [loss.name for loss in method.losses if 0 < loss.until_step <= done]
+                if remat and remat.compiled and not ended:
+                    return remat.compiled
+                writer.say(f"compiling the training step{' without ' * bool(ended)}{', '.join(ended)} ...")
                 began = time.monotonic()
                 # Compiled once, for these shapes: another shape or sharding later is an error, not a recompilation.
                 with distributed.stage("compiling the training step"), goodput.spending("compile"):
                     compiled = lower_train_step(
-                        networks, optimizer, config, observe, mesh, state, batch, frozen
+                        networks, optimizer, config, observe, mesh, state, batch, frozen, done
                     ).compile()
                 writer.say(f"compiled in {time.monotonic() - began:.1f} s")
-            loop(run, compiled, state, reader, batch, make_actions, watch)
+                return compiled
+
+            loop(run, compile_step, method.ends, state, reader, batch, make_actions, watch)
             if copies is not None:
                 copies.remove()
     finally:
@@ -201,16 +210,23 @@ def check_same_classes(folder: pathlib.Path, names: list[str]) -> None:
 
 def loop(
     run: TrainingRun,
-    train_step: Callable[..., tuple[State, Metrics]],
+    compile_step: Callable[[int, State, Batch], TrainStep],
+    ends: Collection[int],
     state: State,
     reader: Reader,
     batch: Batch,
     make_actions: Callable[[Log], list[Action]],
     watch: preemption.Watch,
 ) -> None:
-    """Train to config.train.num_steps, from a state and the first batch on."""
+    """Train to config.train.num_steps, from a state and the first batch on.
+
+    Args:
+        compile_step: (steps done, state, batch) → the step from there on.
+        ends: steps done after which it is compiled anew, because a loss ends.
+    """
     train = run.config.train
     start, total = int(state["step"]), train.num_steps
+    train_step = compile_step(start, state, batch)
     run.writer.start_clock()
     log = Log(run, reader.unreadable)
     actions = make_actions(log)
@@ -220,6 +236,10 @@ def loop(
     with monitor.CompileWatch() as compilations, contextlib.closing(profiler), watchdog:
         may_compile = FirstTime(compilations)
         for step in range(start + 1, total + 1):
+            if step > start + 1 and step - 1 in ends:
+                with compilations.expected():
+                    train_step = compile_step(step - 1, state, batch)
+                log.restart_clock()
             profiler.before(step - start - 1)
             if step == start + 1:
                 with distributed.stage("the first step"), compilations.expected():

@@ -14,10 +14,11 @@ import jax
 import ml_collections
 
 from deco_jax.method.losses.loss import Loss
-from deco_jax.method.losses.repa import TEACHER, alignment_loss, frozen_teacher
+from deco_jax.method.losses.repa import TEACHER, alignment_loss
 from deco_jax.method.step import Step
 from deco_jax.models import vgg
 from deco_jax.models.network import FrozenNetwork
+from deco_jax.models.teachers import make_teacher
 from deco_jax.schema import at_least, between, setting
 from deco_jax.shapes import PerExample
 
@@ -72,8 +73,8 @@ class DINOLoss(Loss):
 
     def __call__(self, step: Step) -> PerExample:
         with jax.named_scope("teacher"):
-            predicted = step.frozen(TEACHER, (step.image + 1) / 2)
-        return alignment_loss(predicted, step.features[TEACHER])
+            predicted = step.frozen(TEACHER, (step.image + 1) / 2).tokens
+        return alignment_loss(predicted, step.features[TEACHER].tokens)
 
 
 def lpips_from_config(config: ml_collections.ConfigDict) -> LPIPSLoss | None:
@@ -88,4 +89,6 @@ def lpips_from_config(config: ml_collections.ConfigDict) -> LPIPSLoss | None:
 def dino_from_config(config: ml_collections.ConfigDict) -> DINOLoss | None:
     """Build the loss of config.loss.dino_weight with config.teacher; None if it is off."""
     loss = config.loss
-    return DINOLoss(frozen_teacher(config), loss.dino_weight, loss.perceptual_min_time) if loss.dino_weight else None
+    return (
+        DINOLoss(make_teacher(config).network, loss.dino_weight, loss.perceptual_min_time) if loss.dino_weight else None
+    )

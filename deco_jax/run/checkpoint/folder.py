@@ -83,10 +83,20 @@ def check_projector(path: pathlib.Path, config: ml_collections.ConfigDict) -> No
             f"{path} was trained {'with' if theirs else 'without'} REPA (config.loss.repa_weight={theirs}) and here it "
             f"is {ours}; training goes on with a projector only from one: make both 0, or both above"
         )
-    if ours and stored["teacher"]["size"] != config.teacher.size:
+    if not ours:
+        return
+    for section, name in (("teacher", "name"), ("teacher", "size"), ("loss", "repa_projector")):
+        theirs, here = stored[section][name], config[section][name]
+        if theirs != here:
+            raise UserError(
+                f"{path} was trained with config.{section}.{name}={theirs} and here it is {here}, which its projector "
+                "doesn't fit; make them the same, or use another --workdir"
+            )
+    if bool(stored["loss"]["repa_mask"]) != bool(config.loss.repa_mask):
         raise UserError(
-            f"{path} was trained with the teacher {stored['teacher']['size']} and here it is {config.teacher.size}, "
-            "whose features the projector doesn't fit; use the same config.teacher.size, or another --workdir"
+            f"{path} was trained with config.loss.repa_mask={stored['loss']['repa_mask']} and here it is "
+            f"{config.loss.repa_mask}; its projector has a vector for hidden tokens only above 0: make both 0, or both "
+            "above, or use another --workdir"
         )
 
 
