@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from deco_jax.errors import UserError
-from deco_jax.models import dinov2, vgg
+from deco_jax.models import dinov2, dinov3, vgg
 from deco_jax.models.network import FrozenNetwork
 
 
@@ -49,6 +49,9 @@ TEACHERS: dict[str, Kind] = {
         lambda size: dinov2.sizes(size)[0],
         lambda size: dinov2.PATCH,
         functools.partial(dinov2.teacher, registers=dinov2.REGISTERS),
+    ),
+    "dinov3": Kind(
+        tuple(dinov3.SIZES), lambda size: dinov3.SIZES[size].width, lambda size: dinov3.PATCH, dinov3.teacher
     ),
     "vgg": Kind(tuple(vgg.TAPS), lambda tap: vgg.TAPS[tap], vgg.stride, vgg.teacher),
 }
