@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from deco_jax.errors import UserError
-from deco_jax.models import dinov2, dinov3, vgg
+from deco_jax.models import dinov2, dinov3, siglip2, vgg
 from deco_jax.models.network import FrozenNetwork
 
 
@@ -52,6 +52,9 @@ TEACHERS: dict[str, Kind] = {
     ),
     "dinov3": Kind(
         tuple(dinov3.SIZES), lambda size: dinov3.SIZES[size].width, lambda size: dinov3.PATCH, dinov3.teacher
+    ),
+    "siglip2": Kind(
+        tuple(siglip2.SIZES), lambda size: siglip2.SIZES[size].width, lambda size: siglip2.PATCH, siglip2.teacher
     ),
     "vgg": Kind(tuple(vgg.TAPS), lambda tap: vgg.TAPS[tap], vgg.stride, vgg.teacher),
 }
