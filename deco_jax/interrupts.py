@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -34,6 +36,44 @@ def raise_always() -> None:
         again.start()
 
     sys.unraisablehook = hook
+
+
+@contextlib.contextmanager
+def waits_for(what: str) -> Iterator[None]:
+    """While entered, say at once that a signal is noticed only when `what` is done; a second Ctrl-C ends the process.
+
+    Python runs its handlers between two of its own instructions, and compiling is one that takes minutes. Only the file
+    descriptor that `signal.set_wakeup_fd` sets is written to at once; a thread reads it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        interrupted = False
+        while number := os.read(reading, 1)[0]:
+            if number == signal.SIGINT and interrupted:
+                _end(number, None)
+            interrupted = interrupted or number == signal.SIGINT
+            said = f"asked to end ({signal.Signals(number).name}): waiting for {what}"
+            if number == signal.SIGINT:
+                said = f"interrupted: waiting for {what}; Ctrl-C again ends at once"
+            # On a terminal after its ^C, or a live line.
+            os.write(2, f"{chr(10) if os.isatty(2) else ''}{said}\n".encode())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.write(writing, b"\0")
+        thread.join()
+        os.close(reading)
+        os.close(writing)
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:

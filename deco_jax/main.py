@@ -208,12 +208,13 @@ def _run() -> None:
         print(interrupts.LINE, file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        from deco_jax.run import storage
+        from deco_jax.run import files, storage
 
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             command_line.fail(f"{str(error.filename or workdir)[:80]}... is too long for a path; choose a shorter one")
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            command_line.fail(f"writing to {workdir} failed: {error.strerror}; free space there and start again")
+        if isinstance(error, OSError) and error.errno in files.FULL:
+            where = error.filename or workdir
+            command_line.fail(f"writing to {where} failed: {error.strerror}; free space there and start again")
         if "RESOURCE_EXHAUSTED" in str(error):
             command_line.fail(OUT_OF_MEMORY[mode.trains])
         if line := storage.refusal(error):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers import ROOT, run_main
+from tests.helpers import GOLDEN, ROOT, run_main
 from tests.runs import NO_SAMPLES, SMOKE, files, rows, steps, succeed, two_steps
 
 # What is given on the command line, and what the line has to say. {tmp} is an empty folder, {data} one with faulty
@@ -335,3 +335,31 @@ def small_disk(tmp_path):
 def test_small_disk(small_disk):
     command = [SMOKE, f"--workdir={small_disk / 'run'}", NO_SAMPLES, "--config.train.save_every=1"]
     refuse(*command, says="writing .* failed: .*free space")
+
+
+# A limit on the size of files, in KiB, in place of a full disk; the compile cache is read but not written.
+FULL = ("bash", "-c", 'ulimit -f "$0"; exec "$@"')
+NO_CACHE = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
+
+
+def test_disk_that_fills_while_encoding(tmp_path):
+    features = tmp_path / "features"
+    command = ["--config=configs/t2i_256.py:smoke", "--mode=encode", f"--config.text.features={features}"]
+    succeed(*command, f"--workdir={tmp_path}", f"--config.text.features={tmp_path / 'whole'}")
+    result = run_main(*command, f"--workdir={tmp_path}", prefix=(*FULL, "20"), env=NO_CACHE)
+    assert result.returncode == 1, (result.stdout, result.stderr)
+    assert re.fullmatch(
+        rf"error: writing to {features}/features_00000.npy failed: File too large; [^\n]*\n", result.stderr
+    )
+    assert not list(features.glob("*.part"))
+
+
+def test_disk_that_fills_while_importing(tmp_path):
+    settings = ("model.width=48", "model.patch_size=4", "model.decoder_width=16", "data.image_size=16")
+    command = ["--config=configs/imagenet256.py:smoke", *(f"--config.{setting}" for setting in settings)]
+    command += ["--mode=import", f"--source={GOLDEN / 'lightning.ckpt'}", f"--workdir={tmp_path / 'run'}"]
+    result = run_main(*command, prefix=(*FULL, "20"), env=NO_CACHE)
+    assert result.returncode == 1, (result.stdout, result.stderr)
+    assert re.fullmatch(r"error: writing [^\n]*failed: [^\n]*free space[^\n]*\n", result.stderr)
+    assert [path.name for path in (tmp_path / "run").rglob("*")] == ["checkpoints"]
+    succeed(*command)

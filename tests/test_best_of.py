@@ -81,18 +81,18 @@ def test_readers_share_a_pass_and_go_on_where_each_of_them_was(tmp_path):
         return Reader(Rows(13, f"times {scale}"), add, tmp_path / f"{name}.npz", save_every=4)
 
     with pytest.raises(KeyboardInterrupt):  # the first has saved its 8 images by then, the second 4
-        read(samples, [reader("a", 1), reader("b", 2, stop=7)], 4, say=lambda text: None)
+        read(samples, [reader("a", 1), reader("b", 2, stop=7)], 4, quiet=True)
     drawn.clear()
     readers = [reader("a", 1), reader("b", 2)]
     assert [each.count for each in readers] == [8, 4]
-    read(samples, readers, 4, say=lambda text: None)
+    read(samples, readers, 4, quiet=True)
     assert drawn == [4, 8]
     for each, scale in zip(readers, (1, 2), strict=True):
         rows = each.state.array()
         np.testing.assert_array_equal(rows[:, :12], scale * images.reshape(11, -1).astype(np.float32))
         np.testing.assert_array_equal(rows[:, 12], np.arange(11))
     drawn.clear()
-    read(samples, [reader("a", 1), reader("b", 2)], 4, say=lambda text: None)
+    read(samples, [reader("a", 1), reader("b", 2)], 4, quiet=True)
     assert drawn == []
     assert reader("a", 3).count == 0  # something else isn't continued
 

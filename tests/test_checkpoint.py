@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import pathlib
 import shutil
 
@@ -15,6 +16,7 @@ from deco_jax.errors import UserError
 from deco_jax.method.optimizer import make_optimizer
 from deco_jax.models import network as network_lib
 from deco_jax.run import checkpoint, sharding
+from deco_jax.run.best import Best
 from deco_jax.run.state import create_state, state_shapes
 
 # When one read of a damaged checkpoint fails, Orbax leaves its sibling reads unawaited.
@@ -151,6 +153,38 @@ def test_milestones_are_kept_beside_the_newest(tmp_path, state):
     checkpoints.wait()
     checkpoints.close()
     assert checkpoint.complete_steps(tmp_path) == [4, 8, 10]
+
+
+def test_the_best_is_kept_and_a_resumed_run_knows_it(tmp_path, state):
+    """Beside the newest and milestones; scores come after their step is saved, and what isn't finite is none."""
+    config, *_ = make()
+    config.train.keep_best = "fid"
+    scores = {1: 5.0, 2: 3.0, 3: 4.0, 4: float("nan"), 5: 3.5, 6: 2.0, 7: 9.0, 8: 8.0}
+    told = []
+    for first, last in ((1, 5), (6, 8)):
+        best = Best(config, ["fid", "kid"])
+        best.read(tmp_path, first - 1)
+        checkpoints = checkpoint.Checkpoints(tmp_path, keep=1, keep_every=4, best=best)
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            for step in range(first, last + 1):
+                checkpoints.save(step, state, config)
+                if best.add(step, {"fid": scores[step]}, {*checkpoints.steps(), step}):
+                    told.append(step)
+                value = scores[step] if np.isfinite(scores[step]) else None
+                file.write(json.dumps({"step": step, "fid": value}) + "\n")
+            file.write(json.dumps({"step": 100, "fid": 0.1}) + "\n" if last == 5 else "")  # done again
+        checkpoints.wait()
+        checkpoints.close()
+        assert checkpoint.complete_steps(tmp_path) == ([2, 4, 5] if last == 5 else [4, 6, 8])
+    assert told == [1, 2, 6]
+    with pytest.raises(UserError, match=r"keep_best=fid is not measured while training: none is; set config.evaluate"):
+        Best(config, [])
+    config.train.keep_best = "precision"
+    more = Best(config, ["precision"])
+    for step, value in ((1, 0.5), (2, 0.7), (3, 0.6)):
+        more.add(step, {"precision": value}, [step])
+    assert more.step([1, 2, 3]) == 2
+    assert more.step([9]) is None
 
 
 def test_half_written_ones_are_passed_over_and_removed(workdir, state):

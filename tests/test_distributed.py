@@ -208,3 +208,25 @@ def test_a_signal_to_any_host_saves_the_same_step_on_all(signalled, number, tmp_
     (saved,) = steps(tmp_path)
     assert f"saved step {saved}" in outputs[0]
     assert rows(tmp_path)[int(saved) - 1]["step"] == int(saved) - 1
+
+
+@pytest.mark.slow
+def test_two_hosts_stop_in_the_middle_of_a_grid(tmp_path):
+    """The grid of step 2 has 2,000 batches; both leave it before the same one, and have saved the step."""
+    processes = together(
+        tmp_path,
+        *("--config.train.num_steps=100000", "--config.train.save_every=100000", "--config.train.sample_every=2"),
+        *("--config.sample.num_images=16000", "--config.sample.grid_images=10000", "--config.sample.batch_size=8"),
+        "--config.sample.num_steps=50",
+    )
+    metrics = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 400
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert time.monotonic() < deadline, finish(processes, timeout=1)
+        time.sleep(0.1)
+    time.sleep(10)
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = finish(processes, timeout=120)
+    assert steps(tmp_path) == ["2"]
+    assert "saved step 2" in outputs[0]
+    assert not (tmp_path / "samples" / "step_00000002.png").exists()

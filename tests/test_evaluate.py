@@ -21,6 +21,7 @@ from deco_jax.models.inception import Features
 from deco_jax.programs import evaluate as evaluate_lib
 from tests.helpers import relative_error
 from tests.runs import NO_SAMPLES, SMOKE, rows, signal_when, succeed, two_steps
+from tests.test_bad_input import refuse
 
 torch = pytest.importorskip("torch")
 WEIGHTS = os.environ.get("DECO_JAX_INCEPTION")  # the real ones
@@ -76,7 +77,7 @@ def state(accumulator):
 
 def measured(images, path=None, extractor=None, num_kept=6):
     extractor = extractor or Projection()
-    return adm.measure(images, extractor, path, "digest", num_kept, 4, say=lambda text: None)
+    return adm.measure(images, extractor, path, "digest", num_kept, 4, quiet=True)
 
 
 def test_interrupted_and_continued(tmp_path):
@@ -339,3 +340,17 @@ def test_every_is_a_multiple_of_log_every():
     config.train.log_every = 2
     with pytest.raises(UserError, match=r"config.evaluate.every=3 must be a multiple of config.train.log_every=2"):
         check(config)
+
+
+def test_a_refused_cache_leaves_nothing_in_the_workdir(weights, tmp_path):
+    """Whichever mode would have made a folder there."""
+    (tmp_path / "file").touch()
+    np.savez(tmp_path / "samples.npz", arr_0=pictures(4))
+    command = [SMOKE, NO_SAMPLES, f"--workdir={tmp_path / 'run'}", f"--config.evaluate.inception={weights}"]
+    command += [f"--config.evaluate.cache={tmp_path / 'file' / 'cache'}"]
+    for more in (
+        ["--mode=evaluate", f"--config.evaluate.samples={tmp_path / 'samples.npz'}"],
+        ["--config.evaluate.every=2", "--config.evaluate.during_training_images=4"],
+    ):
+        refuse(*command, *more, says="cache is, or lies under, a file")
+        assert not (tmp_path / "run").exists()

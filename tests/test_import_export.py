@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -276,3 +277,25 @@ def test_memory_of_an_xl_checkpoint(tmp_path):
     ours, theirs = torch_files.read_lightning(other), torch_files.read_lightning(one)
     for name in list(theirs.denoiser)[::50]:
         np.testing.assert_array_equal(ours.denoiser[name], theirs.denoiser[name])
+
+
+def test_import_never_holds_a_network(tmp_path):
+    """Of two networks of 58 MB each two parameters, of 19 MB at most, are in memory at a time."""
+    config = golden_config()
+    config.model.width, config.model.depth, config.model.num_heads = 256, 12, 4
+    shapes = network.build(config.model.to_dict()).shapes
+    chance = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: chance.standard_normal(leaf.shape, np.float32), shapes)
+    tensors = checkpoints.deco.to_torch(config.model, params)
+    torch_files.write_lightning(tmp_path / "a.ckpt", torch_files.Checkpoint(tensors, tensors))
+    tracemalloc.start()
+    try:
+        checkpoints.import_checkpoint(config, str(tmp_path / "run"), str(tmp_path / "a.ckpt"))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    read = checkpoint.load_average(
+        checkpoint.find(str(tmp_path / "run")), shapes, config, sharding.make_mesh(1, 1, jax.devices()[:1])
+    )
+    jax.tree.map(np.testing.assert_array_equal, read, params)

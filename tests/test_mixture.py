@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import jax
 import ml_collections
 import numpy as np
 import pytest
 from PIL import Image
 
+from configs import quickstart
 from deco_jax.data import pipeline, sources, transforms
 from deco_jax.data.mixture import Mixture
 from deco_jax.errors import UserError
+from deco_jax.method.objective import make_method
+from deco_jax.method.step import Observed
+from deco_jax.models import network as network_lib
 from tests.helpers import first_batches
 
 
@@ -98,3 +103,44 @@ def test_random_crops_resume(mixture):
     whole = first_batches(6, mixture, **options)
     for ours, theirs in zip(first_batches(3, mixture, start_step=3, **options), whole[3:], strict=True):
         np.testing.assert_array_equal(ours["image"], theirs["image"])
+
+
+def test_a_prior_is_half_of_the_stream_and_has_classes_of_its_own(tmp_path):
+    make_images(tmp_path / "mine", 4, 100, ("b", "x"))
+    make_images(tmp_path / "prior", 10, 0, ("a", "b"))
+    data = config(str(tmp_path / "mine"), "")
+    data.prior_path = str(tmp_path / "prior")
+    source = sources.open_source(data)
+    assert source.class_names == ["a", "b", "x"]
+    batches = first_batches(10, source, image_size=(8, 8), batch_size=8, seed=0)
+    for batch in batches:
+        levels = batch["image"][:, 0, 0, 0]
+        np.testing.assert_array_equal(batch["prior"], levels < 100)
+        assert np.sum(batch["prior"]) == 4
+        odd = levels % 2
+        np.testing.assert_array_equal(batch["label"], np.where(batch["prior"], odd, 1 + odd))
+    data.weights = "1,2"
+    with pytest.raises(UserError, match=r"leave config.data.weights empty"):
+        sources.open_source(data)
+
+
+def test_what_a_prior_counts():
+    """Half of the mean is the loss of the prior's images, `prior_weight` times; against NumPy."""
+    method = make_method(quickstart.get_config("smoke"))
+    draws = method.draw(jax.random.key(0), (4, 16, 16, 3))
+    config = quickstart.get_config("smoke")
+    network = network_lib.build(config.model.to_dict())
+    draw = np.random.default_rng(0)
+    params = {"denoiser": jax.tree.map(lambda s: np.float32(draw.normal(0, 0.1, s.shape)), network.shapes)}
+    pixels = draw.integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    observed = Observed(np.arange(4), np.int32(10))
+
+    @jax.jit
+    def loss(draws):
+        return method.objective(params, pixels, draws, observed, networks={"denoiser": network})[0]
+
+    each = np.array([float(loss(method.weighted(draws, np.eye(4, dtype=np.float32)[i]))) for i in range(4)]) * 4
+    assert float(loss(draws)) == pytest.approx(each.mean(), rel=1e-5)
+    assert float(loss(method.weighted(draws, np.float32([1, 1, 0.5, 0.5])))) == pytest.approx(
+        (each[:2].sum() + each[2:].sum() / 2) / 4, rel=1e-5
+    )

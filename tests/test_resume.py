@@ -186,10 +186,10 @@ def test_a_killed_data_worker_is_named_after_saving(tmp_path):
 def test_a_closed_terminal_and_a_scheduler_s_warning_save_too(number):
     with preemption.Watch() as watch:
         signal.raise_signal(number)
-        assert watch.stopping(1)
+        assert watch.reached()
         assert watch.reason == f"asked to end ({number.name})"
         assert watch.exit_code == 0
-    assert not preemption.Watch().stopping(1)
+    assert not preemption.Watch().reached()
 
 
 def test_a_stop_is_noticed_between_the_batches_of_a_grid():
@@ -222,10 +222,10 @@ def test_ctrl_c_reaches_all_hosts(monkeypatch):
     monkeypatch.setattr(preemption.multihost_utils, "reached_preemption_sync_point", lambda step: bool(received))
     try:
         with preemption.Watch() as watch:
-            assert not watch.stopping(1)
+            assert not watch.reached()
             signal.raise_signal(signal.SIGINT)
             assert received == [signal.SIGTERM]
-            assert watch.stopping(2)
+            assert watch.reached()
             assert (watch.reason, watch.exit_code) == ("interrupted", 0)
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)

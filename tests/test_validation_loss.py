@@ -19,7 +19,7 @@ from deco_jax.method import training
 from deco_jax.method.losses.frequency import frequency_loss, jpeg_weights
 from deco_jax.method.objective import make_method
 from deco_jax.run import sharding
-from tests.runs import NO_SAMPLES, SMOKE, rows, succeed
+from tests.runs import NO_SAMPLES, SMOKE, rows, steps, succeed
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,15 @@ def test_while_training(folder, tmp_path):
         "--config.data.validation_split=val",
     )  # fmt: skip
     without, found = rows(tmp_path / "without"), rows(tmp_path / "with")
+    said = succeed(
+        *command, f"--workdir={tmp_path / 'best'}", "--config.train.validate_every=1", "--config.data.num_workers=0",
+        "--config.data.validation_split=val", "--config.train.keep_best=validation_loss", "--config.train.save_every=4",
+        "--config.train.keep_checkpoints=1",
+    ).stdout  # fmt: skip
+    losses = {step: row["validation_loss"] for step, row in rows(tmp_path / "best").items()}
+    best = min(losses, key=losses.__getitem__)
+    assert f"step {best} is the best so far by validation_loss, and kept" in said
+    assert steps(tmp_path / "best") == sorted({str(best), "4"})
     measured = {step: row.get("validation_loss") for step, row in found.items()}
     assert [step for step, value in measured.items() if value is not None] == [2, 4]
     assert measured[2] != measured[4]

@@ -11,6 +11,7 @@ from deco_jax.config.failures import FailureSettings
 from deco_jax.data.sources import SOURCES
 from deco_jax.data.transforms import image_sides
 from deco_jax.evaluation import DISTANCES, EVALUATORS
+from deco_jax.method.lora import LoraSettings
 from deco_jax.method.losses.frequency import FrequencySettings
 from deco_jax.method.losses.mean_flow import MeanFlowSettings
 from deco_jax.method.losses.perceptual import PerceptualSettings
@@ -90,6 +91,9 @@ class Data:
     weights: str = setting(
         "", "For several data sets of one kind, their paths comma separated in path: each one's share, as in 3,1."
     )
+    prior_path: str = setting(
+        "", "A second data set, half of each batch, that keeps the model from forgetting what it could; empty: none."
+    )
     max_unreadable: float = setting(
         0.001, "Share of the images that may be unreadable before training stops.", between(0, 1)
     )
@@ -149,6 +153,9 @@ class Loss(FrequencySettings, RepaSettings, PerceptualSettings, MeanFlowSettings
 
     label_dropout: float = setting(
         0.2, "Share of the images trained without their class or caption, for guidance.", between(0, 1)
+    )
+    prior_weight: float = setting(
+        1.0, "What an image of data.prior_path counts in the loss, beside 1 for the others.", above(0, 1000)
     )
     time_shift: float = setting(1.0, "Shift of the training times towards noise; 1: none.", above(0, 1000))
     time_mean: float = setting(
@@ -256,6 +263,11 @@ class Train(FailureSettings):
     keep_checkpoints: int = setting(3, "Newest checkpoints to keep.", at_least(1, MAX_INT32))
     keep_every: int = setting(
         0, "Steps between two checkpoints that are kept for good beside the newest; 0: none.", at_least(0, MAX_INT32)
+    )
+    keep_best: str = setting(
+        "",
+        "Score by which the best checkpoint is kept as well: fid (with evaluate.every), or validation_loss (with "
+        "train.validate_every), which then are measured on saved steps; empty: none.",
     )
     max_skipped_steps: int = setting(
         10, "Steps in a row with a loss or gradient that is not finite before training stops.", at_least(0, MAX_INT32)
@@ -383,6 +395,7 @@ SECTION_CLASSES: dict[str, type] = {
     "loss": Loss,
     "teacher": Teacher,
     "path": Path,
+    "lora": LoraSettings,
     "lpips": LPIPS,
     "text": Text,
     "sample": Sample,

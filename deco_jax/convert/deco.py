@@ -10,6 +10,7 @@ import numpy as np
 
 from deco_jax.convert.mapping import TRANSPOSE, VECTOR, Row, to_ours
 from deco_jax.convert.mapping import to_torch as table_to_torch
+from deco_jax.convert.mapping import unread as table_unread
 from deco_jax.models.network import architecture
 from deco_jax.models.official_names import linear_rows
 
@@ -61,6 +62,13 @@ def from_torch(
         dtype: of all parameters; None keeps the file's.
     """
     return to_ours(table(model), tensors, like=like, dtype=dtype and (lambda _: dtype), what=what)
+
+
+def unread(
+    model: Any, tensors: Mapping[str, np.ndarray], *, like: Mapping[str, Any], dtype: Any, what: str = "the checkpoint"
+) -> dict[str, Any]:
+    """`from_torch` as arrays that are read when they are asked for; see `mapping.unread`."""
+    return table_unread(table(model), tensors, like=like, dtype=dtype, what=what)
 
 
 def to_torch(model: Any, params: Mapping[str, Any], *, consume: bool = False) -> dict[str, np.ndarray]:

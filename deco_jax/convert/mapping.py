@@ -117,6 +117,21 @@ class Row:
 Table = Sequence[Row]
 
 
+class Unread(np.ndarray):
+    """The shape and type of an array that isn't read yet: it takes no memory, and `read` makes the array.
+
+    Its own values mean nothing.
+    """
+
+    read: Callable[[], np.ndarray]
+
+    @classmethod
+    def of(cls, shape: Sequence[int], dtype: Any, read: Callable[[], np.ndarray]) -> Unread:
+        unread = np.broadcast_to(np.zeros((), dtype), tuple(shape)).view(cls)
+        unread.read = read
+        return unread
+
+
 def to_ours(
     table: Table,
     tensors: Mapping[str, np.ndarray],
@@ -142,6 +157,37 @@ def to_ours(
     Raises:
         UserError: tensors are missing, left over, or of the wrong shape.
     """
+    expected = _checked_shapes(table, tensors, like, ignore, what)
+    ours: dict[str, np.ndarray] = {}
+    for row in table:
+        ours |= _checked_row(row, tensors, expected, dtype, what)
+    return unflatten(ours)
+
+
+def unread(
+    table: Table, tensors: Mapping[str, np.ndarray], *, like: Mapping[str, Any], dtype: Any, what: str = "the file"
+) -> dict[str, Any]:
+    """`to_ours` as Unread arrays: a network that is larger than memory can be written parameter by parameter.
+
+    Raises:
+        UserError: tensors are missing or left over; from `read`, those of `to_ours`.
+    """
+    expected = _checked_shapes(table, tensors, like, (), what)
+    assert expected is not None
+
+    def later(row: Row, path: str) -> Unread:
+        def read() -> np.ndarray:
+            return _checked_row(row, tensors, expected, lambda _: dtype, what)[path]
+
+        return Unread.of(expected[path].shape, dtype, read)
+
+    return unflatten({path: later(row, path) for row in table for path in row.our_paths()})
+
+
+def _checked_shapes(
+    table: Table, tensors: Mapping[str, np.ndarray], like: Mapping[str, Any] | None, ignore: Iterable[str], what: str
+) -> dict[str, Any] | None:
+    """The shapes in `like` by path, once the names on both sides are known to be the table's."""
     wanted = [name for row in table for names in row.torch_names() for name in names]
     ignored = set(ignore)
     _check_names(wanted, (name for name in tensors if name not in ignored), what)
@@ -149,17 +195,25 @@ def to_ours(
     if expected is not None:
         paths = {path for row in table for path in row.our_paths()}
         _check_names(paths, expected, "the model", "parameter")
-    ours: dict[str, np.ndarray] = {}
-    for row in table:
-        arrays = _read_row(row, tensors, dtype, what)
-        for path, array in zip(row.our_paths(), arrays, strict=True):
-            if expected is not None and array.shape != tuple(expected[path].shape):
-                raise UserError(
-                    f"{what}: {row.torch} gives {path} the shape {list(array.shape)}, but this config's model has "
-                    f"{list(expected[path].shape)}; use the config that these weights were trained with"
-                )
-            ours[path] = array
-    return unflatten(ours)
+    return expected
+
+
+def _checked_row(
+    row: Row,
+    tensors: Mapping[str, np.ndarray],
+    expected: Mapping[str, Any] | None,
+    dtype: Callable[[str], Any] | None,
+    what: str,
+) -> dict[str, np.ndarray]:
+    """A row's parameters by path, in the shapes that are expected."""
+    ours = dict(zip(row.our_paths(), _read_row(row, tensors, dtype, what), strict=True))
+    for path, array in ours.items():
+        if expected is not None and array.shape != tuple(expected[path].shape):
+            raise UserError(
+                f"{what}: {row.torch} gives {path} the shape {list(array.shape)}, but this config's model has "
+                f"{list(expected[path].shape)}; use the config that these weights were trained with"
+            )
+    return ours
 
 
 def _read_row(

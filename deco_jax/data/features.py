@@ -159,11 +159,11 @@ class Features:
 
     def write(self, shard: int, features: np.ndarray, hashes: np.ndarray) -> None:
         """Add a shard: uint16 [captions, length, width] and uint64 [captions]."""
-        _save(self.folder / f"features_{shard:05d}.npy", features)
-        _save(self.folder / f"captions_{shard:05d}.npy", hashes)
+        files.save_array(self.folder / f"features_{shard:05d}.npy", features)
+        files.save_array(self.folder / f"captions_{shard:05d}.npy", hashes)
 
     def write_null(self, features: np.ndarray) -> None:
-        _save(self.folder / "null.npy", features)
+        files.save_array(self.folder / "null.npy", features)
 
 
 def create(folder: str | pathlib.Path, key: dict[str, Any]) -> None:
@@ -175,8 +175,3 @@ def create(folder: str | pathlib.Path, key: dict[str, Any]) -> None:
     shard = max(1, SHARD_BYTES // (2 * key["length"] * key["width"]))
     with files.whole(path) as part:
         part.write_text(json.dumps({**key, "shard": shard}, indent=2) + "\n")
-
-
-def _save(path: pathlib.Path, array: np.ndarray) -> None:
-    with files.whole(path) as part, part.open("wb") as file:
-        np.save(file, array)

@@ -20,6 +20,7 @@ from deco_jax.data.captioned_folder import CaptionedFolder
 from deco_jax.data.mixture import Mixture
 from deco_jax.data.parquet import Parquet
 from deco_jax.data.prepared import Prepared
+from deco_jax.data.prior import WithPrior
 from deco_jax.data.source import IMAGE_SUFFIXES, Source, parse_weights, printable
 from deco_jax.data.transforms import image_sides
 from deco_jax.data.webdataset import WebDataset
@@ -272,6 +273,8 @@ def open_source(data: Any) -> Source:
     Of the sources with captions only images of at least `image_size` are taken; they read many headers in
     `num_workers` processes. Raises UserError for an unknown source, a missing folder, a folder without images.
     """
+    if data.get("prior_path"):
+        return _open_with_prior(data)
     if data.get("weights"):
         return _open_mixture(data)
     path, split = os.path.expanduser(data.get("path") or ""), data.get("split") or ""
@@ -322,6 +325,15 @@ def _open_mixture(data: Any) -> Mixture:
     settings = {name: data[name] for name in data}
     parts = [open_source(ml_collections.ConfigDict({**settings, "path": path, "weights": ""})) for path in paths]
     return Mixture(parts, weights)
+
+
+def _open_with_prior(data: Any) -> WithPrior:
+    """The data set of data.path, and the one of data.prior_path beside it."""
+    if data.get("weights"):
+        raise UserError("config.data.prior_path goes with one data set; leave config.data.weights empty")
+    settings = {name: data[name] for name in data} | {"prior_path": ""}
+    mine, prior = (ml_collections.ConfigDict({**settings, "path": path}) for path in (data.path, data.prior_path))
+    return WithPrior(open_source(mine), open_source(prior))
 
 
 def check_classes(source: Source, num_classes: int) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -122,7 +121,7 @@ class ADM:
     def _quick_fid(self, samples: ImageSet) -> float:
         theirs, _ = self._features.of_reference
         reader = self._features.reader(samples, kept=False)
-        read(samples, [reader], self._features.extractor.batch_size, say=lambda text: None)
+        read(samples, [reader], self._features.extractor.batch_size, quiet=True)
         ours = reader.state.statistics()
         return frechet_distance(ours.mu, ours.sigma, theirs.mu, theirs.sigma)
 
@@ -235,11 +234,11 @@ def measure(
     weights: str,
     num_kept: int,
     save_every: int,
-    say: Callable[[str], None] | None = None,
+    quiet: bool = False,
 ) -> Accumulator:
     """Read a set alone; arguments as of `inception_reader`."""
     reader = inception_reader(images, extractor, path, weights, num_kept, save_every)
-    read(images, [reader], extractor.batch_size, say)
+    read(images, [reader], extractor.batch_size, quiet)
     return reader.state
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import pathlib
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -24,6 +23,7 @@ from deco_jax.errors import UserError
 from deco_jax.evaluation.image_sets import ImageSet, rebatched
 from deco_jax.evaluation.statistics import NPZ_ERRORS, save_npz
 from deco_jax.run import distributed, sharding, storage
+from deco_jax.run.progress import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -92,26 +92,26 @@ def _load(empty: S, path: pathlib.Path | None) -> S | None:
     return state if distributed.all_hosts(distributed.from_main_host(count) == count) else None
 
 
-def read(
-    images: ImageSet, readers: Sequence[Reader], batch_size: int, say: Callable[[str], None] | None = None
-) -> None:
-    """Let the readers measure what is left of a set, in batches of `batch_size` images; the last may be smaller."""
-    say = say or (lambda text: print(text, flush=True) if jax.process_index() == 0 else None)
+def read(images: ImageSet, readers: Sequence[Reader], batch_size: int, quiet: bool = False) -> None:
+    """Let the readers measure what is left of a set, in batches of `batch_size` images; the last may be smaller.
+
+    Args:
+        quiet: say nothing of it.
+    """
+    speaks = jax.process_index() == 0 and not quiet
     waiting = [reader for reader in dict.fromkeys(readers) if reader.count < images.total]
     first = min((reader.count for reader in waiting), default=images.total)
-    if first:
-        say(f"{images.name}: {first:,} of {images.total:,} images are measured already")
+    if first and speaks:
+        print(f"{images.name}: {first:,} of {images.total:,} images are measured already", flush=True)
     if not waiting:
         return
-    done, spoke, began = first, time.monotonic(), time.monotonic()
+    done, after = first, f", {images.name}"
+    progress = Progress(images.total, done, "images measured", every=SECONDS_BETWEEN_LINES, after=after, active=speaks)
     for batch in rebatched(images.batches(batch_size, first), batch_size):
         for reader in waiting:
             reader(batch, done, images.total)
         done += len(batch)
-        if done == images.total or time.monotonic() - spoke > SECONDS_BETWEEN_LINES:
-            spoke = time.monotonic()
-            speed = (done - first) / (spoke - began)
-            say(f"{images.name}: {done:,} of {images.total:,} images measured, {speed:.3g} a second")
+        progress(done)
 
 
 class Rows:

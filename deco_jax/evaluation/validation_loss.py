@@ -127,6 +127,8 @@ def open_held_out(config: ml_collections.ConfigDict) -> sources.Source:
             "config.train.validate_every measures the loss on images that are not trained on; name them by "
             "config.data.validation_split, a subfolder of config.data.path or a split of tfds"
         )
+    if config.data.prior_path:
+        raise UserError("the held-out images have no prior; leave config.data.prior_path or train.validate_every out")
     if config.text.features:
         raise UserError(
             "config.text.features has the captions that are trained on, not those of config.data.validation_split; "

@@ -130,6 +130,11 @@ class Method:
         """Steps done after which a loss is left out, ascending."""
         return sorted({loss.until_step for loss in self.losses if loss.until_step})
 
+    def weighted(self, draws: Draws, weights: Array) -> Draws:
+        """The same draws, where each example counts `weights` [batch] times as much in every loss."""
+        counts = {loss.name: draws.counts.get(loss.name, 1.0) * weights for loss in self.losses}
+        return draws._replace(counts=counts)
+
     def observe(self, frozen: Mapping[str, Params], pixels: Array) -> dict[str, Any]:
         """Compute the features of clean images, uint8 [batch, height, width, 3], that losses ask for, by network."""
         return {name: self.frozen[name].apply(frozen[name], pixels) for name in self.features}

@@ -16,8 +16,10 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
+from deco_jax import interrupts
 from deco_jax.conditioning.condition import Condition, abstract_condition
 from deco_jax.data.transforms import image_sides
+from deco_jax.method import lora
 from deco_jax.method.averages import update_average
 from deco_jax.method.objective import Method, make_method
 from deco_jax.method.optimizer import make_optimizer
@@ -44,6 +46,10 @@ class Observer(Protocol):
         ...
 
 
+PRIOR = "prior"  # bool [batch] of a batch: which images are those of config.data.prior_path
+
+COMPILER = "the compiler"
+
 # Keeps the noise of training apart from that of samples, whose keys are those of the seed and their index, below this.
 TRAINING = 2**31
 
@@ -58,7 +64,8 @@ def make_train_step(
 ) -> Callable[[State, Batch, dict[str, Any]], tuple[State, Metrics]]:
     """(state, batch, frozen) → (state, metrics), to be jitted with the state donated.
 
-    `frozen` are the arrays that `observe` needs: weights of the teacher and of the text encoder, null features.
+    `frozen` are the arrays that `observe` needs, weights of the teacher and of the text encoder, null features; and
+    what config.lora leaves frozen of the denoiser.
 
     A step whose loss or gradient is not finite changes no weight; it is counted in state["skipped"].
 
@@ -67,7 +74,8 @@ def make_train_step(
         start: steps done before it is first run. Losses that have ended by then are not in it, nor what they need.
     """
     method = make_method(config).at(start)
-    gradient = jax.value_and_grad(functools.partial(method.objective, networks=networks), has_aux=True)
+    objective = lora.with_base(config, functools.partial(method.objective, networks=networks))
+    gradient = jax.value_and_grad(objective, has_aux=True)
     accumulate = config.optimizer.accumulate_steps
 
     def of_rows(params: Any, batch: Batch, draws: Draws, frozen: dict[str, Any]) -> tuple[Any, Any]:
@@ -107,6 +115,8 @@ def make_train_step(
     def train_step(state: State, batch: Batch, frozen: dict[str, Any]) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), TRAINING), state["step"])
         draws = method.draw(key, batch["image"].shape, state["step"])
+        if PRIOR in batch:
+            draws = method.weighted(draws, jnp.where(batch[PRIOR], config.loss.prior_weight, 1.0))
         metrics, grads = over_mesh(state["params"], batch, draws, frozen)
 
         with jax.named_scope("optimizer"):
@@ -158,6 +168,8 @@ def batch_shapes(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """A global batch as ShapeDtypeStructs with shardings."""
     samples = {"image": ((*image_sides(config.data.image_size), 3), jnp.uint8), **condition.inputs}
+    if config.data.get("prior_path"):
+        samples[PRIOR] = ((), jnp.bool_)
     size, placed = config.data.batch_size, sharding.batch_sharding(mesh)
     return {
         name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=placed) for name, (shape, dtype) in samples.items()
@@ -184,7 +196,7 @@ def choose_remat(
         lowered = lower_train_step(networks, optimizer, config, observe, mesh, state, batch, frozen)
         return choices.compile_or_refused(lowered)
 
-    with distributed.stage("choosing what to recompute in the backward pass"):
+    with distributed.stage("choosing what to recompute in the backward pass"), interrupts.waits_for(COMPILER):
         chosen = choices.remat(compile_with, hardware.device_memory(mesh.local_devices[0], mesh))
     return settled(chosen.name), chosen
 
@@ -201,7 +213,10 @@ def lower_observe(observe: Observer, mesh: Mesh, frozen: dict[str, Any], batch: 
 def make_networks(
     config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition
 ) -> tuple[dict[str, Network], Observer, dict[str, Any]]:
-    """The networks that train, and the frozen ones: as a function, and their weights on the mesh."""
+    """The networks that train, and the frozen ones: as a function, and their weights on the mesh.
+
+    Without the weights that config.lora leaves frozen, which `run.adapted` reads.
+    """
     networks, observe, shapes = abstract_networks(config, mesh, condition)
     frozen = {
         name: jax.device_put(network.load(), jax.tree.map(lambda leaf: leaf.sharding, shapes[name]))
@@ -215,13 +230,18 @@ def abstract_networks(
 ) -> tuple[dict[str, Network], Observer, dict[str, Any]]:
     """`make_networks` without reading a file: the frozen weights are ShapeDtypeStructs with shardings.
 
+    Those that config.lora leaves frozen are among them, as "base".
+
     Args:
         condition: by default one that is known by its shapes alone.
     """
     condition = condition or abstract_condition(config, mesh)
     whole = make_method(config)
-    networks = {"denoiser": network_lib.build(config.model.to_dict())} | whole.trained
+    denoiser = network_lib.build(config.model.to_dict())
+    networks = {"denoiser": lora.adapted(config, denoiser)} | whole.trained
     weights = {name: network.shapes for name, network in whole.frozen.items()}
+    if adapter := lora.adapter_of(config):
+        weights[lora.BASE] = adapter.base_shapes(denoiser.shapes)
     shapes = dict(condition.shapes) | sharding.placed_shapes(mesh, weights)
 
     def observe(frozen: dict[str, Any], batch: Batch, method: Method | None = None) -> Observed:

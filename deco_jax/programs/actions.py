@@ -18,14 +18,15 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from deco_jax import images
+from deco_jax import images, interrupts
 from deco_jax.conditioning.condition import Condition
 from deco_jax.conditioning.requests import Requests, grid_columns
 from deco_jax.data import pipeline
 from deco_jax.errors import UserError
 from deco_jax.method.optimizer import learning_rate
-from deco_jax.method.training import Batch, Metrics
+from deco_jax.method.training import COMPILER, PRIOR, Batch, Metrics
 from deco_jax.run import checkpoint, distributed, monitor, sharding
+from deco_jax.run.best import Best
 from deco_jax.run.goodput import Goodput
 from deco_jax.run.local_copies import LocalCopies
 from deco_jax.run.state import State
@@ -40,6 +41,8 @@ class TrainingRun:
 
     folder: the workdir.
     frozen: arrays that never train, by name, on the mesh.
+    merge: what trains of a low-rank adaptation → the denoiser's parameters.
+    best: which checkpoint is kept for its score.
     """
 
     config: ml_collections.ConfigDict
@@ -50,14 +53,17 @@ class TrainingRun:
     checkpoints: checkpoint.Checkpoints
     writer: Writer
     goodput: Goodput
+    merge: Callable[[Any], Any] | None = None
+    best: Best | None = None
 
     def at(self, step: int, every: int, last: bool = False) -> bool:
         """Whether a step is one of every so many (0: none), or, if asked, the last of the training."""
         return bool(every) and (step % every == 0 or (last and step == self.config.train.num_steps))
 
     def averaged(self, state: State) -> Any:
-        """The average of the weights that images are drawn from."""
-        return state["averages"][self.config.sample.average]
+        """The average of the weights that images are drawn from; of an adaptation, merged with what is frozen."""
+        average = state["averages"][self.config.sample.average]
+        return average if self.merge is None else self.merge(average)
 
 
 class Action(Protocol):
@@ -92,7 +98,7 @@ class Reader:
         """Read the next batch."""
         batch = next(self._batches)
         self._ahead = len(batch["unreadable"])
-        names = ("image", *self._run.condition.inputs)
+        names = ("image", *self._run.condition.inputs, *([PRIOR] if PRIOR in batch else []))
         return sharding.place_batch(self._run.mesh, {name: batch[name] for name in names})
 
     def used(self) -> None:
@@ -164,10 +170,12 @@ class Save:
     def __init__(self, run: TrainingRun, log: Log) -> None:
         self._run, self._log = run, log
         self._postponed = self._must = False
+        self._scored = (run.config.evaluate.every, run.config.train.validate_every) if run.best else ()
 
     def due(self, step: int, stopping: bool) -> bool:
         train = self._run.config.train
         self._must = stopping or step == train.num_steps or self._run.at(step, train.keep_every)
+        self._must = self._must or any(self._run.at(step, every) for every in self._scored)  # it may be the best
         again = self._postponed and self._run.at(step, train.log_every)
         return self._must or again or self._run.at(step, train.save_every)
 
@@ -224,8 +232,11 @@ class Evaluate:
         return self._run.at(step, self._every)
 
     def __call__(self, step: int, state: State) -> None:
-        for name, value in self._scores(self._run.averaged(state)).items():
-            self._run.writer.add(step, name, value)
+        run, scores = self._run, self._scores(self._run.averaged(state))
+        for name, value in scores.items():
+            run.writer.add(step, name, value)
+        if run.best and run.best.add(step, scores, {*run.checkpoints.steps(), step}):
+            run.writer.say(f"step {step} is the best so far by {run.best.name}, and kept")
 
 
 class Grid:
@@ -285,6 +296,9 @@ class FirstTime:
 
     @contextlib.contextmanager
     def __call__(self, action: Action) -> Iterator[None]:
-        with contextlib.nullcontext() if id(action) in self._done else self._compilations.expected():
+        if id(action) in self._done:
+            yield
+            return
+        with self._compilations.expected(), interrupts.waits_for(f"{COMPILER}, and for what it compiles"):
             yield
         self._done.add(id(action))

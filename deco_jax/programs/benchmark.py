@@ -29,6 +29,7 @@ from deco_jax.method.objective import make_method
 from deco_jax.method.optimizer import make_optimizer
 from deco_jax.method.training import abstract_networks, choose_remat, lower_observe, lower_train_step
 from deco_jax.models import inception
+from deco_jax.models import network as network_lib
 from deco_jax.programs.train import open_batches
 from deco_jax.run import choices, distributed, hardware, monitor, sharding, storage
 from deco_jax.run.state import create_state
@@ -92,7 +93,7 @@ def benchmark(config: ml_collections.ConfigDict, workdir: str, import_seconds: f
     if "train" in parts:
         report["train_step_bytes"] = time_training(config, mesh, condition, add, time.monotonic() - began)
     if "forward" in parts or "sample" in parts:
-        time_forward(config, mesh, condition, add)
+        time_forward(config, mesh, add)
     if "input" in parts:
         time_input(config, mesh, source, condition, add)
         report["input"] = input_per_core(config, source, report["rows"].get("train step"), mesh.size)
@@ -152,10 +153,9 @@ def time_training(
     return monitor.program_bytes(step)
 
 
-def time_forward(config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition, add: Callable[..., None]) -> None:
+def time_forward(config: ml_collections.ConfigDict, mesh: Mesh, add: Callable[..., None]) -> None:
     """Rows as config.benchmark.parts says: forward; sample one image, sample a batch; texts are encoded already."""
-    networks, _, _ = abstract_networks(config, mesh, condition)
-    network = networks["denoiser"]
+    network = network_lib.build(config.model.to_dict())
     shardings = sharding.state_shardings(mesh, {"params": network.shapes})["params"]
     params = jax.jit(network.init, out_shardings=shardings)(jax.random.key(config.seed))
     size, shape = config.data.batch_size, (config.data.batch_size, *image_sides(config.data.image_size), 3)

@@ -27,6 +27,7 @@ from deco_jax import flops
 from deco_jax.conditioning.condition import abstract_condition
 from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
+from deco_jax.method.lora import BASE
 from deco_jax.method.objective import make_method
 from deco_jax.method.optimizer import make_optimizer
 from deco_jax.method.training import abstract_networks, batch_shapes, lower_train_step
@@ -150,6 +151,7 @@ def lower_training(config: ml_collections.ConfigDict, mesh: Mesh) -> Lowered:
         "average": state["averages"],
         "optimizer": state["opt_state"],
         "state": state,
+        **({"frozen": frozen[BASE]} if BASE in frozen else {}),
         "teacher": frozen.get("teacher", {}),
         "text_encoder": frozen.get("encoder", {}),
         "batch": batch,
@@ -170,8 +172,7 @@ def lower_training(config: ml_collections.ConfigDict, mesh: Mesh) -> Lowered:
 
 def lower_sampling(config: ml_collections.ConfigDict, mesh: Mesh) -> Lowered:
     """The whole sampler of config.sample for one batch; texts are encoded already."""
-    networks, _, _ = abstract_networks(config, mesh)
-    network = networks["denoiser"]
+    network = network_lib.build(config.model.to_dict())
     params = sharding.placed_shapes(mesh, {"params": network.shapes})["params"]
     size = -(-config.sample.batch_size // mesh.size) * mesh.size
     contexts, null = any_contexts(config)
@@ -338,7 +339,7 @@ def describe(report: dict[str, Any]) -> str:
             + (", the teacher included" if report.get("teacher") else "")
             + (", the text encoder included" if report.get("text_encoder") else "")
         )
-    names = ("parameters", "average", "optimizer", "arguments", "temporaries", "peak")
+    names = ("frozen", "parameters", "average", "optimizer", "arguments", "temporaries", "peak")
     lines.append("GiB per device: " + ", ".join(f"{name} {gib[name]}" for name in names if name in gib))
     if report["estimate"]:
         lines += estimate_lib.words(report["estimate"], report["chip"])

@@ -40,8 +40,13 @@ def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: s
         raise UserError(f"--workdir={workdir} has checkpoints already; choose an empty folder for the imported one")
     file = torch_files.read_lightning(storage.local(source))
     like = network.build(config.model.to_dict()).shapes
-    denoiser = deco.from_torch(config.model, file.denoiser or file.ema, like=like, dtype=np.float32, what=source)
-    average = deco.from_torch(config.model, file.ema or file.denoiser, like=like, dtype=np.float32, what=source)
+    # Read twice, each parameter by itself: first to know that all of them are good, then to be written.
+    denoiser, average = (
+        deco.unread(config.model, tensors, like=like, dtype=np.float32, what=source)
+        for tensors in (file.denoiser or file.ema, file.ema or file.denoiser)
+    )
+    for leaf in jax.tree.leaves([denoiser, *([average] if file.denoiser and file.ema else [])]):
+        leaf.read()
     params: dict[str, Any] = {"denoiser": denoiser}
     if config.loss.repa_weight:
         if not file.projector:
@@ -57,9 +62,14 @@ def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: s
     make_workdir(folder)
     state = {"step": np.int32(file.step), "skipped": np.int32(0), "params": params, "averages": {"ema": average}}
     checkpoints = checkpoint.Checkpoints(folder, config.train.keep_checkpoints, copy=False)
-    checkpoints.save(file.step, state, config)
-    checkpoints.wait()
-    checkpoints.close()
+    try:
+        checkpoints.save(file.step, state, config)
+        checkpoints.wait()
+    except BaseException:
+        checkpoints.remove_unfinished()
+        raise
+    finally:
+        checkpoints.close()
     write_json(folder / "config.json", to_json(config))
     if config.model.num_classes == IMAGENET_CLASSES:
         write_json(folder / "classes.json", imagenet.class_names())
@@ -91,6 +101,7 @@ def export_checkpoint(config: ml_collections.ConfigDict, workdir: str, checkpoin
     make_workdir(folder)
     weights = f"{config.sample.average}.safetensors"
     torch_files.write_safetensors(folder / weights, ema, {"step": str(step)})
+    stored["lora"]["rank"] = 0  # merged
     write_json(folder / "config.json", stored)
     if why := _no_official_module(config.model):
         print(f"exported {where} to {folder}: {weights}, config.json; no deco.ckpt: {why}")

@@ -6,7 +6,6 @@ Finished files stay, so a run that was cut off continues; `data/features.py` has
 from __future__ import annotations
 
 import os
-import time
 
 import jax
 import ml_collections
@@ -18,6 +17,7 @@ from deco_jax.data import features as features_lib
 from deco_jax.data import sources
 from deco_jax.errors import UserError
 from deco_jax.run import distributed, sharding, storage
+from deco_jax.run.progress import Progress
 from deco_jax.run.workdir import make_workdir
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -58,11 +58,11 @@ def encode(config: ml_collections.ConfigDict, workdir: str) -> None:
     total, done = store.count, store.count - sum(len(store.indices(shard)) for shard in left)
     if main_host:
         print(f"{total:,} captions, {done:,} of them done; compiling ...", flush=True)
-    began = spoke = time.monotonic()
-    first, size = done, config.data.batch_size
+    size = config.data.batch_size
     null = texts.encode(weights, [""] * size)[0]
     if main_host:
         store.write_null(null.view(np.uint16))
+    progress = Progress(total, done, "captions encoded", every=SECONDS_BETWEEN_LINES)
     for shard in left:
         indices, parts, hashes = store.indices(shard), [], []
         for start in range(0, len(indices), size):
@@ -74,9 +74,7 @@ def encode(config: ml_collections.ConfigDict, workdir: str) -> None:
             parts.append(texts.encode(weights, filled)[: len(captions)])
             hashes += [features_lib.caption_hash(caption) for caption in captions]
             done += len(captions)
-            if main_host and (done == total or time.monotonic() - spoke > SECONDS_BETWEEN_LINES):
-                spoke = time.monotonic()
-                print(f"{done:,} of {total:,} captions, {(done - first) / (spoke - began):.3g} a second", flush=True)
+            progress(done)
         if main_host:
             store.write(shard, np.concatenate(parts).view(np.uint16), np.asarray(hashes))
     if main_host:

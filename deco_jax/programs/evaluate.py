@@ -12,7 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from deco_jax import api
+from deco_jax import api, interrupts
 from deco_jax.conditioning.requests import captions, data_requests
 from deco_jax.conditioning.texts import Texts
 from deco_jax.config import to_json
@@ -56,7 +56,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: s
     evaluators = make_evaluators(setup)
     if searching:
         best_of.check(config, model, evaluators)
-    for written in (folder / FOLDER, storage.path(config.evaluate.cache or folder / FOLDER)):
+    # The shared one first: if it is refused, none has been made in the workdir.
+    for written in (storage.path(config.evaluate.cache or folder / FOLDER), folder / FOLDER):
         make_workdir(written)
     if jax.process_index() == 0:
         for line in warnings:
@@ -70,7 +71,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: s
 
         config, model = best_of.search(config, model, folder, scores_of)
         samples = drawn_samples(config, model)
-    scores = score(evaluators, subject_of(samples, model), setup)
+    with interrupts.waits_for("the batch that is measured"):
+        scores = score(evaluators, subject_of(samples, model), setup)
     result = {
         **{name: scores.values.get(name) for evaluator in evaluators for name in evaluator.titles},
         "missing": scores.missing,

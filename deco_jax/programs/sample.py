@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import time
 import zipfile
 from typing import Any
 
@@ -17,13 +16,14 @@ import jax
 import ml_collections
 import numpy as np
 
-from deco_jax import api, images
+from deco_jax import api, images, interrupts
 from deco_jax.conditioning import requests as requests_lib
 from deco_jax.conditioning.requests import Prompts, Requests
 from deco_jax.config import to_json
 from deco_jax.data import prompts as prompts_lib
 from deco_jax.data import sources
 from deco_jax.run import distributed, files, storage
+from deco_jax.run.progress import Progress
 from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import save_png, write_atomically, write_json
 from deco_jax.sampling import generate
@@ -47,13 +47,11 @@ def sample(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str
     main_host = jax.process_index() == 0
     if main_host:
         print(f"{requests.count:,} images from {model.name}, {parts.count:,} of them done; compiling ...", flush=True)
-    began, compiled = time.monotonic(), False
-    for batch in model.images(requests, Sampling.of(config), config.sample.batch_size, parts.count):
-        parts.add(batch, write=main_host)
-        took = "" if compiled else f" (compiled and drawn in {time.monotonic() - began:.1f} s)"
-        compiled = True
-        if main_host:
-            print(f"{parts.count:,} of {requests.count:,} images{took}", flush=True)
+    progress = Progress(requests.count, parts.count, "images drawn")
+    with interrupts.waits_for("the batch that is drawn"):
+        for batch in model.images(requests, Sampling.of(config), config.sample.batch_size, parts.count):
+            parts.add(batch, write=main_host)
+            progress(parts.count)
     request = {"fingerprint": fingerprint, "checkpoint": model.name, "sample": to_json(config)["sample"]}
     # The others wait: a host that ends early is taken for lost.
     distributed.on_main_host(lambda: write_all(config, folder, parts, requests, prompts, request))
@@ -140,8 +138,7 @@ class Parts:
 
     def add(self, batch: np.ndarray, write: bool = True) -> None:
         if write:
-            with files.whole(self._path(self.count)) as part, part.open("wb") as file:
-                np.save(file, batch)
+            files.save_array(self._path(self.count), batch)
         self.count += len(batch)
 
     def arrays(self) -> list[np.ndarray]:

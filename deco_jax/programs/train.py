@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
+from deco_jax import interrupts
 from deco_jax.conditioning.condition import Condition, open_condition
 from deco_jax.conditioning.requests import Prompts, Requests, data_requests, open_prompts, sampling_requests
 from deco_jax.data import imagenet, pipeline, sources
@@ -25,12 +26,14 @@ from deco_jax.evaluation.evaluator import Subject
 from deco_jax.evaluation.image_sets import drawn_images
 from deco_jax.evaluation.validation_loss import ValidationLoss
 from deco_jax.method.averages import EMA
+from deco_jax.method.lora import adapter_of
 from deco_jax.method.objective import make_method
 from deco_jax.method.optimizer import make_optimizer
-from deco_jax.method.training import Batch, Metrics, choose_remat, lower_train_step, make_networks
+from deco_jax.method.training import COMPILER, Batch, Metrics, choose_remat, lower_train_step, make_networks
 from deco_jax.models.network import build
 from deco_jax.programs.actions import Action, CopyLocally, Evaluate, FirstTime, Grid, Log, Reader, Save, TrainingRun
-from deco_jax.run import checkpoint, distributed, monitor, preemption, settings, sharding, storage, tracking
+from deco_jax.run import adapted, checkpoint, distributed, monitor, preemption, settings, sharding, storage, tracking
+from deco_jax.run.best import Best
 from deco_jax.run.goodput import Goodput
 from deco_jax.run.local_copies import LocalCopies
 from deco_jax.run.state import State, create_state, state_shapes
@@ -68,7 +71,8 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
             "--checkpoint goes on with a run and config.init_from begins one with its weights; give one of them"
         )
     fresh = ""
-    if (config.init_from or checkpoint_path) and not checkpoint.complete_steps(folder):
+    adaptation = adapted.Adaptation(config, folder, checkpoint_path, mesh) if adapter_of(config) else None
+    if (config.init_from or checkpoint_path) and not checkpoint.complete_steps(folder) and adaptation is None:
         like = as_stored(checkpoint.find(config.init_from), config) if config.init_from else config
         checkpoint.check_projector(checkpoint.find(checkpoint_path or config.init_from, config=like), config)
         if like.model.num_classes != config.model.num_classes:
@@ -86,6 +90,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
         changed = settings.changes(folder, config)
     check_same_classes(folder, source.class_names)
     quick_fid = make_quick_fid(config, folder, mesh) if config.evaluate.every else None
+    best = Best(config, quick_fid.titles if quick_fid else ()) if config.train.keep_best else None
     settled, remat = choose_remat(config, mesh, condition)
     networks, observe, frozen = make_networks(settled, mesh, condition)
     optimizer = make_optimizer(config.optimizer)
@@ -101,10 +106,16 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     validation = None
     if config.train.validate_every:
         validation = ValidationLoss(config, mesh, condition, observe, networks["denoiser"], source.class_names)
-    for written in (folder, *([storage.path(config.evaluate.cache)] if quick_fid and config.evaluate.cache else [])):
+    if adaptation:
+        with distributed.stage("reading the pretrained weights"):
+            frozen |= adaptation.load(source.class_names)
+    # The shared one first: if it is refused, the workdir has not been made.
+    for written in (*([storage.path(config.evaluate.cache)] if quick_fid and config.evaluate.cache else []), folder):
         make_workdir(written)
 
-    checkpoints = checkpoint.Checkpoints(folder, config.train.keep_checkpoints, keep_every=config.train.keep_every)
+    checkpoints = checkpoint.Checkpoints(
+        folder, config.train.keep_checkpoints, keep_every=config.train.keep_every, best=best
+    )
     main_host = jax.process_index() == 0
     goodput = Goodput(folder if main_host else None)
     copies = LocalCopies(config, folder) if config.train.local_copies else None
@@ -118,10 +129,16 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     if state is None:
         with distributed.stage("creating the state"), goodput.spending("restore"):
             state = create_state(config.seed, networks, optimizer, mesh, averages)
-            if config.init_from:
+            if adaptation:
+                adaptation.begin(state)
+            elif config.init_from:
                 state = start_from(config, state, mesh)
     start = int(state["step"])
     checkpoints.set_aside_after(start)
+    if best:
+        best.read(folder, start)
+    if adaptation and not checkpoints.steps():
+        adapted.save_base(folder, adaptation.base)
     if main_host and (start < config.train.num_steps or not (folder / "config.json").exists()):
         settings.record(folder, config, start)
     if main_host:
@@ -134,7 +151,8 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
         + (f"of {source.num_classes} classes; " if source.num_classes else "with captions; ")
         + (f"resumed at step {start}" if resumed else "a new run")
     )
-    for line in (settings.said(changed), source.notes(), fresh, remat.note if remat else ""):
+    notes = (source.notes(), fresh, adaptation.note if adaptation else "", remat.note if remat else "")
+    for line in (settings.said(changed), *notes):
         if line:
             writer.say(line)
     if start >= config.train.num_steps:
@@ -144,7 +162,8 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
         return
 
     goodput.resumed(start)
-    run = TrainingRun(config, folder, mesh, condition, frozen, checkpoints, writer, goodput)
+    merge = adaptation.merge if adaptation else None
+    run = TrainingRun(config, folder, mesh, condition, frozen, checkpoints, writer, goodput, merge, best)
     generator = generate.Generator(generate.make_denoiser(config), mesh)
 
     def make_actions(log: Log) -> list[Action]:
@@ -174,10 +193,14 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
                 ended = [loss.name for loss in method.losses if 0 < loss.until_step <= done]
                 if remat and remat.compiled and not ended:
                     return remat.compiled
-                writer.say(f"compiling the training step{' without ' * bool(ended)}{', '.join(ended)} ...")
                 began = time.monotonic()
                 # Compiled once, for these shapes: another shape or sharding later is an error, not a recompilation.
-                with distributed.stage("compiling the training step"), goodput.spending("compile"):
+                with (
+                    interrupts.waits_for(COMPILER),
+                    distributed.stage("compiling the training step"),
+                    goodput.spending("compile"),
+                ):
+                    writer.say(f"compiling the training step{' without ' * bool(ended)}{', '.join(ended)} ...")
                     compiled = lower_train_step(
                         networks, optimizer, config, observe, mesh, state, batch, frozen, done
                     ).compile()
@@ -269,7 +292,7 @@ def loop(
                         run.writer.say(f"saved step {step}")
                     raise
 
-            stopping = watch.stopping(step)
+            stopping = watch.reached()
             done = []
             for action in actions:
                 if action.due(step, stopping) and (action.hurried or not stopping):

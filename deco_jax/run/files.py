@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import pathlib
@@ -10,7 +11,11 @@ import time
 import uuid
 from collections.abc import Iterator
 
+import numpy as np
+
 from deco_jax.run import storage
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk, or a limit, answers
 
 STALE = 3600.0  # seconds after which nobody is still writing a part
 
@@ -44,7 +49,21 @@ def whole(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator[pat
     try:
         yield part
         part.replace(path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
+            error.filename = os.fspath(path)
         with contextlib.suppress(OSError):
             part.unlink()
         raise
+
+
+def save_array(path: str | os.PathLike[str], array: np.ndarray) -> None:
+    """Write a .npy file, whole or not at all.
+
+    Raises:
+        OSError: it can't be written; with the system's reason, which `np.save` loses.
+    """
+    array = np.ascontiguousarray(array)
+    with whole(path) as part, part.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)

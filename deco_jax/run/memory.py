@@ -15,6 +15,7 @@ import numpy as np
 
 from deco_jax.errors import UserError
 from deco_jax.method.averages import parse_averages
+from deco_jax.method.lora import adapter_of
 from deco_jax.models import network
 from deco_jax.run.hardware import device_memory
 from deco_jax.run.sharding import make_mesh
@@ -51,7 +52,8 @@ def training_bytes(config: ml_collections.ConfigDict, devices: int, fsdp: int) -
     """Bytes on each device that a training step can't do without, by what they are for."""
     model = config.model
     averages = len(parse_averages(config.optimizer.ema_decay, config.optimizer.get("averages", "")))
-    arrays = 1 + 1 + 2 + averages  # weights, gradients, Adam's two moments, averages
+    # Weights, gradients, Adam's two moments, averages; of a low-rank adaptation the weights, frozen and merged.
+    arrays = 2 if adapter_of(config) else 1 + 1 + 2 + averages
     height, width = config.data.image_size
     images = config.data.batch_size / devices
     at_once = images / config.optimizer.accumulate_steps

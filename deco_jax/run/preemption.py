@@ -22,8 +22,11 @@ class StopRequestedError(Exception):
 
 
 def check() -> None:
-    """Call between the batches of what takes minutes; raises StopRequestedError where it should be left now."""
-    if _interruptible is not None and _interruptible.asked:
+    """Call between the batches of what takes minutes; raises StopRequestedError where it should be left now.
+
+    With several hosts each has to call it as often as the others: they leave before the same batch.
+    """
+    if _interruptible is not None and _interruptible.reached():
         raise StopRequestedError
 
 
@@ -37,6 +40,7 @@ class Watch:
     def __init__(self) -> None:
         self._signal: int | None = None
         self._previous: dict[int, Any] = {}
+        self._calls = 0  # of the service: the same number on all hosts, which do the same in the same order
 
     def __enter__(self) -> Watch:
         handled = [signal.SIGINT, signal.SIGUSR1]
@@ -61,17 +65,16 @@ class Watch:
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    @property
-    def asked(self) -> bool:
-        """Whether this process alone was asked to stop; several hosts agree in `stopping`."""
-        return self._signal is not None and jax.process_count() == 1
-
-    def stopping(self, step: int) -> bool:
-        """Whether to save after this step and stop; the same answer on every host."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+    def reached(self) -> bool:
+        """Whether to save and stop now; the same answer on every host."""
+        if jax.process_count() == 1:
+            return self._signal is not None
+        self._calls += 1
+        # The service names a call, the next that no host has made yet.
+        if multihost_utils.reached_preemption_sync_point(self._calls):
             self._signal = self._signal or signal.SIGTERM
             return True
-        return self.asked
+        return False
 
     @contextlib.contextmanager
     def leaving(self) -> Iterator[None]:

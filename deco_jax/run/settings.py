@@ -20,8 +20,11 @@ from deco_jax.run import storage
 from deco_jax.run.writer import write_json
 
 HISTORY = "config_history.jsonl"
-# What a run that goes on may not change, besides its model: its images and captions would be others.
-KEPT = ("data.source", "data.split", "data.image_size", "text.encoder")
+# What a run that goes on may not change, besides its model: its images and captions, or what trains, would be others.
+KEPT = (
+    *("data.source", "data.split", "data.image_size", "text.encoder"),
+    *("lora.rank", "lora.alpha", "lora.matrices", "lora.whole"),
+)
 
 
 def changes(folder: pathlib.Path, config: ml_collections.ConfigDict) -> dict[str, tuple[Any, Any]]:

@@ -43,10 +43,11 @@ RULES: tuple[tuple[str, int | None], ...] = (
 def rules() -> tuple[tuple[str, int | None], ...]:
     """The rules of all networks, then the common ones."""
     # Not before it is needed: the networks import this module.
+    from deco_jax.method import lora
     from deco_jax.models import network, projector, qwen3, vgg, vit
 
-    denoisers = (rule for model in network.MODELS.values() for rule in model.rules)
-    return (*denoisers, *projector.RULES, *vit.RULES, *qwen3.RULES, *vgg.RULES, *RULES)
+    denoisers = tuple(rule for model in network.MODELS.values() for rule in model.rules)
+    return (*denoisers, *lora.rules(denoisers), *projector.RULES, *vit.RULES, *qwen3.RULES, *vgg.RULES, *RULES)
 
 
 def make_mesh(data: int, fsdp: int, devices: list[jax.Device] | None = None, slices: int = 1) -> Mesh:

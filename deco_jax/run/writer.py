@@ -23,6 +23,7 @@ from PIL import Image
 from deco_jax.config import to_json
 from deco_jax.run import event_files, files, storage, tracking
 from deco_jax.run.metrics import read_rows
+from deco_jax.run.progress import time_left
 
 
 class Writer:
@@ -122,9 +123,7 @@ class Writer:
 
     def _time_left(self, step: int) -> str:
         done = max(1, step - self._start_step)
-        seconds = (time.monotonic() - self._start_time) / done * (self._total - step)
-        hours, minutes = int(seconds // 3600), int(seconds // 60) % 60
-        return f"{hours}h{minutes:02d} left" if hours else f"{minutes}m{int(seconds) % 60:02d}s left"
+        return time_left((time.monotonic() - self._start_time) / done * (self._total - step))
 
     def write_image(self, step: int, name: str, image: np.ndarray, path: pathlib.Path) -> None:
         """Save an image, uint8 [height, width, 3], as a PNG file and for TensorBoard."""

@@ -57,11 +57,14 @@ def _settle_and_close(loop: asyncio.AbstractEventLoop, close: Callable[[], None]
 
 
 class OneByOne(ocp.type_handlers.NumpyHandler):
-    """Writes host arrays one after the other: all at once, their compressed copies need as much memory again."""
+    """Writes host arrays one after the other, and reads each (`mapping.Unread`) only then: all at once, they and their
+    compressed copies need the memory of two networks and as much again."""
 
     async def _background_serialize(self, values: Any, infos: Any, args: Any = None) -> None:
         for i, (value, info) in enumerate(zip(values, infos, strict=True)):
-            await super()._background_serialize([value], [info], [args[i] if args else ocp.SaveArgs()])
+            array = value.read() if hasattr(value, "read") else value
+            await super()._background_serialize([array], [info], [args[i] if args else ocp.SaveArgs()])
+            del array
 
 
 def without_patterns(folder: pathlib.Path) -> pathlib.Path:

@@ -17,8 +17,16 @@ from jax.sharding import Mesh
 
 from deco_jax.errors import UserError
 from deco_jax.method.averages import EMA
-from deco_jax.run import checksums, orbax_s3
-from deco_jax.run.checkpoint.folder import average_item, average_names, check_model, check_projector, readable
+from deco_jax.method.lora import adapter_of
+from deco_jax.run import adapted, checksums, orbax_s3
+from deco_jax.run.checkpoint.folder import (
+    average_item,
+    average_names,
+    check_model,
+    check_projector,
+    load_config,
+    readable,
+)
 from deco_jax.run.sharding import state_shardings
 from deco_jax.run.state import State
 
@@ -69,6 +77,15 @@ def _load(path: pathlib.Path, item: str, shapes: Any, config: ml_collections.Con
     with readable(path):
         check_model(path, config)
         checksums.check(path, item)
+        stored = load_config(path)
+        if adapter_of(stored) is not None:
+            if item != "params":
+                return adapted.read_merged(path, shapes, stored, mesh, lambda placed: _read(path / item, placed))
+
+            def denoiser(placed: Any) -> Any:
+                return _read(path / item, {"denoiser": placed})["denoiser"]
+
+            return {"denoiser": adapted.read_merged(path, shapes["denoiser"], stored, mesh, denoiser)}
         placed = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             shapes,

@@ -16,10 +16,13 @@ from flax import serialization
 from deco_jax import config as config_lib
 from deco_jax.errors import UserError
 from deco_jax.run import checksums, distributed, lock, orbax_s3, storage
+from deco_jax.run.best import Best
 from deco_jax.run.checkpoint.folder import FOLDER, average_item, complete_steps, first_line
 from deco_jax.run.checkpoint.orbax import OneByOne, hush_orbax, settle_failed_writes, without_patterns
 from deco_jax.run.checkpoint.read import LostOptimizerError, checked_state, without_empty
 from deco_jax.run.state import State
+
+policies = ocp.checkpoint_managers.preservation_policy
 
 
 class Checkpoints:
@@ -28,13 +31,16 @@ class Checkpoints:
     Args:
         keep: so many, the newest.
         keep_every: and those whose step is a multiple of this, for good; 0: no others.
+        best: and the one with the best score.
         copy: host arrays before they are written in the background; False where nobody changes them meanwhile.
 
     Raises:
         UserError: another run is in the workdir.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, keep: int, copy: bool = True, keep_every: int = 0) -> None:
+    def __init__(
+        self, workdir: str | pathlib.Path, keep: int, copy: bool = True, keep_every: int = 0, best: Best | None = None
+    ) -> None:
         hush_orbax()
         settle_failed_writes()
         storage.limit_checkpoint_retries()
@@ -44,9 +50,11 @@ class Checkpoints:
         self._lock = lock.RunLock(self.folder.parent)
         # All hosts of a run share the first one's. Before Orbax, which removes what others have begun to write.
         distributed.on_main_host(self._lock.acquire)
+        kept: list[Any] = [policies.LatestN(keep)]
+        kept += [policies.EveryNSteps(keep_every)] if keep_every else []
+        kept += [best] if best else []
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            keep_period=keep_every or None,
+            preservation_policy=policies.AnyPreservationPolicy(kept),
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._note_checksums),
@@ -145,6 +153,11 @@ class Checkpoints:
         if later:
             distributed.on_main_host(rename)
             self._manager.reload()
+
+    def remove_unfinished(self) -> None:
+        """Remove what a write that failed has left; a run that goes on does so when it starts."""
+        for entry in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            storage.remove_tree(entry)
 
     def close(self) -> None:
         self._manager.close()
