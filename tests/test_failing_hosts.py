@@ -1,0 +1,207 @@
+"""Hosts that hang or die: what they say, with which status they end, and that the run goes on as before."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.helpers import ROOT, fake_devices
+from tests.runs import NO_SAMPLES, SMOKE, rows, signal_when, succeed
+
+VALUES = ("loss", "pixel", "frequency", "gradient_norm")
+
+
+def the_same(expected: dict[int, dict], actual: dict[int, dict]) -> None:
+    assert list(actual) == list(expected)
+    for step, row in expected.items():
+        assert [actual[step][name] for name in VALUES] == [row[name] for name in VALUES], step
+
+
+# ---------------------------------------------------------------------------------------- a step that hangs
+
+HANGING = """
+import sys, time
+from deco_jax import main
+from deco_jax.data import pipeline
+read = pipeline.Batches.__next__
+count = 0
+def stuck(self):
+    global count
+    count += 1
+    if count == 4:
+        time.sleep(600)
+    return read(self)
+pipeline.Batches.__next__ = stuck
+sys.argv = ["main", *sys.argv[1:]]
+main.cli()
+"""
+
+
+def test_a_hung_step_names_the_host_and_leaves_its_stacks(tmp_path):
+    arguments = [SMOKE, f"--workdir={tmp_path}", NO_SAMPLES, "--config.train.step_timeout=3"]
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 75, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "host 0 of 1" in line
+    assert "step 4 has not ended after 3 s (config.train.step_timeout), it waits for this host" in line
+    (stacks,) = (tmp_path / "stacks").iterdir()
+    assert stacks.name == "step_00000004_host_0000.txt"
+    text = stacks.read_text()
+    assert re.match(r"host 0 of 1, \S+, process \d+: step 4 waits for this host", text)
+    assert "in stuck" in text  # where it hangs
+    assert "in _wait" in text  # and the other threads
+
+
+DEVICES = """
+import pathlib, sys, threading, time
+from deco_jax.run.goodput import StepClock
+from deco_jax.run.watchdog import Watchdog
+class Never:
+    def block_until_ready(self):
+        threading.Event().wait()
+clock = StepClock(time.monotonic())
+with Watchdog(pathlib.Path(sys.argv[1]), 1.0, clock) as watchdog:
+    with watchdog.resting():
+        time.sleep(2.5)  # an evaluation
+    print("rested", flush=True)
+    clock.handed_over(7, Never())
+    while True:
+        watchdog.handed_over(7)  # the host goes on
+        time.sleep(0.01)
+"""
+
+
+def test_a_step_that_hangs_on_the_devices(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path, tmp_path / "file"):  # the second can't be written
+        done = subprocess.run(
+            [sys.executable, "-c", DEVICES, folder], cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 75, done.stderr
+        assert done.stdout == "rested\n"
+        assert "step 7 has not ended after 1 s" in done.stderr
+        assert "it waits for its devices" in done.stderr
+        place = re.search(r"what every thread does is in (\S+);", done.stderr)[1]
+        assert "Thread 0x" in pathlib.Path(place).read_text()
+
+
+# ---------------------------------------------------------------------------------------- copies on the hosts' disks
+
+
+def test_a_killed_run_goes_on_from_its_local_copy(tmp_path):
+    whole, killed, local = tmp_path / "whole", tmp_path / "killed", tmp_path / "local"
+    run = (
+        SMOKE,
+        NO_SAMPLES,
+        "--config.train.num_steps=400",
+        "--config.train.log_every=1",
+        "--config.train.save_every=300",
+    )
+    succeed(*run, f"--workdir={whole}")
+    copies = (f"--config.train.local_copies={local}", "--config.train.local_copies_every=1", f"--workdir={killed}")
+    code, _ = signal_when(signal.SIGKILL, lambda text: "\nstep 30/" in text, *run, *copies)
+    assert code == -signal.SIGKILL
+    (kept,) = local.glob("*/process_0_of_1")
+    newest = max(int(path.stem) for path in kept.glob("*.npz"))
+    assert 20 < newest < 300
+    assert not (killed / "checkpoints" / "300").exists()
+    # Half of the newest copy is lost: the one before it serves.
+    data = (kept / f"{newest}.npz").read_bytes()
+    (kept / f"{newest}.npz").write_bytes(data[: len(data) // 2])
+    result = succeed(*run, *copies)
+    before = max(int(step) for step in re.findall(r"copies of step (\d+) on the hosts' own disks", result.stderr))
+    assert f"resumed at step {before}" in result.stdout
+    assert before < newest
+    assert f"the copy of step {newest}" in result.stderr
+    the_same(rows(whole), rows(killed))
+    assert not kept.exists()  # nobody needs them any more
+
+    goodput = json.loads((killed / "goodput.json").read_text())
+    assert goodput["processes"] == 2
+    assert goodput["seconds"]["lost"] >= 0
+    last = rows(killed)[400]
+    assert 0 < last["goodput"] < 1
+    shares = [value for name, value in last.items() if name.startswith("time_")]
+    assert last["goodput"] + sum(shares) == pytest.approx(1)
+    assert re.search(r"goodput [\d.]+% of \S+ in 2 processes: the rest is ", result.stdout)
+    assert any("save_blocked_seconds" in row for row in rows(whole).values())
+
+    # The workdir begun anew: its old copies are another run's.
+    shutil.rmtree(killed)
+    result = succeed(*run[:2], *copies, "--config.train.num_steps=2")
+    assert "a new run" in result.stdout
+
+
+# ---------------------------------------------------------------------------------------- a process that is killed
+
+
+def process_of(launcher: subprocess.Popen, index: int) -> int | None:
+    """The number of the launcher's process with a --process_id; None if it isn't there."""
+    for folder in pathlib.Path("/proc").iterdir():
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == launcher.pid and f"--process_id={index}\0" in (folder / "cmdline").read_text():
+                return int(folder.name)
+        except (OSError, ValueError, IndexError):
+            continue
+    return None
+
+
+def launch(workdir: pathlib.Path, log: pathlib.Path, *arguments: str) -> subprocess.Popen:
+    """Two processes of four devices, each a slice."""
+    command = ["launch/local_processes.sh", "2", "--devices=4", "--restarts=1", "--", SMOKE, f"--workdir={workdir}"]
+    environment = {**os.environ, "PYTHON": sys.executable, "XLA_FLAGS": fake_devices(4)["XLA_FLAGS"]}
+    with log.open("w") as output:
+        return subprocess.Popen(
+            [*command, "--config.mesh.slices=2", "--config.mesh.fsdp=4", *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_and_the_launcher_goes_on(victim, tmp_path):
+    run = ("--config.train.num_steps=300", "--config.train.save_every=10", "--config.train.log_every=1", NO_SAMPLES)
+    expected = launch(tmp_path / "whole", tmp_path / "whole.txt", *run)
+    assert expected.wait(timeout=600) == 0, (tmp_path / "whole.txt").read_text()
+
+    log, workdir = tmp_path / "killed.txt", tmp_path / "killed"
+    launcher = launch(workdir, log, *run)
+    try:
+        metrics, end = workdir / "metrics.jsonl", time.monotonic() + 600
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 25):
+            assert launcher.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.01)
+        other = process_of(launcher, 1 - victim)
+        os.kill(process_of(launcher, victim), signal.SIGKILL)
+        killed = time.monotonic()
+        while process_of(launcher, 1 - victim) == other:
+            assert time.monotonic() - killed < 60, "the other goes on after a minute"
+            time.sleep(0.05)
+        print(f"the other ended after {time.monotonic() - killed:.1f} s")
+        assert launcher.wait(timeout=600) == 0, log.read_text()
+    finally:
+        launcher.terminate()
+    text = log.read_text()
+    assert "starting all again (1 of 1)" in text
+    first = text.partition("starting all again")[0]
+    lines = [line for line in first.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, first
+    assert "ending with status 75" in lines[0]
+    assert "Traceback" not in first
+    the_same(rows(tmp_path / "whole"), rows(workdir))
