@@ -9,11 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deco_jax.convert import dinov2 as convert
 from deco_jax.convert.mapping import to_torch
 from deco_jax.convert.torch_files import write_safetensors
-from deco_jax.models import clip
-from deco_jax.models.dinov2 import DINOv2
+from deco_jax.models import clip, dinov2
 from deco_jax.models.network import functional
 
 END = 99  # of a text
@@ -60,6 +58,6 @@ def write_clip(folder: pathlib.Path) -> pathlib.Path:
 
 def write_dinov2(path: pathlib.Path) -> pathlib.Path:
     """DINOv2 ViT-S/14 with random weights, in Meta's layout: 88 MB."""
-    params = random_params(lambda rngs: DINOv2.of_size("S", dtype=jnp.float32, rngs=rngs), 3)
-    write_safetensors(path, to_torch(convert.table(12), params))
+    params = random_params(lambda rngs: dinov2.DINOv2.of_size("S", dtype=jnp.float32, rngs=rngs), 3)
+    write_safetensors(path, to_torch(dinov2.table(12), params))
     return path
