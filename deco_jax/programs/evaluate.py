@@ -33,7 +33,7 @@ from deco_jax.evaluation.image_sets import ImageSet, drawn_images, folder_images
 from deco_jax.evaluation.measuring import read
 from deco_jax.evaluation.statistics import NpzImages
 from deco_jax.programs import best_of
-from deco_jax.run import checkpoint, sharding, storage, tracking
+from deco_jax.run import checkpoint, distributed, sharding, storage, tracking
 from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import write_json
 from deco_jax.sampling import generate
@@ -43,8 +43,8 @@ from deco_jax.sampling.settings import Sampling
 def evaluate(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str = "") -> None:
     """Write WORKDIR/evaluation.json and print it as a table; before that, find the best way to draw if asked to."""
     folder, began = storage.path(workdir), time.monotonic()
-    if config.train.wandb and jax.process_index() == 0:
-        tracking.check(config.train.wandb)
+    if config.train.wandb:
+        distributed.on_main_host(lambda: tracking.check(config.train.wandb))
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, slices=config.mesh.slices)
     check_evaluators(config)
     searching = best_of.wanted(config)

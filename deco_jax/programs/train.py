@@ -57,8 +57,8 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     folder = storage.path(workdir)
 
     # Everything that can be wrong is found before anything compiles or is written.
-    if config.train.wandb and jax.process_index() == 0:
-        tracking.check(config.train.wandb)
+    if config.train.wandb:
+        distributed.on_main_host(lambda: tracking.check(config.train.wandb))
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, slices=config.mesh.slices)
     sharding.check_batch(mesh, config.data.batch_size, "config.data.batch_size", config.optimizer.accumulate_steps)
     with distributed.stage("listing the images"):
