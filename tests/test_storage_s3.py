@@ -6,23 +6,48 @@ import json
 import os
 import tarfile
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from configs import quickstart
 from deco_jax.data import features as features_lib
 from deco_jax.data import sources
 from deco_jax.errors import UserError
 from deco_jax.evaluation.statistics import Accumulator
-from deco_jax.run import checksums, lock, orbax_s3, storage
+from deco_jax.models import network
+from deco_jax.run import checksums, lock, orbax_s3, sharding, storage
+from deco_jax.run.checkpoint import complete_steps, find, load_average
 from tests.bucket_runs import FOUR_STEPS, RUN, Data, assert_nothing_left_here, killed_and_resumed, same_samples
 from tests.buckets import download, make_images, needs_s3, upload
 from tests.helpers import run_main
-from tests.runs import assert_same_run, files
+from tests.runs import assert_same_run, files, random_checkpoint
 
 pytestmark = needs_s3
 
 
+def test_checkpoints_go_to_s3_and_come_back(s3, tmp_path):
+    """Those of a step that is not complete, as after a kill, are no checkpoints and are removed."""
+    config = quickstart.get_config("smoke")
+    local = find(str(random_checkpoint(tmp_path / "run", config)))
+    s3.upload("run/checkpoints/7/params/d/0a1b", b"half")
+    random_checkpoint(storage.path("s3://bucket/run"), config)
+    assert complete_steps("s3://bucket/run") == [1]
+    assert s3.names("run/checkpoints/7/") == []
+    remote = find("s3://bucket/run")
+    mesh, shapes = sharding.make_mesh(1, 1, jax.devices()[:1]), network.build(config.model.to_dict()).shapes
+    ours, theirs = (load_average(path, shapes, config, mesh) for path in (remote, local))
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    # An object that was changed behind the service's back is noticed.
+    name = max(s3.names("run/checkpoints/1/ema/"), key=lambda name: len(s3.files[name]))
+    s3.upload(name, s3.files[name][::-1])
+    with pytest.raises(UserError, match="isn't what was written: its checksum differs"):
+        load_average(remote, shapes, config, mesh)
+
+
+@pytest.mark.slow
 def test_a_run_killed_and_resumed_in_s3_is_the_one_on_a_disk(s3, whole_run, tmp_path):
     images, expected = whole_run
     where = upload(s3, images, "images")
