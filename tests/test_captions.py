@@ -20,7 +20,7 @@ from deco_jax.data import captioned_pairs, prepared, sources
 from deco_jax.data.source import Source, choose_caption, parse_weights
 from deco_jax.errors import UserError
 from deco_jax.programs.prepare import prepare
-from tests.helpers import first_batches, run_main
+from tests.helpers import first_batches
 from tests.runs import NO_SAMPLES, rows, succeed
 
 COUNT = 8
@@ -214,10 +214,6 @@ def test_through_the_command_line(tmp_path):
     command = ["--config=configs/t2i_256.py:smoke", NO_SAMPLES, "--config.data.source=captioned_folder"]
     command += [f"--config.data.path={path}", "--config.data.captions=txt=1,long=3,rare=0.5"]
     command += ["--config.data.image_size=8", "--config.data.batch_size=4", "--config.train.log_every=1"]
-    result = run_main(*command, "--config.data.captions=long", f"--workdir={tmp_path / 'none'}")
-    assert "must be names with weights above 0" in result.stderr
-    assert result.returncode == 1
-
     succeed(*command, f"--workdir={tmp_path / 'whole'}", "--config.train.num_steps=4")
     stored = f"--config.text.features={tmp_path / 'features'}"
     assert "24 of 24 captions" in succeed(*command, stored, "--mode=encode", f"--workdir={tmp_path / 'none'}").stdout
@@ -227,6 +223,3 @@ def test_through_the_command_line(tmp_path):
     assert list(whole) == list(parts) == [1, 2, 3, 4]
     for step in whole:
         assert parts[step]["loss"] == pytest.approx(whole[step]["loss"], rel=1e-3)
-    one = tmp_path / "one"
-    succeed(*command, "--config.data.captions=", f"--workdir={one}", "--config.train.num_steps=2")
-    assert rows(one)[2]["loss"] != whole[2]["loss"]
