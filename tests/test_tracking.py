@@ -138,7 +138,7 @@ def test_a_sweep_is_one_table_there(tmp_path):
     assert [{k: v for k, v in row.items() if v is not None} for row in there] == [
         {k: v for k, v in row.items() if k in table["columns"]} for row in ours
     ]
-    assert {"seed", "loss", "done", "run"} <= set(table["columns"])
+    assert {"seed", "loss", "done"} <= set(table["columns"])
     groups = {
         record.run.run_group
         for file in (tmp_path / "sweep").glob("seed=*/wandb/offline-run-*/*.wandb")
