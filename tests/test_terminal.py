@@ -44,7 +44,7 @@ def test_training(tmp_path):
     live = [line for line in lines if line.startswith("step ")]
     assert len(live) == 4
     for number, line in enumerate(live, start=1):
-        assert re.match(rf"step {number}/4  {LEFT}  loss ", line)
+        assert re.match(rf"step {number}/4  {LEFT}  \w+ \d", line)
         assert len(line) <= 79
 
 

@@ -18,8 +18,8 @@ from deco_jax.data import sources
 from deco_jax.method import training
 from deco_jax.method.optimizer import make_optimizer
 from deco_jax.models import network as network_lib
-from deco_jax.programs import evaluate, train
-from deco_jax.run import checkpoint, sharding
+from deco_jax.programs import evaluate
+from deco_jax.run import checkpoint, sharding, start
 from deco_jax.run.state import create_state, state_shapes
 from deco_jax.sampling import generate
 from deco_jax.sampling.settings import Sampling
@@ -145,7 +145,7 @@ def test_the_next_stage_takes_weights_averages_and_moments(run):
     new = create_state(1, networks, optimizer, mesh)
     for asked in (False, True):
         config.init_optimizer = asked
-        started = train.start_from(config, new, mesh)
+        started = start.start_from(config, new, mesh)
         assert int(started["step"]) == 0
         expected = {**before, "step": new["step"], "opt_state": (before if asked else new)["opt_state"]}
         jax.tree.map(np.testing.assert_array_equal, started, expected)
