@@ -75,13 +75,18 @@ def arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
     return found
 
 
+def depends_on_time(metric: str) -> bool:
+    """Whether a metric says how fast a run was, not what it computed."""
+    return metric in ("images_per_second", "peak_memory_gib", "goodput") or metric.startswith("time_")
+
+
 def assert_same_run(ours: pathlib.Path, theirs: pathlib.Path, step: int) -> None:
     """The metrics, but for times, and the arrays of a checkpoint are equal to the bit."""
     actual, expected = rows(ours), rows(theirs)
     assert actual.keys() == expected.keys()
     for number in expected:
         for key, value in expected[number].items():
-            if key not in ("images_per_second", "peak_memory_gib"):
+            if not depends_on_time(key):
                 assert actual[number][key] == value, f"step {number}: {key}"
     here, there = arrays(ours / "checkpoints" / str(step)), arrays(theirs / "checkpoints" / str(step))
     assert here.keys() == there.keys()

@@ -20,7 +20,7 @@ from PIL import Image
 
 from deco_jax.run import preemption
 from tests.helpers import ROOT, run_main
-from tests.runs import NO_SAMPLES, SMOKE, files, rows, signal_when, steps, succeed, two_steps
+from tests.runs import NO_SAMPLES, SMOKE, depends_on_time, files, rows, signal_when, steps, succeed, two_steps
 
 TOTAL = 40
 LONG = (SMOKE, NO_SAMPLES, f"--config.train.num_steps={TOTAL}", "--config.train.save_every=5")
@@ -29,8 +29,7 @@ SHORT = (SMOKE, NO_SAMPLES, "--config.train.num_steps=5", "--config.train.save_e
 
 def losses(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
     """All that is logged and depends on the computation alone."""
-    timed = ("images_per_second", "peak_memory_gib")
-    return {step: {k: v for k, v in row.items() if k not in timed} for step, row in rows(workdir).items()}
+    return {step: {k: v for k, v in row.items() if not depends_on_time(k)} for step, row in rows(workdir).items()}
 
 
 @pytest.fixture(scope="module")
