@@ -8,6 +8,7 @@ import pathlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -98,6 +99,82 @@ def test_a_step_that_hangs_on_the_devices(tmp_path):
 
 # ---------------------------------------------------------------------------------------- copies on the hosts' disks
 
+COPIES = """
+import json, pathlib, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from configs import quickstart
+from deco_jax.run import sharding
+from deco_jax.run.local_copies import LocalCopies
+folder = pathlib.Path(sys.argv[1])
+config = quickstart.get_config("smoke")
+config.train.local_copies = str(folder / "local")
+(folder / "run").mkdir()
+mesh = sharding.make_mesh(2, 4)
+split, rows, whole = (NamedSharding(mesh, P(*spec)) for spec in ((None, "fsdp"), (("data", "fsdp"),), ()))
+random = np.random.default_rng(0)
+def values(step):
+    return {
+        "step": (np.int32(step), whole),
+        "a": {"kernel": (random.standard_normal((6, 8)).astype(np.float32), split)},
+        "b": (random.standard_normal(16).astype(jnp.bfloat16), rows),
+        "empty": (np.zeros((0, 3), np.float32), whole),
+    }
+leaf = lambda x: isinstance(x, tuple)
+def put(values):
+    return jax.tree.map(lambda pair: jax.device_put(*pair), values, is_leaf=leaf)
+copies = LocalCopies(config, folder / "run")
+kept = {}
+for step in (3, 5, 7):
+    kept[step] = values(step)
+    state = put(kept[step])
+    assert copies.save(step, state)
+    jax.tree.map(lambda array: array.delete(), state)  # as the next step takes its memory
+    copies.wait()
+assert copies.steps() == [5, 7]
+shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), put(values(0)))
+def check(step, newer_than=0, who=copies, shapes=shapes):
+    state = who.restore(shapes, newer_than)
+    if step is None:
+        assert state is None
+        return
+    def same(pair, array):
+        assert array.sharding == pair[1] and array.dtype == pair[0].dtype
+        np.testing.assert_array_equal(np.asarray(array), pair[0])
+    jax.tree.map(same, kept[step], state, is_leaf=leaf)
+check(7)
+check(7, newer_than=6)
+check(None, newer_than=7)
+other = quickstart.get_config("smoke")
+other.train.local_copies, other.model.depth = config.train.local_copies, config.model.depth + 1
+check(None, who=LocalCopies(other, folder / "run"))
+(folder / "new").mkdir()
+check(None, who=LocalCopies(config, folder / "new"))  # another run
+turned = NamedSharding(mesh, P("fsdp"))
+check(None, shapes={**shapes, "b": jax.ShapeDtypeStruct((16,), jnp.bfloat16, sharding=turned)})
+newest = copies.folder / "7.npz"
+data = bytearray(newest.read_bytes())
+data[data.index(kept[7]["a"]["kernel"][0][0][:2].tobytes())] ^= 1  # one bit
+newest.write_bytes(data)
+check(5)
+copies.remove()
+check(None)
+print("done")
+"""
+
+
+def test_local_copies_are_exact_and_only_of_this_run(tmp_path):
+    """Eight devices, split and whole arrays, types that NumPy doesn't know."""
+    done = subprocess.run(
+        [sys.executable, "-c", COPIES, tmp_path],
+        cwd=ROOT,
+        env={**os.environ, **fake_devices(8)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == "done\n", done.stderr
+
 
 def test_a_killed_run_goes_on_from_its_local_copy(tmp_path):
     whole, killed, local = tmp_path / "whole", tmp_path / "killed", tmp_path / "local"
@@ -144,6 +221,55 @@ def test_a_killed_run_goes_on_from_its_local_copy(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------- a process that is killed
+
+
+JOINED = """
+import sys, time
+import jax, numpy as np
+from jax.experimental import multihost_utils
+from deco_jax.run import distributed
+port, index, works = sys.argv[1:]
+distributed.start(f"127.0.0.1:{port}", 2, int(index), heartbeat_timeout=4)
+print("joined", flush=True)
+with distributed.ending_with_the_others():
+    while True:
+        if works == "together":
+            multihost_utils.process_allgather(np.int32(1))
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("victim, works", [(0, "alone"), (1, "alone"), (1, "together")])
+def test_a_lost_process_ends_the_other_with_one_line(victim, works):
+    """The coordinator or the other one, while they exchange something and while they don't."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOINED, str(port), str(i), works],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        for process in processes:  # Gloo prints lines of its own
+            assert any(line == "joined\n" for line in iter(process.stdout.readline, ""))
+        processes[victim].kill()
+        _, errors = processes[1 - victim].communicate(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert processes[1 - victim].returncode == 75, errors
+    (line,) = [line for line in errors.splitlines() if "error:" in line]
+    assert f"[process {1 - victim} of 2, " in line
+    assert "ending with status 75: start all processes again" in line
+    assert "Traceback" not in errors
+    assert "Fatal Python error" not in errors
 
 
 def process_of(launcher: subprocess.Popen, index: int) -> int | None:

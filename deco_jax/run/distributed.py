@@ -157,9 +157,14 @@ def _ending_in_one_line() -> Iterator[None]:
     except (ImportError, AttributeError, OSError):
         yield
         return
-    _jax.get_distributed_runtime_client = lambda *args, **options: make(
-        *args, missed_heartbeat_callback=_lost, **options
-    )
+
+    def making(*args: Any, **options: Any) -> Any:
+        try:
+            return make(*args, **{"missed_heartbeat_callback": _lost, **options})
+        except TypeError:
+            return make(*args, **options)
+
+    _jax.get_distributed_runtime_client = making
     try:
         yield
     finally:
@@ -167,7 +172,7 @@ def _ending_in_one_line() -> Iterator[None]:
 
 
 def _lost(*_: object) -> None:
-    end_for_restart("another process of this run has ended, or can't be reached")
+    end_for_restart("another process of this run is gone, or can't be reached")
 
 
 _handlers: list[object] = []  # ctypes' functions, which C++ goes on pointing to
@@ -184,7 +189,11 @@ def _on_terminate() -> None:
 
 def end_for_restart(reason: str) -> NoReturn:
     """End this process at once, with a line: the others don't answer, so that nothing can be finished together."""
-    who = f"process {jax.process_index()} of {jax.process_count()}, {socket.gethostname()}"
+    from jax._src import distributed as jax_distributed
+
+    # Asking JAX itself would start its devices if nothing has yet.
+    joined = jax_distributed.global_state
+    who = f"process {joined.process_id} of {joined.num_processes}, {socket.gethostname()}"
     line = (
         f"error: [{who}] {reason}; ending with status {RESTART}: start all processes again, and the run goes on "
         "from its newest checkpoint\n"
