@@ -22,7 +22,8 @@ from tests.runs import SMOKE, rows, succeed
     [
         ("auto", jnp.bfloat16, "gpu", "cudnn"),
         ("auto", jnp.float32, "gpu", "xla"),
-        ("auto", jnp.bfloat16, "tpu", "xla"),
+        ("auto", jnp.bfloat16, "tpu", "flash"),
+        ("auto", jnp.float32, "tpu", "flash"),
         ("auto", jnp.bfloat16, "cpu", "xla"),
         ("auto", jnp.bfloat16, None, "xla"),
         ("xla", jnp.bfloat16, "gpu", "xla"),
@@ -33,14 +34,16 @@ def test_attention(name, dtype, platform, chosen):
     assert choices.attention(name, dtype, platform) == chosen
 
 
-def program(peak: float):
-    """As if a compiled program needed so many bytes."""
+def program(peak: float, cycles: int = 0):
+    """As if a compiled program needed so many bytes, and a TPU's compiler expected it to take so many cycles."""
     sizes = {"argument": peak, "output": 0, "alias": 0, "temp": 0, "generated_code": 0}
     analysis = types.SimpleNamespace(**{f"{name}_size_in_bytes": value for name, value in sizes.items()})
-    return types.SimpleNamespace(memory_analysis=lambda: analysis)
+    config = f'backend_config={{"estimated_cycles":"{cycles}"}}'
+    text = f"ENTRY %main () -> f32[] {{\n  ROOT %a = f32[] constant(0), {config}\n}}\n"
+    return types.SimpleNamespace(memory_analysis=lambda: analysis, as_text=lambda: text)
 
 
-NEEDS = {"none": program(30.0), "dots": program(20.0), "full": program(10.0)}
+NEEDS = {"none": program(30.0), "dots": program(20.0), "attention": program(15.0), "full": program(10.0)}
 
 
 @pytest.mark.parametrize(
@@ -49,8 +52,9 @@ NEEDS = {"none": program(30.0), "dots": program(20.0), "full": program(10.0)}
         (40, "tpu", "none", ["none"]),
         (30, "tpu", "none", ["none"]),
         (30, "gpu", "dots", ["none", "dots"]),  # cuDNN's workspaces aren't in the compiler's count
-        (12, "tpu", "full", ["none", "dots", "full"]),
-        (5, "tpu", "full", ["none", "dots", "full"]),
+        (16, "gpu", "full", ["none", "dots", "attention", "full"]),
+        (12, "tpu", "full", ["none", "dots", "attention", "full"]),
+        (5, "tpu", "full", ["none", "dots", "attention", "full"]),
         (None, "cpu", "none", []),
     ],
 )
@@ -71,10 +75,23 @@ def test_the_cheapest_policy_that_fits(memory, platform, chosen, tried):
 def test_a_policy_that_the_compiler_refuses_is_passed_over():
     refused = {**NEEDS, "none": choices.Refused("RESOURCE_EXHAUSTED", None), "dots": choices.Refused("", 2.0**35)}
     choice = choices.remat(refused.__getitem__, 30, "tpu")
-    assert choice.name == "full"
+    assert choice.name == "attention"
     assert "none does not compile, dots needs 32.00" in choice.note
     nothing = {name: choices.Refused("", None) for name in NEEDS}
     assert choices.remat(nothing.__getitem__, 30, "tpu").compiled is None
+
+
+@pytest.mark.parametrize(("memory", "chosen"), [(40, "dots"), (22, "attention"), (12, "full"), (5, "full")])
+def test_on_a_tpu_the_fewest_estimated_cycles_decide(memory, chosen):
+    """Keeping everything is not the fastest there: what isn't computed again is read from memory."""
+    cycles = {"none": 900, "dots": 700, "attention": 800, "full": 850}
+    estimated = {name: program(30 - 5 * i, cycles[name]) for i, name in enumerate(cycles)}
+    estimated["full"] = program(10, 850)
+    choice = choices.remat(estimated.__getitem__, memory, "tpu")
+    assert choice.name == chosen
+    assert choice.compiled is estimated[chosen]
+    assert all(f"{name} needs" in choice.note for name in cycles)
+    assert "at 700 cycles" in choice.note
 
 
 def test_a_step_is_compiled_with_the_policy_that_fits_its_device(monkeypatch):

@@ -59,7 +59,7 @@ def run(name: str, **changes):
 def test_output_is_the_reference_s(name, platform):
     """In the forms for both platforms, computed by this one."""
     with compiling_for(platform):
-        output, _ = run(name)()
+        output, _ = run(name, attention="auto")()
     assert relative_error(output, nhwc(golden(name)["out"])) < BOUND[name]
 
 
@@ -70,7 +70,9 @@ def test_every_block_s_output_is_the_reference_s(name, layer):
     assert relative_error(hidden["aligned"], golden(name)[f"block{layer}"]) < 2e-6
 
 
-@pytest.mark.parametrize("changes", [{"remat": "dots"}, {"remat": "full", "unroll": 3}, {"decoder_chunk": 96}])
+@pytest.mark.parametrize(
+    "changes", [{"remat": "dots"}, {"remat": "attention"}, {"remat": "full", "unroll": 3}, {"decoder_chunk": 96}]
+)
 @pytest.mark.parametrize("name", ["deco_c2i", "deco_t2i"])
 def test_rematerialisation_and_unrolling_change_nothing(name, changes):
     output, _ = run(name, **changes)()

@@ -29,9 +29,9 @@ from tests.helpers import golden, golden_params, nhwc, relative_error
 from tests.test_deco import MODELS
 
 
-def setup(model: str, frequency_weight: float = 1.0):
+def setup(model: str, frequency_weight: float = 1.0, **changes):
     """The model, the reference's parameters, and the objective with float images instead of uint8 ones."""
-    settings = ml_collections.ConfigDict(MODELS[model])
+    settings = ml_collections.ConfigDict(MODELS[model] | changes)
     networks = {
         "denoiser": network.build(settings.to_dict()),
         "projector": network.functional(lambda rngs: Projector(48, 20, dtype=jnp.float32, rngs=rngs)),
@@ -92,10 +92,10 @@ def test_jit_s_objective():
     assert relative_error(loss, more["jit_step/loss"]) < 2e-6
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_gradients(platform):
+@pytest.mark.parametrize(("platform", "remat"), [("cpu", "none"), ("tpu", "none"), ("tpu", "attention")])
+def test_gradients(platform, remat):
     more = golden("more")
-    model, params, objective = setup("deco_c2i")
+    model, params, objective = setup("deco_c2i", attention="auto", remat=remat)
     inputs = step_inputs(more["train/noise"][0], more["train/t"][0])
     with compiling_for(platform):
         grads, _ = jax.jit(jax.grad(objective, has_aux=True))(params, *inputs)

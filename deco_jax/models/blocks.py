@@ -12,8 +12,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+from deco_jax.models import flash
 from deco_jax.models.layers import Dtype, Linear, RMSNorm, SwiGLU, modulate, rotate, xavier
+from deco_jax.run.sharding import on_tpu
 
 
 class BlockStyle(NamedTuple):
@@ -52,6 +55,9 @@ class Attention(nnx.Module):
 
     The text's keys and values are appended behind the image's; its keys share the image's key norm and
     are not rotated.
+
+    Args:
+        implementation: of XLA, cuDNN (GPU, bfloat16), or "auto": `flash` on TPUs and XLA's elsewhere.
     """
 
     def __init__(
@@ -60,7 +66,7 @@ class Attention(nnx.Module):
         num_heads: int,
         *,
         with_text: bool,
-        implementation: Literal["xla", "cudnn"],
+        implementation: Literal["auto", "xla", "cudnn"],
         style: BlockStyle = PLAIN,
         dtype: Dtype,
         rngs: nnx.Rngs,
@@ -77,7 +83,10 @@ class Attention(nnx.Module):
     @jax.named_scope("attention")
     def __call__(self, x: jax.Array, angles: jax.Array | None, text: jax.Array | None = None) -> jax.Array:
         """x [batch, tokens, width], angles [tokens, head_width / 2], text [batch, length, width] → x's shape."""
-        q, k, v = self.qkv.to_heads(x, self.num_heads, 3)
+        keys = x.shape[1] + (0 if text is None else text.shape[1])
+        if self.implementation == "auto" and on_tpu() and flash.fits(x.shape[1], keys, x.shape[-1] // self.num_heads):
+            return self.by_kernel(x, angles, text)
+        q, k, v = (checkpoint_name(part, flash.KEPT) for part in self.qkv.to_heads(x, self.num_heads, 3))
         q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
@@ -85,7 +94,22 @@ class Attention(nnx.Module):
             text_k, text_v = self.text_kv.to_heads(text, self.num_heads, 2)
             k = jnp.concatenate([k, self.k_norm(text_k)], axis=1)
             v = jnp.concatenate([v, text_v], axis=1)
-        return self.out.from_heads(jax.nn.dot_product_attention(q, k, v, implementation=self.implementation))
+        implementation = "cudnn" if self.implementation == "cudnn" else "xla"
+        mixed = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+        return self.out.from_heads(checkpoint_name(mixed, flash.KEPT))
+
+    def by_kernel(self, x: jax.Array, angles: jax.Array | None, text: jax.Array | None) -> jax.Array:
+        """The same by `flash.attention`, heads as [batch, heads, head_width, tokens]."""
+        q, k, v = self.qkv.to_heads_down(x, self.num_heads, 3)
+        if text is not None:
+            text_k, text_v = self.text_kv.to_heads_down(text, self.num_heads, 2)
+            k, v = jnp.concatenate([k, text_k], axis=-1), jnp.concatenate([v, text_v], axis=-1)
+        q, k, v = (checkpoint_name(part, flash.KEPT) for part in (q, k, v))
+        if angles is None:
+            angles = jnp.zeros((x.shape[1], q.shape[2] // 2))
+        scales = (self.q_norm.scale[...], self.k_norm.scale[...])
+        mixed = flash.attention(q, k, v, scales, flash.tables(angles, k.shape[-1]), epsilon=self.q_norm.epsilon)
+        return self.out.from_heads_down(mixed)
 
 
 class Block(nnx.Module):
@@ -101,7 +125,7 @@ class Block(nnx.Module):
         mlp_hidden: int,
         *,
         with_text: bool = False,
-        attention: Literal["xla", "cudnn"] = "xla",
+        attention: Literal["auto", "xla", "cudnn"] = "xla",
         style: BlockStyle = PLAIN,
         dtype: Dtype,
         rngs: nnx.Rngs,

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 
+from deco_jax.models import flash
 from deco_jax.run.sharding import gather, on_tpu
 from deco_jax.shapes import Angles, Heads, Maps, Patches, PerExample
 
@@ -26,6 +27,7 @@ Dtype = Any
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,  # keep every activation for the backward pass
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the matrix products' outputs
+    "attention": jax.checkpoint_policies.save_only_these_names(flash.KEPT),  # queries, keys, values and their mixture
     "full": jax.checkpoint_policies.nothing_saveable,  # keep each block's input only
 }
 
@@ -93,6 +95,21 @@ class Linear(nnx.Linear):
             return outputs
         bias = self.bias[...].astype(self.dtype).reshape(parts, num_heads, -1)
         return [y + bias[part] for part, y in enumerate(outputs)]
+
+    def to_heads_down(self, x: jax.Array, num_heads: int, parts: int) -> list[jax.Array]:
+        """`to_heads` with tokens along the last axis: `parts` arrays [batch, heads, head_width, tokens]."""
+        kernel = self.kernel[...].astype(self.dtype).reshape(x.shape[-1], parts, num_heads, -1)
+        outputs = [jnp.einsum("bte,ehd->bhdt", x, kernel[:, part]) for part in range(parts)]
+        if self.bias is None:
+            return outputs
+        bias = self.bias[...].astype(self.dtype).reshape(parts, num_heads, -1, 1)
+        return [y + bias[part] for part, y in enumerate(outputs)]
+
+    def from_heads_down(self, x: jax.Array) -> jax.Array:
+        """x [batch, heads, head_width, tokens] → [batch, tokens, fan_out], of all heads' channels."""
+        kernel = self.kernel[...].astype(self.dtype).reshape(*x.shape[1:3], -1)
+        y = jnp.einsum("bhdt,hde->bte", x, kernel)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
     def from_heads(self, x: jax.Array) -> jax.Array:
         """x [batch, tokens, heads, head_width] → [batch, tokens, fan_out], of all heads' channels."""

@@ -123,9 +123,12 @@ def build(model: Mapping[str, Any]) -> Network:
     arguments = {key: value for key, value in dict(model).items() if key not in ("name", "prediction")}
     arguments["dtype"] = jnp.dtype(arguments["dtype"])
     if "attention" in arguments:
-        # cuDNN's attention has no forward-mode product, which MeanFlow takes.
-        platform = "cpu" if arguments.get("mean_velocity") else None
-        arguments["attention"] = choices.attention(arguments["attention"], arguments["dtype"], platform)
+        # Neither cuDNN's attention nor the kernel for TPUs has a forward-mode product, which MeanFlow takes.
+        forwards = arguments.get("mean_velocity")
+        chosen = choices.attention(arguments["attention"], arguments["dtype"], "cpu" if forwards else None)
+        # Whether "auto" is the kernel for TPUs depends on what the program is compiled for.
+        if forwards or chosen == "cudnn":
+            arguments["attention"] = chosen
     if arguments.get("remat") == choices.AUTO:
         # Training has settled it by now, and without a gradient there is nothing to keep.
         arguments["remat"] = "none"

@@ -73,15 +73,17 @@ class TrunkSettings:
     )
     remat: str = setting(
         "auto",
-        "What is recomputed in the backward pass. none: fastest, most memory; dots: all but matrix products; "
-        "full: slowest, least memory; auto: the first of these whose compiled step fits.",
+        "What is recomputed in the backward pass. none: nothing, most memory; dots: all but matrix products; "
+        "attention: all but attention's queries, keys, values and output; full: everything, least memory; "
+        "auto: the first of these whose compiled step fits, on TPUs the one with the fewest estimated cycles.",
         one_of("auto", *REMAT_POLICIES),
         computed=True,
     )
     unroll: int = setting(1, "Blocks that are unrolled in the scan over them.", at_least(1, 1024), computed=True)
     attention: str = setting(
         "auto",
-        "Implementation of attention. cudnn needs an NVIDIA GPU and bfloat16; auto: cudnn where it can be, else xla.",
+        "Implementation of attention. cudnn needs an NVIDIA GPU and bfloat16; auto: cudnn where it can be, on TPUs a "
+        "kernel written by hand, else xla.",
         one_of("auto", "xla", "cudnn"),
         computed=True,
     )
@@ -101,7 +103,7 @@ class Trunk(nnx.Module):
         dtype: compute dtype.
         remat: name of a rematerialisation policy (`layers.REMAT_POLICIES`).
         unroll: blocks a scan iteration.
-        attention: "xla" or "cudnn" (GPU, bfloat16).
+        attention: "xla", "cudnn" (GPU, bfloat16), or "auto": the kernel for TPUs on those, XLA's elsewhere.
         context_tokens: class tokens that join the image's before block `context_start` and leave after the last
             (in-context conditioning, Li & He 2025, JiT); class-to-image only.
         dropout: share of the units that training drops in the middle half of the blocks.
@@ -124,7 +126,7 @@ class Trunk(nnx.Module):
         dtype: Dtype = jnp.float32,
         remat: str = "none",
         unroll: int = 1,
-        attention: Literal["xla", "cudnn"] = "xla",
+        attention: Literal["auto", "xla", "cudnn"] = "xla",
         context_tokens: int = 0,
         context_start: int = 0,
         dropout: float = 0.0,

@@ -218,12 +218,13 @@ def compile_report(config: ml_collections.ConfigDict, mesh: Mesh, what: str = "t
     device = mesh.devices.flat[0]
     chip = hardware.chip_of(device)
     memory = device_memory(device, mesh)
-    if config.model.remat == AUTO:  # the cheapest that fits, as training chooses it
+    if config.model.remat == AUTO:  # as training chooses it
+        found: list[dict[str, Any]] = []
         for policy in policies(memory) if what == "train" else ("none",):
-            settled = compile_report(with_settings(config, {"model.remat": policy}), mesh, what)
-            if settled["fits"] is not False:
+            found.append(compile_report(with_settings(config, {"model.remat": policy}), mesh, what))
+            if found[-1]["fits"] is not False and not cycles_of(found[-1]):
                 break
-        return settled
+        return min(found, key=lambda each: (each["fits"] is False, cycles_of(each) or -found.index(each)))
     model = config.model
     began = time.monotonic()
     lowered = LOWER[what](config, mesh)
@@ -266,6 +267,11 @@ def compile_report(config: ml_collections.ConfigDict, mesh: Mesh, what: str = "t
     report["seconds_to_compile"] = round(time.monotonic() - began, 2)
     report["advice"] = advice(config, mesh, report) if report["fits"] is False and what == "train" else []
     return report
+
+
+def cycles_of(report: Mapping[str, Any]) -> int | None:
+    """XLA's estimate of a report's program; None if it has none."""
+    return (report["estimate"] or {}).get("cycles")
 
 
 def with_settings(config: ml_collections.ConfigDict, values: Mapping[str, Any]) -> ml_collections.ConfigDict:

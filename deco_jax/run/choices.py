@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from deco_jax.run import distributed, monitor
+from deco_jax.run import distributed, monitor, program
 
 AUTO = "auto"
-# From the fastest to the one that needs least memory; names in `models.layers.REMAT_POLICIES`.
-CHEAPEST_FIRST = ("none", "dots", "full")
+# From the one that computes least to the one that needs least memory; names in `models.layers.REMAT_POLICIES`.
+CHEAPEST_FIRST = ("none", "dots", "attention", "full")
 # Of a GPU's memory, as the compiler doesn't count cuDNN's and cuBLAS's workspaces nor what lies between arrays.
 GPU_SHARE = 0.92
 
@@ -22,16 +22,18 @@ GPU_SHARE = 0.92
 def attention(name: str, dtype: DTypeLike, platform: str | None = None) -> str:
     """The implementation that "auto" stands for; other names stand for themselves.
 
-    cuDNN's fused attention on NVIDIA's GPUs in bfloat16, which it needs; XLA's elsewhere. On TPUs too: a flash kernel
-    spares memory traffic that 256 tokens of 16 heads don't have much of, and none was measured to pay.
+    cuDNN's fused attention on NVIDIA's GPUs in bfloat16, which it needs; `models.flash` on TPUs, where the sizes fit;
+    XLA's elsewhere.
 
     Args:
         platform: "gpu", "tpu" or "cpu"; that of this machine if None.
     """
     if name != AUTO:
         return name
-    on_gpu = (platform or jax.default_backend()) == "gpu"
-    return "cudnn" if on_gpu and jnp.dtype(dtype) == jnp.bfloat16 else "xla"
+    platform = platform or jax.default_backend()
+    if platform == "tpu":
+        return "flash"
+    return "cudnn" if platform == "gpu" and jnp.dtype(dtype) == jnp.bfloat16 else "xla"
 
 
 class Refused(NamedTuple):
@@ -66,6 +68,9 @@ def remat(
 ) -> Remat:
     """The fastest policy whose compiled program fits into a device's memory, on all hosts.
 
+    Where XLA estimates a program's cycles, as it does for TPUs, every policy is compiled and the fewest cycles decide:
+    there it is often quicker to compute again than to read from memory. Elsewhere it is the first that fits.
+
     Args:
         compile_with: (policy) → the training step, compiled with it.
         memory: bytes of a device; None, as for a CPU: nothing is compiled, and every activation is kept.
@@ -73,21 +78,32 @@ def remat(
     if memory is None:
         return Remat("none", None, "remat none: this device doesn't say how much memory it has")
     usable = memory * (GPU_SHARE if (platform or jax.default_backend()) == "gpu" else 1.0)
-    tried = []
+    tried: list[str] = []
+    found: list[tuple[int | None, str, jax.stages.Compiled]] = []  # that fit
     for name in CHEAPEST_FIRST:
         compiled = compile_with(name)
+        cycles = None
         if isinstance(compiled, Refused):
             peak, fits = compiled.peak, False
         else:
-            peak = float(monitor.program_bytes(compiled)["peak"])
+            peak, cycles = float(monitor.program_bytes(compiled)["peak"]), estimated_cycles(compiled)
             fits = peak <= usable
         needs = "does not compile" if peak is None else f"needs {peak / 2**30:.2f}"
-        tried.append(f"{name} {needs}")
-        if distributed.all_hosts(fits) or name == CHEAPEST_FIRST[-1]:
-            break
-    verdict = "" if fits else ", too much by the compiler's count"
-    note = f"remat {name}{verdict}: of {usable / 2**30:.2f} GiB per device, {', '.join(tried)}"
-    return Remat(name, None if isinstance(compiled, Refused) else compiled, note)
+        tried.append(f"{name} {needs}" + (f" at {cycles:.3g} cycles" if cycles else ""))
+        if distributed.all_hosts(fits) and not isinstance(compiled, Refused):
+            found.append((cycles, name, compiled))
+            if cycles is None:
+                break
+    if not found:
+        note = f"remat {name}, too much by the compiler's count: of {usable / 2**30:.2f} GiB per device"
+        return Remat(name, None if isinstance(compiled, Refused) else compiled, f"{note}, {', '.join(tried)}")
+    _, name, compiled = min(found, key=lambda each: each[0] or 0)
+    return Remat(name, compiled, f"remat {name}: of {usable / 2**30:.2f} GiB per device, {', '.join(tried)}")
+
+
+def estimated_cycles(compiled: jax.stages.Compiled) -> int | None:
+    """What XLA's model of the chip says of a program, the same on every host; None where it says nothing."""
+    return sum(cost.total for cost in program.costs(program.parse(compiled.as_text() or ""))) or None
 
 
 def policies(memory: float | None) -> Iterator[str]:

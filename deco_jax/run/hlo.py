@@ -63,6 +63,7 @@ class Program(NamedTuple):
 _ARRAY = re.compile(r"\b(pred|bf16|token|opaque|[suf]\d+\w*|c\d+)\[([^\]]*)\]")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _LEFT = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = ")
+_KERNEL_METADATA = re.compile(r"kernel_metadata=\{[^{}]*\}")  # printed on lines of its own
 _OPCODE = re.compile(r"\s*([a-z][a-z0-9\-]*)\(")
 
 
@@ -71,6 +72,7 @@ def parse(text: str) -> Program:
     computations: dict[str, dict[str, Instruction]] = {}
     entry = ""
     current: dict[str, Instruction] = {}
+    text = _KERNEL_METADATA.sub(lambda found: found[0].replace("\n", ""), text)
     for line in text.splitlines():
         if header := _HEADER.match(line):
             current = computations.setdefault(header[2], {})
