@@ -94,7 +94,7 @@ class Attention(nnx.Module):
             text_k, text_v = self.text_kv.to_heads(text, self.num_heads, 2)
             k = jnp.concatenate([k, self.k_norm(text_k)], axis=1)
             v = jnp.concatenate([v, text_v], axis=1)
-        implementation = "cudnn" if self.implementation == "cudnn" else "xla"
+        implementation: Literal["xla", "cudnn"] = "cudnn" if self.implementation == "cudnn" else "xla"
         mixed = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
         return self.out.from_heads(checkpoint_name(mixed, flash.KEPT))
 

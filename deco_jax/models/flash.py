@@ -104,8 +104,8 @@ def _attention_forward(options: Options, q: Any, k: Any, v: Any, scales: Any, ro
 
 
 def _attention_backward(options: Options, saved: Any, by_out: jax.Array) -> Any:
-    *arguments, (cos, sin), out, sums = saved
-    *found, by_q_scale, by_k_scale = _call_backward(options, *arguments, (cos, sin), out, sums, by_out)
+    cos, sin = saved[4]
+    *found, by_q_scale, by_k_scale = _call_backward(options, saved, by_out)
     by_scales = tuple(jnp.sum(part, axis=(0, 1)) for part in (by_q_scale, by_k_scale))
     return (*found, by_scales, (jnp.zeros_like(cos), jnp.zeros_like(sin)))
 
@@ -160,7 +160,7 @@ def factor(head_width: int) -> float:
     return math.log2(math.e) / math.sqrt(head_width)
 
 
-def _forward_kernel(q, k, v, q_scale, k_scale, cos, sin, out, sums, *, options: Options) -> None:  # type: ignore[no-untyped-def]
+def _forward_kernel(q, k, v, q_scale, k_scale, cos, sin, out, sums, *, options: Options) -> None:
     tokens, block = q.shape[-1], options.block
     q_factor = q_scale[...] * factor(q.shape[-2])
     for head in range(options.heads):
@@ -178,7 +178,7 @@ def _forward_kernel(q, k, v, q_scale, k_scale, cos, sin, out, sums, *, options: 
             sums[0, head, :, part] = top + jnp.log2(total)
 
 
-def _backward_kernel(  # type: ignore[no-untyped-def]
+def _backward_kernel(
     q,
     k,
     v,
@@ -247,7 +247,7 @@ def _specs(options: Options, *arrays: jax.Array) -> list[pl.BlockSpec]:
     return [spec(array) for array in arrays]
 
 
-def _call(  # type: ignore[no-untyped-def]
+def _call(
     kernel: Any,
     options: Options,
     arguments: tuple[Any, ...],
@@ -300,9 +300,8 @@ def _call_forward(options: Options, q: Any, k: Any, v: Any, scales: Any, rotatio
     return _call(_forward_kernel, options, arguments, results, 2, FORWARD_CYCLES)
 
 
-def _call_backward(
-    options: Options, q: Any, k: Any, v: Any, scales: Any, rotation: Any, out: Any, sums: Any, by_out: Any
-) -> Any:
+def _call_backward(options: Options, saved: Any, by_out: jax.Array) -> Any:
+    q, k, v, scales, rotation, out, sums = saved
     batch, heads, width, _ = q.shape
     arguments = (q, k, v, *scales, *rotation, out, sums, by_out.astype(q.dtype))
     by_scale = jax.ShapeDtypeStruct((batch, heads, width, 1), jnp.float32)
