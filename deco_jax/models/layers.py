@@ -99,7 +99,8 @@ class Linear(nnx.Linear):
     def to_heads_down(self, x: jax.Array, num_heads: int, parts: int) -> list[jax.Array]:
         """`to_heads` with tokens along the last axis: `parts` arrays [batch, heads, head_width, tokens]."""
         kernel = self.kernel[...].astype(self.dtype).reshape(x.shape[-1], parts, num_heads, -1)
-        outputs = [jnp.einsum("bte,ehd->bhdt", x, kernel[:, part]) for part in range(parts)]
+        # `split`, because its derivative puts the parts' gradients together in one pass.
+        outputs = [jnp.einsum("bte,ehd->bhdt", x, part[:, 0]) for part in jnp.split(kernel, parts, axis=1)]
         if self.bias is None:
             return outputs
         bias = self.bias[...].astype(self.dtype).reshape(parts, num_heads, -1, 1)
