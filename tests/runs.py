@@ -119,8 +119,8 @@ def signal_when(number: int, due: Callable[[str], bool], *arguments: object) -> 
             process.wait()
 
 
-def random_checkpoint(workdir, config):
-    """Weights that draw something which hangs on the condition, without training them."""
+def random_checkpoint(workdir, config, averages=("ema",)):
+    """Weights that draw something which hangs on the condition, without training them; each average has its own."""
     rng = np.random.default_rng(0)
 
     def weights(path, leaf):
@@ -134,7 +134,8 @@ def random_checkpoint(workdir, config):
         params["label_embed"]["embedding"] *= 10
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = checkpoint.Checkpoints(workdir, 1)
-    state = {"step": np.int32(1), "skipped": np.int32(0), "params": {"denoiser": params}, "averages": {"ema": params}}
+    kept = {name: jax.tree.map(lambda a, i=i: a * np.float32(1 - i / 8), params) for i, name in enumerate(averages)}
+    state = {"step": np.int32(1), "skipped": np.int32(0), "params": {"denoiser": params}, "averages": kept}
     checkpoints.save(1, state, config)
     checkpoints.wait()
     checkpoints.close()

@@ -24,7 +24,7 @@ EULER = {"sampler": "euler", "shift": 1.0, "guidance": 2.0, "num_steps": 3}
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    return random_checkpoint(tmp_path_factory.mktemp("api") / "run", quickstart.get_config("smoke"))
+    return random_checkpoint(tmp_path_factory.mktemp("api") / "run", quickstart.get_config("smoke"), ("ema", "slow"))
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,11 @@ def test_what_load_opens(workdir, model):
         other = deco_jax.load(path)
         assert config_lib.model_differences(other.config.model.to_dict(), config.model.to_dict()) == []
         jax.tree.map(np.testing.assert_array_equal, other.params, model.params)
+    slow = [deco_jax.load(path, average="slow").params for path in (workdir, paths[1])]
+    jax.tree.map(np.testing.assert_array_equal, *slow)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 0.875 * b, rtol=1e-6), slow[0], model.params)
+    with pytest.raises(deco_jax.UserError, match="has no average 'fast'; it has ema, slow"):
+        deco_jax.load(paths[1], average="fast")
     assert deco_jax.load(paths[1]).config.sample.to_dict() == model.config.sample.to_dict()
     assert deco_jax.load(paths[2], config=config).config.sample.num_steps == 4
     assert repr(model) == f"<deco_jax.Model deco, 10 classes, 16×16, from {paths[0]}>"
@@ -68,7 +73,7 @@ def test_what_load_does_not_open(workdir, tmp_path):
     (tmp_path / "notes.ckpt").write_text("nothing")
     cases = [
         ((tmp_path,), {}, "there is no checkpoint in"),
-        ((tmp_path / "export",), {}, "has no config.json beside its ema.safetensors"),
+        ((tmp_path / "export",), {}, "has no config.json beside its weights"),
         ((workdir,), {"average": "fast"}, "no average 'fast'"),
         ((workdir,), {"config": quickstart.get_config("smoke")}, "has its own config; leave out config="),
         ((tmp_path / "notes.ckpt",), {}, "notes.ckpt"),

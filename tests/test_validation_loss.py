@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +22,7 @@ from deco_jax.method import training
 from deco_jax.method.losses.frequency import frequency_loss, jpeg_weights
 from deco_jax.method.objective import make_method
 from deco_jax.run import sharding
+from tests.helpers import run_main
 from tests.runs import NO_SAMPLES, SMOKE, rows, steps, succeed
 
 
@@ -47,8 +51,8 @@ def make(config):
     mesh = sharding.make_mesh(1, 1)
     source = sources.open_source(config.data)
     condition = open_condition(config, mesh, source)
-    networks, observe, _ = training.abstract_networks(config, mesh, condition)
-    return ValidationLoss(config, mesh, condition, observe, networks["denoiser"], source.class_names), networks
+    networks, _, _ = training.abstract_networks(config, mesh, condition)
+    return ValidationLoss(config, mesh, condition, networks["denoiser"], source.class_names), networks
 
 
 def test_is_the_objective_at_fixed_noise(folder):
@@ -88,7 +92,7 @@ def test_is_the_objective_at_fixed_noise(folder):
         ({"data.validation_split": "missing"}, "no such folder"),
         ({"data.batch_size": 8}, "whole batches of 8 images"),
         ({"train.validate_every": 3}, "must be a multiple of config.train.log_every=2"),
-        ({"text.features": "features"}, "leave one of them empty"),
+        ({"text.features": "features"}, "run --mode=encode with --config.data.split=val .*text.validation_features"),
     ],
 )
 def test_what_it_refuses(folder, settings, said):
@@ -109,7 +113,18 @@ def test_while_training(folder, tmp_path):
         *command, f"--workdir={tmp_path / 'with'}", "--config.train.validate_every=2",
         "--config.data.validation_split=val",
     )  # fmt: skip
+    evaluated = succeed(
+        *command, f"--workdir={tmp_path / 'with'}", "--mode=evaluate", "--config.data.validation_split=val",
+        "--config.evaluate.metrics=validation_loss", "--config.data.num_workers=0",
+    )  # fmt: skip
     without, found = rows(tmp_path / "without"), rows(tmp_path / "with")
+    scores = json.loads((tmp_path / "with" / "evaluation.json").read_text())
+    for name in ("validation_loss", "validation_pixel", "validation_frequency"):
+        assert scores[name] == pytest.approx(found[4][name], rel=1e-5)  # of the same average, images and noise
+    assert "samples" not in scores
+    assert scores["weights"]["average"] == "ema"
+    assert not (tmp_path / "with" / "evaluation" / "samples.npz").exists()
+    assert "validation loss" in evaluated.stdout
     said = succeed(
         *command, f"--workdir={tmp_path / 'best'}", "--config.train.validate_every=1", "--config.data.num_workers=0",
         "--config.data.validation_split=val", "--config.train.keep_best=validation_loss", "--config.train.save_every=4",
@@ -126,3 +141,44 @@ def test_while_training(folder, tmp_path):
     for step, row in without.items():
         assert found[step]["loss"] == row["loss"]
         assert row["learning_rate"] == pytest.approx(1e-3 * step / 50)
+
+
+def test_of_given_samples(folder):
+    evaluator, _ = make(config_for(folder))
+    with pytest.raises(UserError, match=r"is of weights, and config\.evaluate\.samples has none"):
+        evaluator(Subject(None))
+
+
+def test_with_stored_features(tmp_path):
+    """The held-out captions' features are theirs, not those of the captions that are trained on."""
+    draw = np.random.default_rng(1)
+    for split, count in (("train", 6), ("val", 4)):
+        for i in range(count):
+            path = tmp_path / "data" / split / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+            path.with_suffix(".txt").write_text(f"{split} number {i}")
+    command = [
+        "--config=configs/t2i_emoji.py:smoke", NO_SAMPLES, "--config.data.source=captioned_folder",
+        f"--config.data.path={tmp_path / 'data'}", "--config.data.split=train", "--config.data.batch_size=2",
+        "--config.data.num_workers=0", "--config.train.num_steps=2", "--config.train.log_every=2",
+        "--config.train.validate_every=2", "--config.data.validation_split=val",
+    ]  # fmt: skip
+    kept = {split: f"--config.text.features={tmp_path / split}" for split in ("train", "val")}
+    for split in ("train", "val"):
+        succeed(
+            *command, "--mode=encode", f"--workdir={tmp_path}", f"--config.data.split={split}", kept[split],
+        )  # fmt: skip
+    succeed(*command, f"--workdir={tmp_path / 'encoded'}")
+    succeed(
+        *command, f"--workdir={tmp_path / 'stored'}", kept["train"],
+        f"--config.text.validation_features={tmp_path / 'val'}",
+    )  # fmt: skip
+    encoded, stored = rows(tmp_path / "encoded")[2], rows(tmp_path / "stored")[2]
+    assert stored["validation_loss"] == pytest.approx(encoded["validation_loss"], rel=1e-5)
+    refused = run_main(
+        *command, f"--workdir={tmp_path / 'wrong'}", kept["train"],
+        f"--config.text.validation_features={tmp_path / 'train'}",
+    )  # fmt: skip
+    assert refused.returncode == 1
+    assert re.fullmatch(r"error: the features in .*/train are of something else[^\n]*\n", refused.stderr)

@@ -32,7 +32,7 @@ def load(
     Args:
         path: a run's workdir (its newest checkpoint), the folder of a checkpoint, the folder that --mode=export wrote,
             or an official .ckpt file.
-        average: which average of the weights, by its name in config.optimizer.averages.
+        average: which average of the weights, by its name in config.optimizer.averages; of a .ckpt "ema" or "raw".
         config: only for a .ckpt file, which has none: the config it belongs to. By default the architecture is read
             from the tensors' shapes, the image size is 256, and everything else is at its default.
 
@@ -49,7 +49,7 @@ def load(
         return _load_official(path, average, config, mesh)
     if config is not None:
         raise UserError(f"{path} has its own config; leave out config=, which is for official .ckpt files")
-    if (path / "ema.safetensors").is_file():
+    if list(path.glob("*.safetensors")) and not (path / checkpoint.FOLDER).is_dir():
         return _load_exported(path, average, mesh)
     where = checkpoint.find(str(path))
     stored = config_lib.make_config(config_lib.complete(checkpoint.load_config(where)))
@@ -91,17 +91,19 @@ def _load_checkpoint(
 
 
 def _load_exported(folder: pathlib.Path, average: str, mesh: Mesh) -> Model:
+    weights = folder / f"{average}.safetensors"
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json beside its ema.safetensors; export it again")
-    if average != "ema":
-        raise UserError(f"{folder} has no average {average!r}; an exported folder has ema")
+        raise UserError(f"{folder} has no config.json beside its weights; export it again")
+    if not weights.is_file():
+        there = ", ".join(sorted(file.stem for file in folder.glob("*.safetensors")))
+        raise UserError(f"{folder} has no average {average!r}; it has {there}")
     try:
         values = json.loads((folder / "config.json").read_text())
     except ValueError as error:
         raise UserError(f"{folder / 'config.json'} can't be read ({error}); export it again") from error
     config = config_lib.make_config(config_lib.complete(values))
-    tensors = torch_files.read_safetensors(folder / "ema.safetensors")
-    return _of_tensors(folder / "ema.safetensors", tensors, config, mesh, class_names(folder))
+    tensors = torch_files.read_safetensors(weights)
+    return _of_tensors(weights, tensors, config, mesh, class_names(folder))
 
 
 def _load_official(path: pathlib.Path, average: str, config: ml_collections.ConfigDict | None, mesh: Mesh) -> Model:

@@ -211,6 +211,9 @@ class Text:
     features: str = setting(
         "", "Folder that --mode=encode fills and training reads; empty: captions are encoded in each step."
     )
+    validation_features: str = setting(
+        "", "The same of data.validation_split, where features is set and the validation loss is measured."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,7 +292,7 @@ class Evaluate:
     metrics: str = setting(
         "adm",
         "What is measured, comma separated: adm (FID, sFID, Inception Score, precision, recall), kid, fd_dinov2, "
-        "lpips (its weights: config.lpips), clip_score.",
+        "lpips (its weights: config.lpips), clip_score, validation_loss (of data.validation_split).",
         Rule(
             lambda text: bool(text) and set(text.split(",")) <= set(EVALUATORS),
             f"some of {', '.join(EVALUATORS)}, comma separated",

@@ -8,6 +8,7 @@ EVALUATORS = {
     "fd_dinov2": "deco_jax.evaluation.fd_dinov2",
     "lpips": "deco_jax.evaluation.lpips",
     "clip_score": "deco_jax.evaluation.clip_score",
+    "validation_loss": "deco_jax.evaluation.validation_loss",
 }
 
 # The scores' names in evaluation.json → in tables.

@@ -1,8 +1,13 @@
-"""The training objective on held-out images, at the same noise and times whenever it is measured."""
+"""The training objective on held-out images, at the same noise and times whenever it is measured.
+
+In training every config.train.validate_every steps, in --mode=evaluate by config.evaluate.metrics=validation_loss.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,16 +15,17 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from deco_jax.conditioning.condition import Condition
+from deco_jax.conditioning.condition import Condition, open_condition
+from deco_jax.conditioning.texts import open_features
 from deco_jax.data import pipeline, sources
 from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
-from deco_jax.evaluation.evaluator import Scores, Subject
+from deco_jax.evaluation.evaluator import Scores, Setup, Subject
 from deco_jax.evaluation.image_sets import ImageSet
-from deco_jax.method.objective import make_method
+from deco_jax.method.objective import Method, make_method
 from deco_jax.method.step import Draws
-from deco_jax.method.training import TRAINING, Batch, Observer
-from deco_jax.models.network import Network
+from deco_jax.method.training import TRAINING, Batch, load_frozen, make_observer
+from deco_jax.models.network import Network, Params, build
 from deco_jax.run import sharding
 
 # Keeps its noise apart from that of training and of samples.
@@ -33,11 +39,13 @@ class ValidationLoss:
     of the weights has none. Its images, noise, times and dropped conditions are those of every other measurement.
 
     Args:
-        condition: the training's.
-        observe: the training step's.
+        condition: the training's, or that of the held-out data.
+        class_names: those that are trained on; None where they aren't known.
+        frozen: weights of the losses' frozen networks that subjects don't bring.
 
     Raises:
-        UserError: there is no such split, it has other classes, or too few images for a batch.
+        UserError: there is no such split, it has other classes or captions without features, or too few images for a
+            batch.
     """
 
     def __init__(
@@ -45,13 +53,20 @@ class ValidationLoss:
         config: ml_collections.ConfigDict,
         mesh: Mesh,
         condition: Condition,
-        observe: Observer,
         denoiser: Network,
-        class_names: list[str],
+        class_names: Sequence[str] | None,
+        frozen: Mapping[str, Params] | None = None,
     ) -> None:
         self._config, self._mesh, self._condition = config, mesh, condition
-        self._source = open_held_out(config)
-        if list(self._source.class_names) != list(class_names):
+        self._frozen = dict(frozen or {})
+        held_out = held_out_config(config)
+        self._source = sources.open_source(held_out.data)
+        self._encode_caption = condition.encode_caption
+        if held_out.text.features:
+            features = open_features(held_out, self._source)
+            features.check(self._source)
+            self._encode_caption = features
+        if class_names is not None and list(self._source.class_names) != list(class_names):
             raise UserError(
                 f"the classes in config.data.validation_split={config.data.validation_split} are not those that are "
                 "trained on; give it a folder of the same classes"
@@ -64,8 +79,8 @@ class ValidationLoss:
                 f"{config.data.validation_images} of {len(self._source):,} make none"
             )
         self._indices = np.arange(count, dtype=np.int64) * len(self._source) // count
-        method = make_method(config)
-        method = dataclasses.replace(method, losses=tuple(loss for loss in method.losses if not loss.trained))
+        method = method_without_trained(config)
+        observe = make_observer(method, condition)
         names = ["validation_loss", *(f"validation_{loss.name}" for loss in method.losses)]
         self.titles = {name: name.replace("_", " ") for name in names}
 
@@ -95,7 +110,12 @@ class ValidationLoss:
 
     def __call__(self, subject: Subject) -> Scores:
         """Return the means of the objective and of its terms over the held-out images."""
-        data = self._config.data
+        if subject.params is None:
+            raise UserError(
+                "the validation loss is of weights, and config.evaluate.samples has none; leave it empty, or take "
+                "validation_loss out of config.evaluate.metrics"
+            )
+        data, frozen = self._config.data, {**subject.frozen, **self._frozen}
         batches = pipeline.epoch(
             self._source,
             image_sides(data.image_size),
@@ -105,14 +125,14 @@ class ValidationLoss:
             num_workers=data.num_workers,
             max_unreadable=data.max_unreadable,
             indices=self._indices,
-            encode_caption=self._condition.encode_caption,
+            encode_caption=self._encode_caption,
         )
         totals = dict.fromkeys(self.titles, 0.0)
         try:
             for number, batch in enumerate(batches):
                 rows = {name: batch[name] for name in ("image", *self._condition.inputs)}
                 placed = sharding.place_batch(self._mesh, rows)
-                found = self._measure(subject.params, placed, np.int32(number), dict(subject.frozen))
+                found = self._measure(subject.params, placed, np.int32(number), frozen)
                 for name, value in jax.device_get(found).items():
                     totals[name] += float(value)
         finally:
@@ -120,25 +140,62 @@ class ValidationLoss:
         return Scores({name: total * data.batch_size / len(self._indices) for name, total in totals.items()})
 
 
-def open_held_out(config: ml_collections.ConfigDict) -> sources.Source:
-    """Open config.data.validation_split. UserError if there is none, or its captions have no features."""
+def method_without_trained(config: ml_collections.ConfigDict) -> Method:
+    """Make the config's method without the losses that train a network of their own, which no average has."""
+    method = make_method(config)
+    return dataclasses.replace(method, losses=tuple(loss for loss in method.losses if not loss.trained))
+
+
+def held_out_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Return the config with config.data.validation_split for its data, and that split's features.
+
+    Raises:
+        UserError: there is no such split, or its captions have no features.
+    """
     if not config.data.validation_split or config.data.source in ("digits", "captioned_digits"):
         raise UserError(
-            "config.train.validate_every measures the loss on images that are not trained on; name them by "
+            "the validation loss is measured on images that are not trained on; name them by "
             "config.data.validation_split, a subfolder of config.data.path or a split of tfds"
         )
     if config.data.prior_path:
-        raise UserError("the held-out images have no prior; leave config.data.prior_path or train.validate_every out")
-    if config.text.features:
+        raise UserError("the held-out images have no prior; leave config.data.prior_path or the validation loss out")
+    if config.text.features and not config.text.validation_features:
         raise UserError(
             "config.text.features has the captions that are trained on, not those of config.data.validation_split; "
-            "leave one of them empty"
+            f"run --mode=encode with --config.data.split={config.data.validation_split} and another "
+            "--config.text.features, and name that folder by config.text.validation_features"
         )
     if config.train.validate_every % config.train.log_every:
         raise UserError(
             f"config.train.validate_every={config.train.validate_every} must be a multiple of "
             f"config.train.log_every={config.train.log_every}: the loss goes into the same line of metrics.jsonl"
         )
-    data = config.data.copy_and_resolve_references()
-    data.split = config.data.validation_split
-    return sources.open_source(data)
+    held_out = config.copy_and_resolve_references()
+    held_out.data.split = config.data.validation_split
+    held_out.text.features = config.text.features and config.text.validation_features
+    return held_out
+
+
+# ---------------------------------------------------------------------------------------- in --mode=evaluate
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raise UserError if config.data names no held-out images."""
+    held_out_config(config)
+
+
+def make(setup: Setup) -> ValidationLoss:
+    """Make the evaluator with the losses' frozen networks; the condition's come with the subject."""
+    config, mesh = setup.config, setup.mesh
+    sharding.check_batch(mesh, config.data.batch_size, "config.data.batch_size")
+    held_out = held_out_config(config)
+    condition = open_condition(held_out, mesh, sources.open_source(held_out.data))
+    names = setup.folder / "classes.json"
+    return ValidationLoss(
+        config,
+        mesh,
+        condition,
+        build(config.model.to_dict()),
+        json.loads(names.read_text()) if names.is_file() else None,
+        load_frozen(method_without_trained(config), mesh),
+    )

@@ -25,7 +25,7 @@ from deco_jax.method.objective import Method, make_method
 from deco_jax.method.optimizer import make_optimizer
 from deco_jax.method.step import Draws, Observed
 from deco_jax.models import network as network_lib
-from deco_jax.models.network import Network
+from deco_jax.models.network import Network, Params
 from deco_jax.run import choices, distributed, hardware, sharding
 from deco_jax.run.state import State, state_shapes
 
@@ -217,12 +217,8 @@ def make_networks(
 
     Without the weights that config.lora leaves frozen, which `run.adapted` reads.
     """
-    networks, observe, shapes = abstract_networks(config, mesh, condition)
-    frozen = {
-        name: jax.device_put(network.load(), jax.tree.map(lambda leaf: leaf.sharding, shapes[name]))
-        for name, network in make_method(config).frozen.items()
-    }
-    return networks, observe, frozen | condition.load()
+    networks, observe, _ = abstract_networks(config, mesh, condition)
+    return networks, observe, load_frozen(make_method(config), mesh) | condition.load()
 
 
 def abstract_networks(
@@ -244,8 +240,26 @@ def abstract_networks(
         weights[lora.BASE] = adapter.base_shapes(denoiser.shapes)
     shapes = dict(condition.shapes) | sharding.placed_shapes(mesh, weights)
 
+    return networks, make_observer(whole, condition), shapes
+
+
+def make_observer(whole: Method, condition: Condition) -> Observer:
+    """Make the part of a step that needs no gradient: (frozen, batch) → context, its absence, teachers' features.
+
+    It takes the method of some of the losses alone for their features alone.
+    """
+
     def observe(frozen: dict[str, Any], batch: Batch, method: Method | None = None) -> Observed:
         features = (method or whole).observe(frozen, batch["image"])
         return Observed(condition.context(frozen, batch), condition.null(frozen), features)
 
-    return networks, observe, shapes
+    return observe
+
+
+def load_frozen(method: Method, mesh: Mesh) -> dict[str, Params]:
+    """Read the weights of a method's frozen networks onto the mesh. UserError if a file is missing."""
+    shapes = sharding.placed_shapes(mesh, {name: network.shapes for name, network in method.frozen.items()})
+    return {
+        name: jax.device_put(network.load(), jax.tree.map(lambda leaf: leaf.sharding, shapes[name]))
+        for name, network in method.frozen.items()
+    }

@@ -78,10 +78,10 @@ def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: s
 
 
 def export_checkpoint(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str = "") -> None:
-    """Write a checkpoint in the official layout, and one average of its weights, config.sample.average, as safetensors.
+    """Write a checkpoint in the official layout, and each average of its weights as safetensors.
 
-    Leaves WORKDIR/export/{deco.ckpt, ema.safetensors (or the average's name), config.json}; the names in the
-    safetensors file are the official ones.
+    Leaves WORKDIR/export/{deco.ckpt, ema.safetensors and one for each other average, config.json}; the names in the
+    safetensors files are the official ones. deco.ckpt has config.sample.average for its EMA.
 
     Raises:
         UserError: there is no checkpoint, or it is another model's.
@@ -96,11 +96,20 @@ def export_checkpoint(config: ml_collections.ConfigDict, workdir: str, checkpoin
         shapes["projector"] = projector_of(theirs).shapes
     folder = storage.path(workdir) / "export"
     step = checkpoint.load_step(where)
-    # One network in memory at a time, and of it only what isn't converted yet.
-    ema = deco.to_torch(config.model, checkpoint.load_average(where, denoiser.shapes, config, mesh), consume=True)
+
+    def read(name: str) -> dict[str, np.ndarray]:
+        # One network in memory at a time, and of it only what isn't converted yet.
+        params = checkpoint.load_average(where, denoiser.shapes, config, mesh, name)
+        return deco.to_torch(config.model, params, consume=True)
+
+    chosen = config.sample.average
+    ema = read(chosen)
     make_workdir(folder)
-    weights = f"{config.sample.average}.safetensors"
-    torch_files.write_safetensors(folder / weights, ema, {"step": str(step)})
+    torch_files.write_safetensors(folder / f"{chosen}.safetensors", ema, {"step": str(step)})
+    others = [name for name in checkpoint.average_names(where) if name != chosen]
+    for name in others:
+        torch_files.write_safetensors(folder / f"{name}.safetensors", read(name), {"step": str(step)})
+    weights = ", ".join(f"{name}.safetensors" for name in (chosen, *others))
     stored["lora"]["rank"] = 0  # merged
     write_json(folder / "config.json", stored)
     if why := _no_official_module(config.model):

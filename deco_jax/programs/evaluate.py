@@ -18,7 +18,6 @@ from deco_jax.conditioning.texts import Texts
 from deco_jax.config import to_json
 from deco_jax.data import sources
 from deco_jax.errors import UserError
-from deco_jax.evaluation import TITLES
 from deco_jax.evaluation.adm import FOLDER, open_reference, warnings_about
 from deco_jax.evaluation.evaluator import (
     Evaluator,
@@ -73,11 +72,14 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: s
         samples = drawn_samples(config, model)
     with interrupts.waits_for("the batch that is measured"):
         scores = score(evaluators, subject_of(samples, model), setup)
-    result = {
-        **{name: scores.values.get(name) for evaluator in evaluators for name in evaluator.titles},
+    draws = any(evaluator.readers(samples) for evaluator in evaluators)
+    titles = {name: title for evaluator in evaluators for name, title in evaluator.titles.items()}
+    result: dict[str, Any] = {
+        **{name: scores.values.get(name) for name in titles},
         "missing": scores.missing,
         "warnings": warnings,
-        "samples": {"from": samples.name, "images": samples.total},
+        **({"samples": {"from": samples.name, "images": samples.total}} if draws else {}),
+        **({"weights": {"from": model.name, "average": config.sample.average}} if model else {}),
         **scores.notes,
         "config": {name: to_json(config)[name] for name in ("evaluate", "sample")},
         "seconds": round(time.monotonic() - began, 1),
@@ -87,7 +89,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: s
         write_json(path, result)
         if searching:
             best_of.finish(folder, result)
-        print(table(result))
+        print(table(result, titles))
         print(f"wrote {path}")
         if config.train.wandb:
             _track(config, folder, workdir, checkpoint_path, scores.values)
@@ -172,15 +174,16 @@ def subject_of(samples: ImageSet, model: api.Model | None) -> Subject:
     return Subject(samples) if model is None else Subject(samples, model.params, model.frozen, model)
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: dict[str, Any], titles: Mapping[str, str]) -> str:
     """The scores as lines for people."""
-    lines = [f"{result['samples']['images']:,} samples ({result['samples']['from']})"]
+    if "samples" in result:
+        lines = [f"{result['samples']['images']:,} samples ({result['samples']['from']})"]
+    else:
+        lines = [f"{result['weights']['average']} of {result['weights']['from']}"]
     if "reference" in result:
         reference = result["reference"]
         lines[0] += f" against {reference['images'] or '?'} images ({reference['from']})"
-    for name, title in TITLES.items():
-        if name not in result:
-            continue
+    for name, title in titles.items():
         value = result[name]
         lines.append(
             f"  {title:16} {value:10.4f}" if value is not None else f"  {title:16} missing: " + result["missing"][name]

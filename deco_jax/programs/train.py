@@ -103,7 +103,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     requests = grid_requests(config, condition, frozen, prompts) if config.train.sample_every else None
     validation = None
     if config.train.validate_every:
-        validation = ValidationLoss(config, mesh, condition, observe, networks["denoiser"], source.class_names)
+        validation = ValidationLoss(config, mesh, condition, networks["denoiser"], source.class_names)
     if adaptation:
         with distributed.stage("reading the pretrained weights"):
             frozen |= adaptation.load(source.class_names)
