@@ -15,6 +15,7 @@ from deco_jax.method.lora import LoraSettings
 from deco_jax.method.losses.frequency import FrequencySettings
 from deco_jax.method.losses.mean_flow import MeanFlowSettings
 from deco_jax.method.losses.perceptual import PerceptualSettings
+from deco_jax.method.losses.pseudo_huber import PseudoHuberSettings
 from deco_jax.method.losses.repa import RepaSettings
 from deco_jax.method.paths import PATHS
 from deco_jax.models.network import SETTINGS as MODEL_SETTINGS
@@ -148,7 +149,7 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Loss(FrequencySettings, RepaSettings, PerceptualSettings, MeanFlowSettings):
+class Loss(FrequencySettings, RepaSettings, PerceptualSettings, MeanFlowSettings, PseudoHuberSettings):
     """What is minimised. The losses declare their own settings in method/losses."""
 
     label_dropout: float = setting(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import ml_collections
 
-from deco_jax.method.losses import frequency, mean_flow, perceptual, pixel, repa
+from deco_jax.method.losses import frequency, mean_flow, perceptual, pixel, pseudo_huber, repa
 from deco_jax.method.losses.loss import Loss
 
 LOSSES: list[Callable[[ml_collections.ConfigDict], Loss | None]] = [
@@ -22,4 +22,5 @@ LOSSES: list[Callable[[ml_collections.ConfigDict], Loss | None]] = [
     repa.from_config,
     perceptual.lpips_from_config,
     perceptual.dino_from_config,
+    pseudo_huber.from_config,
 ]
