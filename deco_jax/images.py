@@ -6,25 +6,26 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from deco_jax.shapes import AnyBytes, AnyFloats, Picture, Pictures, Sheet
+
 CAPTION_SIZE, CAPTION_LINES = 11, 4  # pixels, lines
 
 
-def to_float(images: jax.Array) -> jax.Array:
+def to_float(images: AnyBytes) -> AnyFloats:
     """uint8 0..255 → float32 in [−1, 1]."""
     return images.astype(jnp.float32) / 127.5 - 1
 
 
-def to_uint8(images: jax.Array) -> jax.Array:
+def to_uint8(images: AnyFloats) -> AnyBytes:
     """float in [−1, 1] → uint8: clip (x + 1)·127.5 + 0.5 to [0, 255] and truncate, as the reference saves samples."""
     return jnp.clip((images.astype(jnp.float32) + 1) * 127.5 + 0.5, 0, 255).astype(jnp.uint8)
 
 
-def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
+def grid(images: Pictures, columns: int | None = None, gap: int = 2) -> Sheet:
     """Tile uint8 [count, height, width, 3] row by row into one uint8 image on white, near square unless told."""
     count, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(count))
@@ -36,7 +37,7 @@ def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.nda
     return canvas
 
 
-def caption_grid(images: np.ndarray, captions: Sequence[str], columns: int | None = None) -> np.ndarray:
+def caption_grid(images: Pictures, captions: Sequence[str], columns: int | None = None) -> Sheet:
     """A grid of enlarged images, near square unless told, each with its caption beneath.
 
     A caption that is too long ends with "...".
@@ -78,7 +79,7 @@ def _wrapped(text: str, width: int, font: Any) -> list[str]:
     return lines
 
 
-def sample_grid(images: np.ndarray, columns: int | None = None, captions: Sequence[str] | None = None) -> np.ndarray:
+def sample_grid(images: Pictures, columns: int | None = None, captions: Sequence[str] | None = None) -> Sheet:
     """A grid of samples, with their captions if there are any, near square unless `columns` says otherwise.
 
     Small images are enlarged until the longer side of the grid is about 720 pixels.
@@ -89,6 +90,6 @@ def sample_grid(images: np.ndarray, columns: int | None = None, captions: Sequen
     return enlarge(tiled, max(1, round(720 / max(tiled.shape[:2]))))
 
 
-def enlarge(image: np.ndarray, factor: int) -> np.ndarray:
+def enlarge(image: Picture, factor: int) -> Picture:
     """Repeat each pixel factor × factor times: small images stay visible and exact."""
     return image.repeat(factor, axis=0).repeat(factor, axis=1)

@@ -53,9 +53,9 @@ def test_a_wrong_interval_is_refused(interval):
 
 
 def test_guide():
-    assert Guidance(1.0).combine(3.0, 1.0) == 3.0
-    assert Guidance(0.0).combine(3.0, 1.0) == 1.0
-    assert Guidance(2.5).combine(3.0, 1.0) == 6.0
+    assert Guidance(1.0).combine(np.array([3.0]), np.array([1.0])) == 3.0
+    assert Guidance(0.0).combine(np.array([3.0]), np.array([1.0])) == 1.0
+    assert Guidance(2.5).combine(np.array([3.0]), np.array([1.0])) == 6.0
 
 
 def velocity_of(network, condition, null, scale):

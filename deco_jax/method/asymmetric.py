@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from deco_jax.models.layers import patchify, unpatchify
+from deco_jax.shapes import Basis, Gram, Images, Times, Vectors
 
 
-def gram_matrix(batches: Iterable[np.ndarray], patch_size: int) -> np.ndarray:
+def gram_matrix(batches: Iterable[np.ndarray], patch_size: int) -> Gram:
     """Return the mean of p·pᵀ over all patches p of the images, float64 [3·patch², 3·patch²].
 
     Args:
@@ -38,7 +39,7 @@ def gram_matrix(batches: Iterable[np.ndarray], patch_size: int) -> np.ndarray:
     return total / count
 
 
-def top_eigenvectors(gram: np.ndarray, rank: int) -> np.ndarray:
+def top_eigenvectors(gram: Gram, rank: int) -> Vectors:
     """Return the eigenvectors of the largest eigenvalues, float64 [patch dimension, rank], orthonormal columns."""
     if not 0 <= rank <= len(gram):
         raise ValueError(f"a rank of {rank} is not within 0..{len(gram)}")
@@ -46,7 +47,7 @@ def top_eigenvectors(gram: np.ndarray, rank: int) -> np.ndarray:
     return vectors[:, ::-1][:, :rank]
 
 
-def project(images: jax.Array, basis: jax.Array, patch_size: int) -> jax.Array:
+def project(images: Images, basis: Basis, patch_size: int) -> Images:
     """Return the part of each patch within the subspace: images [batch, height, width, 3] → the same shape.
 
     Args:
@@ -60,14 +61,12 @@ def project(images: jax.Array, basis: jax.Array, patch_size: int) -> jax.Array:
     return unpatchify(inside.reshape(patches.shape), patch_size, height, width)
 
 
-def asymmetric_target(x: jax.Array, noise: jax.Array, basis: jax.Array, patch_size: int) -> jax.Array:
+def asymmetric_target(x: Images, noise: Images, basis: Basis, patch_size: int) -> Images:
     """Return what the network learns, y = P·ε − x; all [batch, height, width, 3]."""
     return project(noise, basis, patch_size) - x
 
 
-def asymmetric_velocity(
-    output: jax.Array, x_t: jax.Array, t: jax.Array, basis: jax.Array, patch_size: int, floor: float
-) -> jax.Array:
+def asymmetric_velocity(output: Images, x_t: Images, t: Times, basis: Basis, patch_size: int, floor: float) -> Images:
     """Return the velocity that an output y [batch, height, width, 3] stands for at x_t.
 
     Args:

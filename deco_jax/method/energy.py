@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deco_jax.method.paths import MIN_REMAINING_TIME, Point, per_example
+from deco_jax.shapes import AnyFloats, Images, PerExample, Times
 
 MAX_BLUR = 3.5  # pixels, at τ = 1
 BISECTIONS = 16
@@ -53,12 +54,12 @@ def fourier_basis(side: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(columns, axis=1), np.asarray(frequency)
 
 
-def release(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+def release(t: AnyFloats) -> tuple[AnyFloats, AnyFloats]:
     """Return the share of the energy released at t in [0, 1], R = t³(6t² − 15t + 10), and its derivative."""
     return t**3 * (6 * t**2 - 15 * t + 10), 30 * t**2 * (1 - t) ** 2
 
 
-def blurred_endpoint(x: jax.Array, t: jax.Array) -> Endpoint:
+def blurred_endpoint(x: Images, t: PerExample) -> Endpoint:
     """Blur images x [batch, height, width, 3] as the energy-guided path does at times t [batch] in [0, 1].
 
     Returns:
@@ -113,17 +114,17 @@ def blurred_endpoint(x: jax.Array, t: jax.Array) -> Endpoint:
 class EnergyPath:
     """The path x_t = t·e(t) + (1 − t)·ε, whose endpoint e(t) sharpens from a blur to the image (arXiv 2608.05811)."""
 
-    def point(self, x: jax.Array, noise: jax.Array, t: jax.Array) -> Point:
+    def point(self, x: Images, noise: Images, t: PerExample) -> Point:
         """Return x_t and its velocity e + t·ė − ε."""
         endpoint, t = blurred_endpoint(x, t), per_example(t, x)
         return Point(t * endpoint.image + (1 - t) * noise, endpoint.image + t * endpoint.velocity - noise)
 
-    def velocity_of(self, x: jax.Array, state: jax.Array, t: jax.Array) -> jax.Array:
+    def velocity_of(self, x: Images, state: Images, t: Times) -> Images:
         """Return t·ė(x) + (e(x) − x_t) / max(1 − t, 0.05)."""
         t = jnp.broadcast_to(jnp.asarray(t, jnp.float32), x.shape[:1])
         endpoint, t = blurred_endpoint(x, t), per_example(t, x)
         return t * endpoint.velocity + (endpoint.image - state) / jnp.maximum(1 - t, MIN_REMAINING_TIME)
 
-    def image_of(self, velocity: jax.Array, state: jax.Array, t: jax.Array) -> jax.Array:
+    def image_of(self, velocity: Images, state: Images, t: Times) -> Images:
         """Return x_t + (1 − t)·v̂, where the straight line leads: e + t·(1 − t)·ė, which is blurred at early times."""
         return state + (1 - per_example(t, state)) * velocity

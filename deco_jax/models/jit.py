@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -23,6 +22,7 @@ from deco_jax.models.layers import Linear, RMSNorm, TimestepEmbedding, xavier, z
 from deco_jax.models.official_names import linear_rows
 from deco_jax.models.trunk import RULES, TrunkSettings
 from deco_jax.schema import at_least, setting
+from deco_jax.shapes import GridAngles, GridPositions, Hidden, Tokens
 
 PERIOD = 10_000.0
 
@@ -61,16 +61,16 @@ class JiT(DiT):
         self.patch_embed = Linear(self.bottleneck or inputs, self.width, bias_init=zeros, **options)
         self.time_embed = TimestepEmbedding(self.width, period=PERIOD, bias_init=zeros, dtype=self.dtype, rngs=rngs)
 
-    def embed(self, patches: jax.Array, rows: int, columns: int) -> jax.Array:
+    def embed(self, patches: Tokens, rows: int, columns: int) -> Hidden:
         if self.bottleneck:
             patches = self.patch_reduce(patches)
         return self.patch_embed(patches) + jnp.asarray(wave_positions(rows, columns, self.width), self.dtype)
 
-    def angles(self, rows: int, columns: int) -> np.ndarray:
+    def angles(self, rows: int, columns: int) -> GridAngles:
         return axis_angles(rows, columns, self.head_width)
 
 
-def wave_positions(rows: int, columns: int, width: int) -> np.ndarray:
+def wave_positions(rows: int, columns: int, width: int) -> GridPositions:
     """Return the fixed positions of a grid's patches, float32 [rows · columns, width].
 
     Half of the channels tell the column, half the row; of each the sines come before the cosines, at the frequencies
@@ -82,7 +82,7 @@ def wave_positions(rows: int, columns: int, width: int) -> np.ndarray:
     return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
 
 
-def axis_angles(rows: int, columns: int, head_width: int) -> np.ndarray:
+def axis_angles(rows: int, columns: int, head_width: int) -> GridAngles:
     """Return the rotary angles of a grid's patches, float32 [rows · columns, head_width / 2].
 
     The first half of the pairs of channels turns by the row, the second by the column, both counted in patches, at the

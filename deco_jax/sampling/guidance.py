@@ -20,6 +20,7 @@ import numpy as np
 from jax import Array
 
 from deco_jax.errors import UserError
+from deco_jax.shapes import Grid, Guided, Halves, Scalar, State
 
 # (params, x [n, height, width, 3], t [n], condition with leading axis n) → velocity [n, height, width, 3]
 Denoiser = Callable[[Any, Array, Array, Any], Array]
@@ -38,7 +39,7 @@ class Guidance:
     scale: float | Array = 1.0
     interval: Sequence[float] = (0.0, 1.0)
 
-    def steps(self, times: np.ndarray) -> np.ndarray:
+    def steps(self, times: Grid) -> Guided:
         """Which sampling steps are guided.
 
         Decided on the host in float64, so that 5/50, 10/100 and 25/250 all equal 0.1 and lie outside (0.1, 1].
@@ -60,7 +61,7 @@ class Guidance:
         starts = np.asarray(times, np.float64)[:-1]
         return (low < starts) & (starts <= high) & (self.scale != 1.0)
 
-    def halves(self, denoiser: Denoiser, params: Any, x: Array, t: Array, conditions: tuple[Any, Any]) -> Array:
+    def halves(self, denoiser: Denoiser, params: Any, x: State, t: Scalar, conditions: tuple[Any, Any]) -> Halves:
         """The conditional velocity and the one to lead away from, float32 [2, batch, height, width, 3].
 
         Here both are one evaluation of 2 · batch images. Arguments as of `make_velocity`, `t` a scalar.
@@ -71,7 +72,7 @@ class Guidance:
         v = denoiser(params, _interleave(x, x), jnp.full((2 * batch,), t, jnp.float32), both)
         return jnp.moveaxis(v.astype(jnp.float32).reshape(batch, 2, *v.shape[1:]), 1, 0)
 
-    def combine(self, conditional: Array, unconditional: Array) -> Array:
+    def combine(self, conditional: State, unconditional: State) -> State:
         """unconditional + scale · (conditional − unconditional), all [batch, height, width, 3]."""
         return unconditional + self.scale * (conditional - unconditional)
 
@@ -98,7 +99,7 @@ def make_velocity(
         half alone.
     """
 
-    def velocity(x: Array, t: Array, guided: bool) -> Array:
+    def velocity(x: State, t: Scalar, guided: bool) -> State:
         if guided:
             conditional, unconditional = guidance.halves(denoiser, params, x, t, conditions)
             return guidance.combine(conditional, unconditional)

@@ -24,6 +24,7 @@ import numpy as np
 from jax import Array, lax
 
 from deco_jax.errors import UserError
+from deco_jax.shapes import Grid, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ def _table(step: np.ndarray, time: np.ndarray, advance: np.ndarray, ends: np.nda
     return Table(step, time, advance=advance, ends=ends, **{**defaults, **columns})
 
 
-def adams(times: np.ndarray, order: int) -> Table:
+def adams(times: Grid, order: int) -> Table:
     """Adams–Bashforth on any grid: integrate the polynomial through the last velocities over each step.
 
     The first steps have fewer velocities and so a lower order. Order 1 is Euler.
@@ -66,7 +67,7 @@ def adams(times: np.ndarray, order: int) -> Table:
     return _table(np.arange(steps), times[:-1], advance, ends=np.arange(steps - 1))
 
 
-def heun(times: np.ndarray) -> Table:
+def heun(times: Grid) -> Table:
     """Heun's method, two evaluations a step; the last step is Euler's, with one: 2 · steps − 1 in all."""
     steps, dt = len(times) - 1, np.diff(times)
     evaluation = np.arange(2 * steps - 1)
@@ -80,7 +81,7 @@ def heun(times: np.ndarray) -> Table:
     )
 
 
-def heun_reuse(times: np.ndarray) -> Table:
+def heun_reuse(times: Grid) -> Table:
     """Heun's method whose corrector's velocity is the next step's predictor: one evaluation a step.
 
     Evaluation i corrects step i − 1 and predicts step i; the last step is Euler's.
@@ -96,7 +97,7 @@ def heun_reuse(times: np.ndarray) -> Table:
     )
 
 
-def sde(times: np.ndarray) -> Table:
+def sde(times: Grid) -> Table:
     """Euler–Maruyama on dx = (v + w·s) dt + √(2w) dW with the score s = (t·v − x)/(1 − t) and w = 1 − t.
 
     It has the ODE's marginals (Song et al. 2021; Ma et al. 2024, "SiT", eq. 5). The last step is Euler's on the ODE.
@@ -123,7 +124,7 @@ def mean_flow(times: np.ndarray) -> Table:
 # Enough for 512 steps of Heun's method.
 MIN_ROWS = 1024
 
-SAMPLERS: dict[str, Callable[[np.ndarray], Table]] = {
+SAMPLERS: dict[str, Callable[[Grid], Table]] = {
     "euler": functools.partial(adams, order=1),
     "heun": heun,
     "heun_reuse": heun_reuse,
@@ -136,14 +137,14 @@ SAMPLERS: dict[str, Callable[[np.ndarray], Table]] = {
 }
 
 
-def make_table(sampler: str, times: np.ndarray) -> Table:
+def make_table(sampler: str, times: Grid) -> Table:
     """The coefficients of the named sampler on float64 times [steps + 1]; UserError if there is no such sampler."""
     if sampler not in SAMPLERS:
         raise UserError(f"There is no sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}.")
     return SAMPLERS[sampler](np.asarray(times, np.float64))
 
 
-def timesteps(num_steps: int, shift: float = 1.0) -> np.ndarray:
+def timesteps(num_steps: int, shift: float = 1.0) -> Grid:
     """Sampling times, float64 [num_steps + 1] from 0 (noise) to 1 (data): i/num_steps, shifted as in `path.shift_time`.
 
     Raises:
@@ -200,7 +201,7 @@ def evaluations_of_steps(table: Table) -> list[tuple[int, int]]:
     return list(itertools.pairwise([0, *ends]))
 
 
-def start(x: Array, velocities: int) -> Carry:
+def start(x: State, velocities: int) -> Carry:
     """Before the first evaluation, at state `x`; `velocities` is the number of columns of the table."""
     x = x.astype(jnp.float32)
     return Carry(x, x, (jnp.zeros_like(x),) * (velocities - 1))
