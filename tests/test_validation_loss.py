@@ -156,7 +156,7 @@ def test_with_stored_features(tmp_path):
         for i in range(count):
             path = tmp_path / "data" / split / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+            Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
             path.with_suffix(".txt").write_text(f"{split} number {i}")
     command = [
         "--config=configs/t2i_emoji.py:smoke", NO_SAMPLES, "--config.data.source=captioned_folder",
