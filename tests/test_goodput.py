@@ -142,10 +142,13 @@ def test_steps_wait_for_a_copy_of_the_state_not_for_its_writing(tmp_path, monkey
 
 def test_a_save_that_would_wait_too_long_comes_later():
     done, free = [], [False]
-    train = types.SimpleNamespace(num_steps=100, save_every=10, keep_every=40, log_every=5, save_wait=7.0)
+    train = types.SimpleNamespace(
+        num_steps=100, save_every=10, keep_every=40, log_every=5, save_wait=7.0, validate_every=0
+    )
     waited = []
     run = types.SimpleNamespace(
-        config=types.SimpleNamespace(train=train),
+        config=types.SimpleNamespace(train=train, evaluate=types.SimpleNamespace(every=0)),
+        best=None,
         at=lambda step, every, last=False: bool(every) and step % every == 0,
         checkpoints=types.SimpleNamespace(
             free=lambda wait: waited.append(wait) or free[0], save=lambda step, state, config: done.append(step)
