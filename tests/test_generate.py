@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import jax
@@ -14,7 +15,9 @@ from deco_jax.conditioning.requests import Requests, class_requests, even_labels
 from deco_jax.models import network as network_lib
 from deco_jax.run import monitor, sharding
 from deco_jax.sampling import generate
+from deco_jax.sampling.guidance import Functions, Guidance, Weaker
 from deco_jax.sampling.settings import Sampling
+from deco_jax.sampling.weaker import Guide
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +140,7 @@ def test_settings_are_data_of_one_program(setup):
     generator = generate.Generator(setup[3].denoiser, sharding.make_mesh(1, 1))
     fresh = (*setup[:3], generator)
     labels = np.asarray([1, 7, 2], np.int32)
-    draw(fresh, labels, 3, sampler="euler", guidance=1.0)
+    draw(fresh, labels, 3, sampler="euler", guidance=2.0)
     with monitor.CompileWatch() as compilations:
         for settings in (
             {"sampler": "euler", "guidance": 3.5},
@@ -148,3 +151,37 @@ def test_settings_are_data_of_one_program(setup):
         assert compilations.unexpected == 0
         draw(fresh, labels, 2, sampler="euler")
         assert compilations.unexpected > 0  # another batch size is another program
+
+
+def test_without_guidance_nothing_is_doubled(setup):
+    """In the compiled program: no array of twice the batch, unless guidance asks for it; nor with a weaker model."""
+    config, _, params, generator = setup
+    changed = config.copy_and_resolve_references()
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
+    batch = {"index": jax.ShapeDtypeStruct((5,), np.int32), "context": jax.ShapeDtypeStruct((5,), np.int32)}
+
+    def doubled(**settings) -> bool:
+        changed.sample.update(settings)
+        sampling = Guide(changed.sample, generator.denoiser, None)(Sampling.of(changed), lambda name: shapes)
+        compiled = generator.lower(shapes, batch, np.int32(10), sampling).compile()
+        return "f32[10,16,16,3]" in compiled.as_text()
+
+    assert doubled(guidance=2.0, guidance_interval=(0.1, 1.0))
+    assert not doubled(guidance=1.0)
+    assert not doubled(guidance=2.0, guidance_interval=(1.0, 1.0))
+    assert not doubled(guidance_interval=(0.1, 1.0), guidance_average="ema")
+
+
+def test_guided_by_itself_is_unguided(setup):
+    """c + w(c − c) = c: the weaker model has the same weights."""
+    labels, sample = np.asarray([1, 7], np.int32), Sampling.of(setup[0])
+    generator, params = setup[3], setup[2]
+    weaker = Weaker(Functions(generator.denoiser.velocity, generator.denoiser.network.whole), params)
+    batch = {"index": jnp.arange(2), "context": jnp.asarray(labels)}
+
+    def pictures(rule):
+        return np.asarray(generator.draw(params, batch, np.int32(10), dataclasses.replace(sample, guidance=rule)))
+
+    guided = pictures(Guidance(3.0, (0.0, 1.0), weaker=weaker))
+    assert np.abs(guided.astype(int) - pictures(Guidance(1.0))).max() <= 1
+    assert np.abs(guided.astype(int) - pictures(Guidance(3.0, (0.0, 1.0)))).max() > 2

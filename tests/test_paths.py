@@ -68,7 +68,7 @@ def test_v_prediction_is_the_velocity_already():
 def test_an_unknown_prediction_is_refused():
     config = quickstart.get_config("smoke")
     config.model.prediction = "epsilon"
-    with pytest.raises(UserError, match="'v'"):
+    with pytest.raises(UserError, match="choose one of v, x"):
         make_prediction(config)
 
 

@@ -9,7 +9,7 @@ for snapshot in model.stream(classes=[1], num_steps=30):
 """
 
 from deco_jax.api.inputs import Settings, Snapshot
-from deco_jax.api.loading import CLASSES, class_names, load, open_model
+from deco_jax.api.loading import CLASSES, MEASURED, class_names, load, open_model
 from deco_jax.api.model import Model
 
-__all__ = ["CLASSES", "Model", "Settings", "Snapshot", "class_names", "load", "open_model"]
+__all__ = ["CLASSES", "MEASURED", "Model", "Settings", "Snapshot", "class_names", "load", "open_model"]

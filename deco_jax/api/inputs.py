@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import jax
@@ -28,7 +29,12 @@ class Settings(TypedDict, total=False):
 
     negative_prompt: what guidance leads away from, text to image only.
     guidance: the scale, at least 0 (1: none), or a rule of another kind.
-    guidance_interval: (low, high), times within 0..1 between which guidance acts.
+    guidance_interval: (low, high), times within 0..1 between which guidance acts; low = -1: from the very first.
+    guidance_times: "step" or "evaluation", whose time it is.
+    guidance_rule: "plain" or "zero_star".
+    guidance_rescale: share of the guided velocity that gets the conditional one's spread, from 0 to 1.
+    guidance_model: a run or checkpoint whose weaker model guidance leads away from (autoguidance).
+    guidance_average: its average of the weights, or one of this run's.
     num_steps: of the sampler, at least 1.
     sampler: a name in `sampling.samplers.SAMPLERS`, such as "euler", "heun", "adams2" or "sde".
     shift: of the sampling times, above 0; more spends more steps near the noise.
@@ -40,6 +46,11 @@ class Settings(TypedDict, total=False):
     negative_prompt: str
     guidance: float | Guidance
     guidance_interval: Sequence[float]
+    guidance_times: str
+    guidance_rule: str
+    guidance_rescale: float
+    guidance_model: str | os.PathLike[str]
+    guidance_average: str
     num_steps: int
     sampler: str
     shift: float
@@ -68,13 +79,19 @@ class Inputs:
     Args:
         condition: classes or texts, if open already; else it is opened when it is first asked for.
         class_names: in the order of the labels, or None.
+        sampling_of: what a config says, with the weaker model that it may name.
     """
 
     def __init__(
-        self, config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition | None, class_names: list[str] | None
+        self,
+        config: ml_collections.ConfigDict,
+        mesh: Mesh,
+        condition: Condition | None,
+        class_names: list[str] | None,
+        sampling_of: Callable[[ml_collections.ConfigDict], Sampling],
     ) -> None:
         self.config, self.mesh, self.class_names = config, mesh, class_names
-        self._given = condition
+        self._given, self._sampling_of = condition, sampling_of
 
     @functools.cached_property
     def condition(self) -> Condition:
@@ -107,35 +124,21 @@ class Inputs:
         return requests, sampling
 
     def sampling(
-        self,
-        guidance: float | Guidance | None = None,
-        guidance_interval: Sequence[float] | None = None,
-        num_steps: int | None = None,
-        sampler: str | None = None,
-        shift: float | None = None,
-        seed: int | None = None,
-        size: int | Sequence[int] | None = None,
+        self, guidance: float | Guidance | None = None, size: int | Sequence[int] | None = None, **given: Any
     ) -> Sampling:
         """Put what is given in the place of config.sample's, and check it as a config is checked."""
         values = self.config.to_dict()
         rule = guidance if isinstance(guidance, Guidance) else None
-        given = {
-            "guidance": None if rule else guidance,
-            "guidance_interval": None if guidance_interval is None else tuple(guidance_interval),
-            "num_steps": num_steps,
-            "sampler": sampler,
-            "shift": shift,
-            "seed": seed,
-        }
+        given["guidance"] = None if rule else guidance
         values["sample"] |= {name: _plain(value) for name, value in given.items() if value is not None}
         if size is not None:
             values["data"]["image_size"] = image_sides(_plain(size))
         config = config_lib.make_config(values)
         config_lib.check(config)
-        sampling = Sampling.of(config)
         if rule is None:
-            return sampling
-        if guidance_interval is not None:
+            return self._sampling_of(config)
+        sampling = Sampling.of(config)
+        if given.get("guidance_interval") is not None:
             rule = dataclasses.replace(rule, interval=sampling.guidance.interval)
         return dataclasses.replace(sampling, guidance=rule)
 
@@ -193,7 +196,9 @@ class Inputs:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's scalars as Python's, which the config's checks know."""
+    """NumPy's scalars as Python's, which the config's checks know; paths as text."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if isinstance(value, (list, tuple, np.ndarray)):
         return tuple(_plain(item) for item in value)
     return value.item() if isinstance(value, np.generic) else value

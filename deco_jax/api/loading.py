@@ -15,12 +15,13 @@ from jax.sharding import Mesh
 from deco_jax import config as config_lib
 from deco_jax.api.model import Model
 from deco_jax.conditioning.condition import Condition, open_condition
-from deco_jax.convert import deco, infer, torch_files
+from deco_jax.convert import deco, infer, jit_files, torch_files
 from deco_jax.data.sources import Source
 from deco_jax.errors import UserError
 from deco_jax.run import checkpoint, sharding, storage
 from deco_jax.sampling import generate
 
+MEASURED = "measured.npz"  # in an exported folder: what a prediction goes by
 CLASSES = "classes.json"  # in a run: the names of its classes, in the order of their labels
 
 
@@ -31,8 +32,9 @@ def load(
 
     Args:
         path: a run's workdir (its newest checkpoint), the folder of a checkpoint, the folder that --mode=export wrote,
-            or an official .ckpt file.
-        average: which average of the weights, by its name in config.optimizer.averages; of a .ckpt "ema" or "raw".
+            or an official .ckpt file; of JiT a .pth.
+        average: which average of the weights, by its name in config.optimizer.averages; of a .ckpt "ema" or "raw", of a
+            .pth also "second".
         config: only for a .ckpt file, which has none: the config it belongs to. By default the architecture is read
             from the tensors' shapes, the image size is 256, and everything else is at its default.
 
@@ -87,6 +89,7 @@ def _load_checkpoint(
 ) -> Model:
     denoiser = generate.make_denoiser(config)
     params = checkpoint.load_average(where, denoiser.network.shapes, config, mesh, average)
+    denoiser = denoiser.given(checkpoint.load_measured(where, denoiser.prediction.measured, mesh))
     return Model(config, params, mesh, str(where), condition, class_names(where), denoiser)
 
 
@@ -103,12 +106,13 @@ def _load_exported(folder: pathlib.Path, average: str, mesh: Mesh) -> Model:
         raise UserError(f"{folder / 'config.json'} can't be read ({error}); export it again") from error
     config = config_lib.make_config(config_lib.complete(values))
     tensors = torch_files.read_safetensors(weights)
-    return _of_tensors(weights, tensors, config, mesh, class_names(folder))
+    measured = dict(np.load(folder / MEASURED)) if (folder / MEASURED).is_file() else {}
+    return _of_tensors(weights, tensors, config, mesh, class_names(folder), measured)
 
 
 def _load_official(path: pathlib.Path, average: str, config: ml_collections.ConfigDict | None, mesh: Mesh) -> Model:
-    file = torch_files.read_lightning(path)
-    found = {"ema": file.ema, "raw": file.denoiser}
+    file = jit_files.read_official(path)
+    found = {"ema": file.ema, "raw": file.denoiser, "second": file.second_ema}
     if not found.get(average):
         raise UserError(
             f"{path} has no average {average!r}; it has {', '.join(name for name, a in found.items() if a)}"
@@ -124,9 +128,13 @@ def _of_tensors(
     config: ml_collections.ConfigDict,
     mesh: Mesh,
     names: Sequence[str] | None = None,
+    measured: Mapping[str, np.ndarray] | None = None,
 ) -> Model:
-    """A model of tensors under their official names."""
+    """A model of tensors under their official names, and of what its prediction goes by."""
     denoiser = generate.make_denoiser(config)
+    if lost := set(denoiser.prediction.measured) - set(measured or {}):
+        raise UserError(f"{path.parent} has no {min(lost)} in {MEASURED}; export it again")
+    denoiser = denoiser.given(measured or {})
     shapes = sharding.placed_shapes(mesh, {"params": denoiser.network.shapes})["params"]
     arrays = deco.from_torch(config.model, tensors, like=denoiser.network.shapes, what=str(path))
     params = jax.tree.map(lambda a, leaf: jax.device_put(np.asarray(a, leaf.dtype), leaf.sharding), arrays, shapes)

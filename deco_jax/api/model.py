@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 import jax
@@ -21,10 +21,11 @@ from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
 from deco_jax.images import to_float
 from deco_jax.models.network import Params
-from deco_jax.run import sharding
+from deco_jax.run import checkpoint, sharding, storage
 from deco_jax.sampling import generate
 from deco_jax.sampling.guidance import Guidance
 from deco_jax.sampling.settings import Sampling
+from deco_jax.sampling.weaker import Guide, check_average, load_other
 
 
 class Model:
@@ -32,7 +33,7 @@ class Model:
 
     Images are uint8 [n, height, width, 3]; states are float32 of the same shape, images in ±1. Times run from 0 (noise)
     to 1 (images). Each method compiles at its first call for an image size and a number of images, and never again for
-    other classes, prompts, guidance, steps or seeds.
+    other classes, prompts, steps, seeds or scales of guidance; without guidance it is another program.
 
     Attributes:
         config: of the run that it comes from; `config.sample` has the defaults of `sample`, `stream` and `invert`.
@@ -56,7 +57,8 @@ class Model:
         self.generator = generate.Generator(self.denoiser, mesh)
         names = condition.names if isinstance(condition, Classes) else class_names
         self.class_names = list(names) if names and len(names) == config.model.num_classes else None
-        self._inputs = Inputs(config, mesh, condition, self.class_names)
+        self._guides: dict[tuple[str, str], tuple[Guide, Callable[[str], Params]]] = {}
+        self._inputs = Inputs(config, mesh, condition, self.class_names, self.sampling)
 
     @property
     def num_classes(self) -> int:
@@ -99,8 +101,8 @@ class Model:
             prompts: of text-to-image models.
             context: labels or text features instead of either, as `invert` returns them.
             batch_size: images drawn at once; config.sample.batch_size at most by default.
-            **settings: negative_prompt, guidance, guidance_interval, num_steps, sampler, shift, seed, size and noise,
-                as `Settings` says; by default those of config.sample.
+            **settings: what `Settings` says, guidance, num_steps, sampler, seed and others; by default those of
+                config.sample.
 
         Returns:
             uint8 [n, height, width, 3].
@@ -228,6 +230,22 @@ class Model:
     def frozen(self) -> Mapping[str, Any]:
         """The condition's arrays, such as a text encoder's weights, on the mesh."""
         return self._inputs.frozen
+
+    def sampling(self, config: ml_collections.ConfigDict) -> Sampling:
+        """What config.sample says, with the weaker model that guidance leads away from if it names one."""
+        key = (config.sample.guidance_model, config.sample.guidance_average)
+        if key not in self._guides:
+            average = functools.cache(lambda name: self._other_average(config, name))
+            self._guides[key] = Guide(config.sample, self.denoiser, load_other(config, self.mesh)), average
+        guide, own = self._guides[key]
+        return guide(Sampling.of(config), own)
+
+    def _other_average(self, config: ml_collections.ConfigDict, name: str) -> Params:
+        where = storage.path(self.name)
+        if not (where / "ema").is_dir():
+            raise UserError(f"{self.name} has no other averages to be guided by; name a run by guidance_model")
+        check_average(config.sample, checkpoint.average_names(where))
+        return checkpoint.load_average(where, self.denoiser.network.shapes, config, self.mesh, name)
 
     def images(self, requests: Requests, sampling: Sampling, batch_size: int, first: int = 0) -> Iterator[np.ndarray]:
         """Images first..requests.count − 1, batch by batch, as uint8 [at most batch_size, height, width, 3]."""

@@ -100,6 +100,16 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
         )
     if data.fast_crop and data.random_crop:
         raise UserError("config.data.fast_crop is of the centre; leave it out with config.data.random_crop")
+    if config.lora.rank and loss.balance_start:
+        raise UserError(
+            "config.loss.balance_start looks at the output layer's gradient, which config.lora.rank leaves frozen; set "
+            "one of them to 0"
+        )
+    if model.prediction == "asymmetric" and model.asymmetric_rank > 3 * model.patch_size**2:
+        raise UserError(
+            f"config.model.asymmetric_rank={model.asymmetric_rank} is more than a patch's {3 * model.patch_size**2} "
+            "values, 3·config.model.patch_size²"
+        )
     if model.width % model.num_heads:
         raise UserError(f"config.model.num_heads={model.num_heads} does not divide config.model.width={model.width}")
     if model.width // model.num_heads % 4:

@@ -21,6 +21,7 @@ from deco_jax.method.paths import PATHS
 from deco_jax.models.network import SETTINGS as MODEL_SETTINGS
 from deco_jax.models.teachers import SIZES as TEACHER_SIZES
 from deco_jax.models.teachers import TEACHERS
+from deco_jax.sampling.guidance import RULES
 from deco_jax.sampling.samplers import SAMPLERS
 from deco_jax.schema import MAX_INT32, Rule, Setting, above, at_least, between, one_of, setting, settings
 
@@ -37,7 +38,9 @@ IMAGE_SIZE = Rule(
     ),
     f"a side of at least 8 pixels and at most {MAX_SIDE:,}, or (height, width)",
 )
-INTERVAL = Rule(lambda pair: len(pair) == 2 and 0 <= pair[0] <= pair[1] <= 1, "two times (low, high) within 0..1")
+INTERVAL = Rule(
+    lambda pair: len(pair) == 2 and -1 <= pair[0] <= pair[1] <= 1, "two times (low, high) within 0..1, or low = -1"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +97,11 @@ class Data:
     )
     prior_path: str = setting(
         "", "A second data set, half of each batch, that keeps the model from forgetting what it could; empty: none."
+    )
+    measured_images: int = setting(
+        10_000,
+        "Images that a new run measures before its first step, at most, where its prediction goes by the data.",
+        at_least(1, MAX_INT32),
     )
     max_unreadable: float = setting(
         0.001, "Share of the images that may be unreadable before training stops.", between(0, 1)
@@ -184,6 +192,9 @@ class Path:
     name: str = setting(
         "linear", "linear: a straight line; energy: towards an image that sharpens on the way.", one_of(*PATHS)
     )
+    noise_scale: float = setting(
+        1.0, "Standard deviation of the noise that it starts from; JiT has 2 at 512x512.", above(0, 1000)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +250,31 @@ class Sample:
     sampler: str = setting("euler", "How the differential equation is solved.", one_of(*SAMPLERS))
     guidance: float = setting(3.2, "Scale of classifier-free guidance; 1: none.", at_least(0, 1000))
     guidance_interval: tuple[float, float] = setting(
-        (0.1, 1.0), "Times (low, high] within which guidance acts; noise is 0, the image 1.", INTERVAL
+        (0.1, 1.0),
+        "Times (low, high] within which guidance acts; noise is 0, the image 1; a low of -1 takes the first step in.",
+        INTERVAL,
+    )
+    guidance_times: str = setting(
+        "step",
+        "What is within: a step's start, or each evaluation's own time; they differ for heun.",
+        one_of("step", "evaluation"),
+    )
+    guidance_rule: str = setting(
+        "plain",
+        "plain, or zero_star: scales the velocity without a condition to fit best and waits at first (CFG-Zero*).",
+        one_of(*RULES),
+    )
+    guidance_zero_steps: int = setting(1, "Of zero_star: first steps that wait.", at_least(0, 10_000))
+    guidance_rescale: float = setting(
+        0.0,
+        "Share of the guided velocity that is rescaled to the conditional one's spread; DeCo's code has 0.7; 0: none.",
+        between(0, 1),
+    )
+    guidance_model: str = setting(
+        "", "A run or checkpoint whose weaker model guidance leads away from, with the same condition (autoguidance)."
+    )
+    guidance_average: str = setting(
+        "", "Its average of the weights; without guidance_model one of this run, such as a shorter one. Empty: ema."
     )
     shift: float = setting(1.0, "Shift of the sampling times towards noise; 1: none.", above(0, 1000))
     seed: int = setting(0, "Seed of the noise; an image depends on it and on its index alone.", SEED)

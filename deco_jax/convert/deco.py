@@ -11,6 +11,7 @@ import numpy as np
 from deco_jax.convert.mapping import TRANSPOSE, VECTOR, Row, to_ours
 from deco_jax.convert.mapping import to_torch as table_to_torch
 from deco_jax.convert.mapping import unread as table_unread
+from deco_jax.errors import UserError
 from deco_jax.models.network import architecture
 from deco_jax.models.official_names import linear_rows
 
@@ -61,7 +62,8 @@ def from_torch(
     Args:
         dtype: of all parameters; None keeps the file's.
     """
-    return to_ours(table(model), tensors, like=like, dtype=dtype and (lambda _: dtype), what=what)
+    ignore = architecture(model["name"]).ignored
+    return to_ours(table(model), tensors, like=like, dtype=dtype and (lambda _: dtype), ignore=ignore, what=what)
 
 
 def unread(
@@ -78,6 +80,23 @@ def to_torch(model: Any, params: Mapping[str, Any], *, consume: bool = False) ->
         consume: see `mapping.to_torch`.
     """
     return table_to_torch(table(model), params, consume=consume)
+
+
+def fixed(model: Any, sides: tuple[int, int]) -> dict[str, np.ndarray]:
+    """The tensors of an official file that follow from the model's and the image's sizes."""
+    return architecture(model["name"]).fixed(model, *sides)
+
+
+def check_fixed(model: Any, sides: tuple[int, int], tensors: Mapping[str, np.ndarray], what: str) -> None:
+    """Raise UserError if such tensors of a file are those of another image size."""
+    for name, expected in fixed(model, sides).items():
+        if name in tensors:
+            found = np.asarray(tensors[name], np.float32)
+            if found.shape != expected.shape or not np.allclose(found, expected, atol=1e-2):
+                raise UserError(
+                    f"{what}: its {name} {found.shape} isn't that of {sides[0]}x{sides[1]} pixels {expected.shape}; "
+                    "set config.data.image_size to the size that it was trained on"
+                )
 
 
 def projector_from_torch(

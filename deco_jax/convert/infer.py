@@ -21,6 +21,11 @@ def model_of(tensors: Mapping[str, np.ndarray], what: str) -> dict[str, Any]:
     Raises:
         UserError: they are not of a DeCo or DiT denoiser.
     """
+    if "x_embedder.proj1.weight" in tensors:
+        raise UserError(
+            f"{what}: JiT's files don't say before which block the class tokens join; give its config=, as from "
+            "configs/jit256.py or configs/pixelgen256.py"
+        )
     patches = next((n for n in ("s_embedder.proj.weight", "x_embedder.proj.weight") if n in tensors), None)
     depth, attention = _count(tensors, "blocks"), "blocks.0.attn.q_norm.weight"
     if patches is None or attention not in tensors or any("param_generator" in name for name in tensors):

@@ -28,10 +28,10 @@ SAFETENSORS_INDEX = "model.safetensors.index.json"
 
 @dataclass
 class Checkpoint:
-    """What a Lightning checkpoint of the official code holds; tensors by their names without the prefix.
+    """What a checkpoint of an official code holds; tensors by their names without the prefix.
 
     Attributes:
-        denoiser, ema, projector: empty where the file has none.
+        denoiser, ema, projector, second_ema: empty where the file has none; JiT's alone have the last.
         step, epoch: how far it was trained.
         has_optimizer: whether the file also has an optimizer's state, which is PyTorch's and not read.
     """
@@ -39,6 +39,7 @@ class Checkpoint:
     denoiser: Mapping[str, np.ndarray] = field(default_factory=dict)
     ema: Mapping[str, np.ndarray] = field(default_factory=dict)
     projector: Mapping[str, np.ndarray] = field(default_factory=dict)
+    second_ema: Mapping[str, np.ndarray] = field(default_factory=dict)
     step: int = 0
     epoch: int = 0
     has_optimizer: bool = False
@@ -153,7 +154,7 @@ def read_pickled(path: str | os.PathLike[str]) -> dict[Any, Any]:
     return content
 
 
-def _state_dict(path: Path, content: Any, what: str) -> dict[str, Any]:
+def state_dict(path: Path, content: Any, what: str) -> dict[str, Any]:
     """`content`, if it is tensors by name."""
     if not isinstance(content, dict) or not content or not all(map(_is_tensor, content.values())):
         raise UserError(f"{path}: {what}; check the path")
@@ -172,10 +173,13 @@ def read_lightning(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         UserError: as `read_pickled`; the file isn't such a checkpoint, or holds tensors of no known network.
     """
-    path = Path(path)
-    content = read_pickled(path)
+    return lightning(Path(path), read_pickled(path))
+
+
+def lightning(path: Path, content: Mapping[Any, Any]) -> Checkpoint:
+    """The same of what a file holds."""
     what = "has no `state_dict` of tensors, so it is no Lightning checkpoint"
-    state = _state_dict(path, content.get("state_dict"), what)
+    state = state_dict(path, content.get("state_dict"), what)
     networks: dict[str, dict[str, Any]] = {name: {} for name in PREFIXES}
     unknown = []
     for key, tensor in state.items():
@@ -194,13 +198,13 @@ def read_lightning(path: str | os.PathLike[str]) -> Checkpoint:
         raise UserError(f"{path}: holds neither denoiser.* nor ema_denoiser.* tensors; check the path")
     return Checkpoint(
         **{name: _TorchTensors(path, tensors) for name, tensors in networks.items()},
-        step=_counter(path, content, "global_step"),
-        epoch=_counter(path, content, "epoch"),
+        step=counter(path, content, "global_step"),
+        epoch=counter(path, content, "epoch"),
         has_optimizer=bool(content.get("optimizer_states")),
     )
 
 
-def _counter(path: Path, content: Mapping[Any, Any], name: str) -> int:
+def counter(path: Path, content: Mapping[Any, Any], name: str) -> int:
     """A count of a checkpoint, 0 where it has none."""
     value = content.get(name)
     if _is_tensor(value):
@@ -224,11 +228,8 @@ def write_lightning(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
     Raises:
         UserError: PyTorch isn't installed.
     """
-    torch = _torch()
     state = {
-        prefix + key: _to_torch(torch, array)
-        for name, prefix in PREFIXES.items()
-        for key, array in getattr(checkpoint, name).items()
+        prefix + key: array for name, prefix in PREFIXES.items() for key, array in getattr(checkpoint, name).items()
     }
     content = {
         "epoch": checkpoint.epoch,
@@ -240,8 +241,29 @@ def write_lightning(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
         "optimizer_states": [],
         "lr_schedulers": [],
     }
+    write_pickled(path, content)
+
+
+def write_pickled(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Write a dictionary as `torch.save` does, its arrays as tensors, two levels deep; whole or not at all.
+
+    Raises:
+        UserError: PyTorch isn't installed.
+    """
+    torch = _torch()
+    content = {
+        key: {name: _to_torch(torch, a) if isinstance(a, np.ndarray) else a for name, a in value.items()}
+        if isinstance(value, dict)
+        else value
+        for key, value in content.items()
+    }
     with _whole(path) as partial:
         torch.save(content, partial)
+
+
+def tensors(path: Path, found: Mapping[str, Any]) -> Mapping[str, np.ndarray]:
+    """Tensors of a file that was read by `read_pickled`, as arrays that are read when they are looked up."""
+    return _TorchTensors(path, found)
 
 
 def _to_torch(torch: Any, array: np.ndarray) -> Any:
@@ -325,7 +347,7 @@ def read_tensors(path: str | os.PathLike[str]) -> Mapping[str, np.ndarray]:
     path = Path(path)
     if path.is_dir() or path.suffix in (".safetensors", ".json"):
         return read_safetensors(path)
-    return _TorchTensors(path, _state_dict(path, read_pickled(path), "no state dictionary (tensors by name)"))
+    return _TorchTensors(path, state_dict(path, read_pickled(path), "no state dictionary (tensors by name)"))
 
 
 @contextlib.contextmanager

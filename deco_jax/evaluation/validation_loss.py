@@ -91,6 +91,7 @@ class ValidationLoss:
                 draws,
                 observe(frozen, batch),
                 frozen,
+                frozen.get("measured"),
                 networks={"denoiser": denoiser},
             )
             values = {"validation_loss": loss, **{f"validation_{name}": value for name, value in terms.items()}}

@@ -119,11 +119,11 @@ class EnergyPath:
         endpoint, t = blurred_endpoint(x, t), per_example(t, x)
         return Point(t * endpoint.image + (1 - t) * noise, endpoint.image + t * endpoint.velocity - noise)
 
-    def velocity_of(self, x: Images, state: Images, t: Times) -> Images:
-        """Return t·ė(x) + (e(x) − x_t) / max(1 − t, 0.05)."""
+    def velocity_of(self, x: Images, state: Images, t: Times, floor: float = MIN_REMAINING_TIME) -> Images:
+        """Return t·ė(x) + (e(x) − x_t) / max(1 − t, floor)."""
         t = jnp.broadcast_to(jnp.asarray(t, jnp.float32), x.shape[:1])
         endpoint, t = blurred_endpoint(x, t), per_example(t, x)
-        return t * endpoint.velocity + (endpoint.image - state) / jnp.maximum(1 - t, MIN_REMAINING_TIME)
+        return t * endpoint.velocity + (endpoint.image - state) / jnp.maximum(1 - t, floor)
 
     def image_of(self, velocity: Images, state: Images, t: Times) -> Images:
         """Return x_t + (1 − t)·v̂, where the straight line leads: e + t·(1 − t)·ė, which is blurred at early times."""

@@ -149,14 +149,16 @@ def adapted(config: ml_collections.ConfigDict, network: Network) -> Network:
 
 
 def with_base(config: ml_collections.ConfigDict, objective: Callable[..., Any]) -> Callable[..., Any]:
-    """`Method.objective` as a function of what trains, where config.lora leaves the rest frozen."""
+    """`Method.objective`, or `groups`, as a function of what trains, where config.lora leaves the rest frozen."""
     adapter = adapter_of(config)
     if adapter is None:
         return objective
 
-    def of_trained(params: Params, pixels: Any, draws: Any, observed: Any, frozen: Mapping[str, Any]) -> Any:
+    def of_trained(
+        params: Params, pixels: Any, draws: Any, observed: Any, frozen: Mapping[str, Any], *more: Any
+    ) -> Any:
         merged = adapter.merge(frozen[BASE], params["denoiser"])
-        return objective({**params, "denoiser": merged}, pixels, draws, observed, frozen)
+        return objective({**params, "denoiser": merged}, pixels, draws, observed, frozen, *more)
 
     return of_trained
 

@@ -16,10 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from jax import Array
 
 from deco_jax.errors import UserError
 from deco_jax.method.averages import Average, parse_averages
+from deco_jax.method.balance import NAME as BALANCE
+from deco_jax.method.balance import Balance
 from deco_jax.method.losses import LOSSES
 from deco_jax.method.losses.loss import Loss
 from deco_jax.method.losses.mean_flow import MeanFlow, MeanStep, make_mean_flow
@@ -42,6 +45,8 @@ class Method:
         averages: of the denoiser's weights, by name.
         label_dropout: share of the examples trained without their label or caption.
         mean_flow: how jumps are drawn where the mean velocity is learnt; None: the velocity is.
+        balance: of the losses that are `balanced` against the others; None: their weights stay.
+        noise_scale: standard deviation of the noise.
     """
 
     path: Path
@@ -51,6 +56,8 @@ class Method:
     averages: Mapping[str, Average]
     label_dropout: float
     mean_flow: MeanFlow | None = None
+    balance: Balance | None = None
+    noise_scale: float = 1.0
 
     def objective(
         self,
@@ -59,6 +66,7 @@ class Method:
         draws: Draws,
         observed: Observed,
         frozen: Mapping[str, Params] | None = None,
+        measured: Mapping[str, Array] | None = None,
         *,
         networks: Mapping[str, Network],
     ) -> tuple[Array, dict[str, Array]]:
@@ -68,27 +76,61 @@ class Method:
             params: of each of `networks`.
             pixels: uint8 [batch, height, width, 3].
             frozen: weights of `self.frozen` for losses that apply them; others are passed over.
+            measured: the arrays of `self.measured`.
             networks: "denoiser", and `self.trained`.
 
         Returns:
             The loss, and its terms, unweighted, by name.
         """
-        step = (MeanStep if self.mean_flow else Step)(
+        factor = measured[BALANCE] if measured and self.balance is not None else 1.0
+        step = self._step(params, pixels, draws, observed, frozen, measured, networks)
+        total, terms = jnp.zeros(len(pixels)), {}
+        for loss in self.losses:
+            terms[loss.name] = loss(step) * draws.counts.get(loss.name, 1.0)
+            weight = (factor if loss.balanced else 1.0) * loss.weight * draws.shares.get(loss.name, 1.0)
+            total = total + weight * terms[loss.name]
+        return jnp.mean(total), {name: jnp.mean(values) for name, values in terms.items()}
+
+    def groups(
+        self,
+        params: Params,
+        pixels: Array,
+        draws: Draws,
+        observed: Observed,
+        frozen: Mapping[str, Params] | None = None,
+        measured: Mapping[str, Array] | None = None,
+        *,
+        networks: Mapping[str, Network],
+    ) -> tuple[Array, Array]:
+        """Compute the weighted sums of the losses that aren't balanced and of those that are, without the factor."""
+        step = self._step(params, pixels, draws, observed, frozen, measured, networks)
+        sums = [jnp.zeros(len(pixels))] * 2
+        for loss in self.losses:
+            term = loss(step) * draws.counts.get(loss.name, 1.0)
+            sums[loss.balanced] += loss.weight * draws.shares.get(loss.name, 1.0) * term
+        return jnp.mean(sums[False]), jnp.mean(sums[True])
+
+    def _step(
+        self,
+        params: Params,
+        pixels: Array,
+        draws: Draws,
+        observed: Observed,
+        frozen: Mapping[str, Params] | None,
+        measured: Mapping[str, Array] | None,
+        networks: Mapping[str, Network],
+    ) -> Step:
+        return (MeanStep if self.mean_flow else Step)(
             params,
             pixels,
             draws,
             observed,
             path=self.path,
-            prediction=self.prediction,
+            prediction=self.prediction.given(measured or {}),
             networks=networks,
             frozen={name: (network, (frozen or {}).get(name)) for name, network in self.frozen.items()},
             layer=self.layer,
         )
-        total, terms = jnp.zeros(len(pixels)), {}
-        for loss in self.losses:
-            terms[loss.name] = loss(step) * draws.counts.get(loss.name, 1.0)
-            total = total + loss.weight * draws.shares.get(loss.name, 1.0) * terms[loss.name]
-        return jnp.mean(total), {name: jnp.mean(values) for name, values in terms.items()}
 
     @jax.named_scope("noise")
     def draw(self, key: Array, shape: tuple[int, ...], step: Array | None = None) -> Draws:
@@ -104,7 +146,7 @@ class Method:
         else:
             times = self.times(time_key, shape[0])
         return Draws(
-            noise=jax.random.normal(noise_key, shape),
+            noise=self.noise_scale * jax.random.normal(noise_key, shape),
             times=times,
             dropped=jax.random.bernoulli(drop_key, self.label_dropout, (shape[0],)),
             keys=jax.random.split(jax.random.fold_in(key, 1), shape[0]),
@@ -154,6 +196,12 @@ class Method:
         """The networks that don't train, by name."""
         return {name: network for loss in reversed(self.losses) for name, network in loss.frozen.items()}
 
+    @property
+    def measured(self) -> dict[str, np.ndarray]:
+        """The arrays that are measured in a run and kept with its weights, by name, before they are."""
+        measured = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in self.prediction.measured.items()}
+        return measured if self.balance is None else measured | {BALANCE: self.balance.first}
+
     @functools.cached_property
     def layer(self) -> int | None:
         """The number of blocks after which losses want the denoiser's hidden states; None if none does."""
@@ -191,4 +239,6 @@ def make_method(config: ml_collections.ConfigDict) -> Method:
         averages=parse_averages(config.optimizer.ema_decay, config.optimizer.averages),
         label_dropout=loss.label_dropout,
         mean_flow=make_mean_flow(config),
+        balance=Balance(loss.balance_start, loss.balance_every) if loss.balance_start else None,
+        noise_scale=config.path.noise_scale,
     )

@@ -33,8 +33,8 @@ class Path(Protocol):
         """Return state and velocity at t of the paths from `noise` to the images `x`."""
         ...
 
-    def velocity_of(self, x: Images, state: Images, t: Times) -> Images:
-        """Return the velocity that a predicted image `x` stands for at a state; finite up to t = 1."""
+    def velocity_of(self, x: Images, state: Images, t: Times, floor: float = MIN_REMAINING_TIME) -> Images:
+        """Return the velocity that a predicted image `x` stands for at a state; 1 − t counts as `floor` at least."""
         ...
 
     def image_of(self, velocity: Images, state: Images, t: Times) -> Images:
@@ -44,7 +44,7 @@ class Path(Protocol):
 
 def per_example(t: Array, like: Array) -> Array:
     """Shape times, [batch] or one for all, so that they multiply `like` [batch, ...]."""
-    t = jnp.asarray(t, jnp.float32)
+    t = jnp.asarray(t, jnp.promote_types(like.dtype, jnp.float32))
     return t.reshape(t.shape + (1,) * (like.ndim - t.ndim)) if t.ndim else t
 
 
@@ -55,13 +55,13 @@ class LinearPath:
         t = per_example(t, x)
         return Point(t * x + (1 - t) * noise, x - noise)
 
-    def velocity_of(self, x: Images, state: Images, t: Times) -> Images:
-        """Return (x − x_t) / max(1 − t, 0.05).
+    def velocity_of(self, x: Images, state: Images, t: Times, floor: float = MIN_REMAINING_TIME) -> Images:
+        """Return (x − x_t) / max(1 − t, floor).
 
         Given the true image this is an x-prediction's target: JiT divides both by the floored time, so above t = 0.95
         the target is not x − ε.
         """
-        return (x - state) / jnp.maximum(1 - per_example(t, state), MIN_REMAINING_TIME)
+        return (x - state) / jnp.maximum(1 - per_example(t, state), floor)
 
     def image_of(self, velocity: Images, state: Images, t: Times) -> Images:
         """Return x_t + (1 − t)·v̂."""

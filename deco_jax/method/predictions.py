@@ -1,4 +1,4 @@
-"""What a network's output stands for: the velocity, or the clean image.
+"""What a network's output stands for: the velocity, the clean image, or something of both.
 
 A prediction is bound to its path. A new one is a class with the methods of `Prediction`, and a line in `PREDICTIONS`.
 """
@@ -6,10 +6,12 @@ A prediction is bound to its path. A new one is a class with the methods of `Pre
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
+import jax
 import ml_collections
+import numpy as np
 from jax import Array
 
 from deco_jax.errors import UserError
@@ -18,7 +20,15 @@ from deco_jax.shapes import Images, Times
 
 
 class Prediction(Protocol):
-    """Reads a network's output at a state; images [batch, height, width, 3], times [batch] or one for all."""
+    """Reads a network's output at a state; images [batch, height, width, 3], times [batch] or one for all.
+
+    Subclass it and say what differs.
+
+    Attributes:
+        measured: arrays that it goes by and that are measured of the data once, before a run's first step; by name.
+    """
+
+    measured: Mapping[str, jax.ShapeDtypeStruct] = {}
 
     def velocity(self, output: Images, state: Images, t: Times) -> Images:
         """Return the velocity v̂ that the output stands for."""
@@ -42,11 +52,19 @@ class Prediction(Protocol):
 
     def in_sampling(self) -> Prediction:
         """Return the prediction that samplers use, for those that floor 1 − t otherwise there than in training."""
-        ...
+        return self
+
+    def measure(self, images: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
+        """Compute the arrays of `measured` from batches of images in ±1."""
+        return {}
+
+    def given(self, measured: Mapping[str, Any]) -> Prediction:
+        """Return the prediction with the arrays of `measured`, without which those that have any compute nothing."""
+        return self
 
 
 @dataclasses.dataclass(frozen=True)
-class VPrediction:
+class VPrediction(Prediction):
     """The output is the velocity."""
 
     path: Path
@@ -66,12 +84,9 @@ class VPrediction:
     def weight(self, t: Array) -> float:
         return 1.0
 
-    def in_sampling(self) -> VPrediction:
-        return self
-
 
 @dataclasses.dataclass(frozen=True)
-class XPrediction:
+class XPrediction(Prediction):
     """The output is the clean image (JiT, Li & He 2025); compared where it becomes a velocity."""
 
     path: Path
@@ -92,13 +107,17 @@ class XPrediction:
     def weight(self, t: Array) -> float:
         return 1.0
 
-    def in_sampling(self) -> XPrediction:
-        return self
+
+def _asymmetric(config: ml_collections.ConfigDict, path: Path) -> Prediction:
+    from deco_jax.method.asymmetric import AsymmetricPrediction
+
+    return AsymmetricPrediction(path, config.model.asymmetric_rank, config.model.patch_size)
 
 
 PREDICTIONS: dict[str, Callable[[ml_collections.ConfigDict, Path], Prediction]] = {
     "v": lambda config, path: VPrediction(path),
     "x": lambda config, path: XPrediction(path),
+    "asymmetric": _asymmetric,
 }
 
 
@@ -110,5 +129,5 @@ def make_prediction(config: ml_collections.ConfigDict) -> Prediction:
     """
     name = config.model.prediction
     if name not in PREDICTIONS:
-        raise UserError(f"There is no prediction type {name!r}; choose 'v' (velocity) or 'x' (clean image).")
+        raise UserError(f"There is no prediction type {name!r}; choose one of {', '.join(PREDICTIONS)}.")
     return PREDICTIONS[name](config, make_path(config))

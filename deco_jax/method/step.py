@@ -21,7 +21,7 @@ Params = dict[str, Any]
 class Draws(NamedTuple):
     """What is random in a training step; a row for each example."""
 
-    noise: Array  # [batch, height, width, 3], standard normal
+    noise: Array  # [batch, height, width, 3], normal
     times: Array  # [batch] in (0, 1)
     dropped: Array  # bool [batch]: trained without its label or caption
     keys: Array | None = None  # [batch], for what else is drawn
@@ -86,7 +86,8 @@ class Step:
     @functools.cached_property
     def point(self) -> Point:
         """The noised images x_t and their true velocity."""
-        return self._path.point(self.images, self.draws.noise, self.times)
+        with jax.named_scope("path"):
+            return self._path.point(self.images, self.draws.noise, self.times)
 
     @functools.cached_property
     def _denoised(self) -> tuple[Array, dict[str, Array]]:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from deco_jax import interrupts
 from deco_jax.conditioning.condition import Condition, abstract_condition
 from deco_jax.data.transforms import image_sides
-from deco_jax.method import lora
+from deco_jax.method import balance, lora
 from deco_jax.method.averages import update_average
 from deco_jax.method.objective import Method, make_method
 from deco_jax.method.optimizer import make_optimizer
@@ -31,6 +31,7 @@ from deco_jax.run.state import State, state_shapes
 
 Metrics = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
+Frozen = dict[str, Any]  # arrays that a step reads, by name
 
 
 class Observer(Protocol):
@@ -74,50 +75,66 @@ def make_train_step(
         start: steps done before it is first run. Losses that have ended by then are not in it, nor what they need.
     """
     method = make_method(config).at(start)
-    objective = lora.with_base(config, functools.partial(method.objective, networks=networks))
+    with_networks = [functools.partial(f, networks=networks) for f in (method.objective, method.groups)]
+    objective, groups = (lora.with_base(config, f) for f in with_networks)
     gradient = jax.value_and_grad(objective, has_aux=True)
-    accumulate = config.optimizer.accumulate_steps
+    accumulate, output = config.optimizer.accumulate_steps, network_lib.architecture(config.model.name).output
 
-    def of_rows(params: Any, batch: Batch, draws: Draws, frozen: dict[str, Any]) -> tuple[Any, Any]:
-        (loss, parts), grads = gradient(params, batch["image"], draws, observe(frozen, batch, method), frozen)
-        return {"loss": loss, **parts}, grads
+    def of_rows(params: Any, batch: Batch, draws: Draws, frozen: Frozen, measured: Frozen) -> tuple[Any, Any]:
+        given = (batch["image"], draws, observe(frozen, batch, method), frozen, measured)
+        (loss, parts), grads = gradient(params, *given)
+        found = {"params": grads}
+        if method.balance is not None:
+            found["balance"] = jax.lax.cond(
+                measured["due"],
+                lambda: balance.output_gradients(lambda params: groups(params, *given), params, output),
+                lambda: balance.zeros(params, output),
+            )
+        return {"loss": loss, **parts}, found
 
-    def loss_and_gradient(params: Any, batch: Batch, draws: Draws, frozen: dict[str, Any]) -> tuple[Any, Any]:
+    def loss_and_gradient(params: Any, batch: Batch, draws: Draws, frozen: Frozen, measured: Frozen) -> tuple[Any, Any]:
         """Of all the rows that are given: a device's share of the batch."""
         if accumulate == 1:
-            return of_rows(params, batch, draws, frozen)
+            return of_rows(params, batch, draws, frozen, measured)
         # Part i takes every accumulate-th row, so that each device works on its own rows in every part.
         parts = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(-1, accumulate, *a.shape[1:]), 0, 1), (batch, draws))
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
             part_batch, part_draws = part
-            return jax.tree.map(jnp.add, total, of_rows(params, part_batch, part_draws, frozen)), None
+            return jax.tree.map(jnp.add, total, of_rows(params, part_batch, part_draws, frozen, measured)), None
 
         batch, draws = jax.tree.map(lambda a: a[0], parts)
         zeros = jax.tree.map(
-            lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(of_rows, params, batch, draws, frozen)
+            lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(of_rows, params, batch, draws, frozen, measured)
         )
         summed, _ = jax.lax.scan(add, zeros, parts)
         return jax.tree.map(lambda a: a / accumulate, summed)
 
-    def over_mesh(params: Any, batch: Batch, draws: Draws, frozen: dict[str, Any]) -> tuple[Any, Any]:
+    def over_mesh(params: Any, batch: Batch, draws: Draws, frozen: Frozen, measured: Frozen) -> tuple[Any, Any]:
         if mesh is None:
-            return loss_and_gradient(params, batch, draws, frozen)
-        placed = sharding.specs(mesh, params)
+            return loss_and_gradient(params, batch, draws, frozen, measured)
+        placed = {"params": sharding.specs(mesh, params)}
+        if method.balance is not None:
+            placed["balance"] = balance.placed_like(placed["params"], output)
 
         def local(*arguments: Any) -> tuple[Any, Any]:
             metrics, grads = loss_and_gradient(*arguments)
             return sharding.mean_over_devices(metrics, mesh), sharding.reduce_gradients(grads, placed, mesh)
 
-        arguments = (placed, sharding.BATCH, sharding.BATCH, sharding.specs(mesh, frozen))
-        return sharding.each_device(local, mesh, arguments, (sharding.WHOLE, placed))(params, batch, draws, frozen)
+        arguments = (placed["params"], sharding.BATCH, sharding.BATCH, sharding.specs(mesh, frozen), sharding.WHOLE)
+        return sharding.each_device(local, mesh, arguments, (sharding.WHOLE, placed))(
+            params, batch, draws, frozen, measured
+        )
 
-    def train_step(state: State, batch: Batch, frozen: dict[str, Any]) -> tuple[State, Metrics]:
+    def train_step(state: State, batch: Batch, frozen: Frozen) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), TRAINING), state["step"])
         draws = method.draw(key, batch["image"].shape, state["step"])
         if PRIOR in batch:
             draws = method.weighted(draws, jnp.where(batch[PRIOR], config.loss.prior_weight, 1.0))
-        metrics, grads = over_mesh(state["params"], batch, draws, frozen)
+        measured = state.get("measured", {})
+        due = {} if method.balance is None else {"due": method.balance.due(state["step"] + 1)}
+        metrics, found = over_mesh(state["params"], batch, draws, frozen, measured | due)
+        grads = found["params"]
 
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(grads)
@@ -135,6 +152,13 @@ def make_train_step(
             changed = {"params": params, "averages": averages, "opt_state": opt_state}
             kept = {name: state[name] for name in changed}
             new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
+        if measured:
+            new_state["measured"] = measured
+        if method.balance is not None:
+            factor = measured[balance.NAME]
+            metrics[balance.NAME] = factor
+            after = method.balance.after(factor, due["due"], found["balance"])
+            new_state["measured"] = measured | {balance.NAME: after}
         new_state["step"] = state["step"] + 1
         new_state["skipped"] = jnp.where(finite, 0, state["skipped"] + 1)
         return new_state, {**metrics, "gradient_norm": norm, "skipped": new_state["skipped"]}
@@ -191,7 +215,8 @@ def choose_remat(
     def compile_with(policy: str) -> jax.stages.Compiled | choices.Refused:
         networks, observe, frozen = abstract_networks(settled(policy), mesh, condition)
         optimizer = make_optimizer(config.optimizer)
-        state = state_shapes(networks, optimizer, mesh, make_method(config).averages)
+        method = make_method(config)
+        state = state_shapes(networks, optimizer, mesh, method.averages, method.measured)
         batch = batch_shapes(config, mesh, condition)
         lowered = lower_train_step(networks, optimizer, config, observe, mesh, state, batch, frozen)
         return choices.compile_or_refused(lowered)

@@ -130,4 +130,5 @@ ARCHITECTURE = Architecture(
         *RULES,
     ),
     table,
+    "decoder/output/kernel",
 )

@@ -19,7 +19,7 @@ from deco_jax.models.architecture import Architecture
 from deco_jax.models.blocks import BlockStyle
 from deco_jax.models.dit import DiT, FinalLayer
 from deco_jax.models.layers import Linear, RMSNorm, TimestepEmbedding, xavier, zeros
-from deco_jax.models.official_names import linear_rows
+from deco_jax.models.official_names import FIRST_OF_ONE, linear_rows
 from deco_jax.models.trunk import RULES, TrunkSettings
 from deco_jax.schema import at_least, setting
 from deco_jax.shapes import GridAngles, GridPositions, Hidden, Tokens
@@ -98,7 +98,6 @@ def axis_angles(rows: int, columns: int, head_width: int) -> GridAngles:
 # What a file may hold besides weights: positions that follow from the sizes.
 FIXED = ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin", "feat_rope_incontext.freqs_cos",
          "feat_rope_incontext.freqs_sin")  # fmt: skip
-FIRST_OF_ONE = one_to_one("[1, tokens, width] to [tokens, width]", 3, lambda a: a.squeeze(0), lambda a: a[None])
 POINTWISE = one_to_one("a 1×1 convolution", 4, lambda w: w[:, :, 0, 0].T, lambda k: k.T[:, :, None, None])
 BIAS_HALVES = Transform(
     "two halves of a bias", (1,), lambda arrays: np.split(arrays[0], 2), lambda arrays: [np.concatenate(arrays)]
@@ -162,4 +161,10 @@ def flops(model: Mapping[str, Any], height: int, width_px: int) -> dict[str, flo
     return parts
 
 
-ARCHITECTURE = Architecture(JiT, JiTSettings, flops, RULES, table)
+def fixed(model: Mapping[str, Any], height: int, width: int) -> dict[str, np.ndarray]:
+    """Return the positions, which the official files hold as well: {"pos_embed": [1, tokens, width]}."""
+    patch = model["patch_size"]
+    return {"pos_embed": wave_positions(height // patch, width // patch, model["width"])[None]}
+
+
+ARCHITECTURE = Architecture(JiT, JiTSettings, flops, RULES, table, fixed=fixed, ignored=FIXED)

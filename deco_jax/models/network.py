@@ -30,6 +30,8 @@ SETTINGS: dict[str, type] = {name: model.settings for name, model in MODELS.item
 
 Params = dict[str, Any]
 
+OUTPUT = ("prediction", "asymmetric_rank")  # settings of what a network's output stands for
+
 
 class Network(NamedTuple):
     """A module as pure functions over its parameters.
@@ -116,11 +118,11 @@ def build(model: Mapping[str, Any]) -> Network:
     """The network of `config.model`.
 
     Args:
-        model: `name` picks the class; `prediction` belongs to the loss and samplers; every other entry is an
+        model: `name` picks the class; those of OUTPUT belong to the loss and samplers; every other entry is an
             argument of the class, so an unknown one is a TypeError.
     """
     kind = architecture(model["name"])
-    arguments = {key: value for key, value in dict(model).items() if key not in ("name", "prediction")}
+    arguments = {key: value for key, value in dict(model).items() if key not in ("name", *OUTPUT)}
     arguments["dtype"] = jnp.dtype(arguments["dtype"])
     if "attention" in arguments:
         # Neither cuDNN's attention nor the kernel for TPUs has a forward-mode product, which MeanFlow takes.

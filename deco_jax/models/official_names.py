@@ -13,6 +13,8 @@ from typing import Any
 
 from deco_jax.convert.mapping import DROP_FIRST, MATRIX, TRANSPOSE, VECTOR, Row, Transform, halves, one_to_one
 
+FIRST_OF_ONE = one_to_one("[1, tokens, width] to [tokens, width]", 3, lambda a: a.squeeze(0), lambda a: a[None])
+
 
 def trunk_rows(model: Mapping[str, Any], embedder: str) -> list[Row]:
     """Return the rows of embeddings and blocks.
@@ -30,6 +32,8 @@ def trunk_rows(model: Mapping[str, Any], embedder: str) -> list[Row]:
         *linear_rows("t_embedder.mlp.2", "time_embed.out"),
         *_blocks("blocks", "blocks", model["depth"], fused_mlp=text, text_keys=text),
     ]
+    if model.get("context_tokens", 0):  # of no official model but JiT, whose name it is
+        rows.append(Row("in_context_posemb", "context_positions", FIRST_OF_ONE))
     if not text:
         return [*rows, Row("y_embedder.embedding_table.weight", "label_embed.embedding", MATRIX)]
     rows += linear_rows("y_embedder.proj", "text_embed.proj")

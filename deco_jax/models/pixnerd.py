@@ -148,4 +148,5 @@ ARCHITECTURE = Architecture(
         *RULES,
     ),
     table,
+    "decoder/output/kernel",
 )

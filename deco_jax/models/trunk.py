@@ -43,7 +43,15 @@ from deco_jax.shapes import Images, Labels, PerExample, Text
 class TrunkSettings:
     """The settings of the transformer, which every model here has; see `schema.setting`."""
 
-    prediction: str = setting("v", "What the output is: the velocity v, or the clean image x.", one_of("v", "x"))
+    prediction: str = setting(
+        "v",
+        "What the output is: the velocity v, the clean image x, or asymmetric: the velocity within a subspace of the "
+        "patches, the image outside it.",
+        one_of("v", "x", "asymmetric"),
+    )
+    asymmetric_rank: int = setting(
+        8, "Dimension of that subspace, 0 to 3·patch_size²; it is measured of the data once.", at_least(0, 2**20)
+    )
     width: int = setting(1152, "Channels of the transformer.", at_least(4, 2**16))
     depth: int = setting(28, "Transformer blocks.", at_least(1, 1024))
     num_heads: int = setting(16, "Attention heads; each has a multiple of 4 channels.", at_least(1, 1024))

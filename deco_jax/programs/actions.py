@@ -23,6 +23,7 @@ from deco_jax.conditioning.condition import Condition
 from deco_jax.conditioning.requests import Requests, grid_columns
 from deco_jax.data import pipeline
 from deco_jax.errors import UserError
+from deco_jax.evaluation.evaluator import Subject
 from deco_jax.method.optimizer import learning_rate
 from deco_jax.method.training import COMPILER, PRIOR, Batch, Metrics
 from deco_jax.run import checkpoint, distributed, monitor, sharding
@@ -33,6 +34,7 @@ from deco_jax.run.state import State
 from deco_jax.run.writer import Writer
 from deco_jax.sampling import generate
 from deco_jax.sampling.settings import Sampling
+from deco_jax.sampling.weaker import Guide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,7 @@ class TrainingRun:
     checkpoints: checkpoint.Checkpoints
     writer: Writer
     goodput: Goodput
+    guide: Guide
     merge: Callable[[Any], Any] | None = None
     best: Best | None = None
 
@@ -64,6 +67,14 @@ class TrainingRun:
         """The average of the weights that images are drawn from; of an adaptation, merged with what is frozen."""
         average = state["averages"][self.config.sample.average]
         return average if self.merge is None else self.merge(average)
+
+    def subject(self, state: State) -> Subject:
+        """The averaged weights, to be scored by themselves."""
+        return Subject(None, self.averaged(state), self.frozen | {"measured": state.get("measured", {})})
+
+    def sampling(self, state: State) -> Sampling:
+        """How images are drawn, with the weaker model that guidance leads away from if there is one."""
+        return self.guide(Sampling.of(self.config), state["averages"].__getitem__)
 
 
 class Action(Protocol):
@@ -219,20 +230,20 @@ class Evaluate:
 
     Args:
         every: steps.
-        scores: (averaged weights) → scores by name.
+        scores: (state) → scores by name.
     """
 
     hurried = False
     spends = "evaluation"
 
-    def __init__(self, run: TrainingRun, every: int, scores: Callable[[Any], Mapping[str, float]]) -> None:
+    def __init__(self, run: TrainingRun, every: int, scores: Callable[[State], Mapping[str, float]]) -> None:
         self._run, self._every, self._scores = run, every, scores
 
     def due(self, step: int, stopping: bool) -> bool:
         return self._run.at(step, self._every)
 
     def __call__(self, step: int, state: State) -> None:
-        run, scores = self._run, self._scores(self._run.averaged(state))
+        run, scores = self._run, self._scores(state)
         for name, value in scores.items():
             run.writer.add(step, name, value)
         if run.best and run.best.add(step, scores, {*run.checkpoints.steps(), step}):
@@ -253,16 +264,20 @@ class Grid:
 
     def __call__(self, step: int, state: State) -> None:
         run, path = self._run, self._run.folder / "samples" / f"step_{step:08d}.png"
-        grid = sample_grid(self._generator, run.averaged(state), self._requests, run.config)
+        grid = sample_grid(self._generator, run.averaged(state), self._requests, run.config, run.sampling(state))
         run.writer.write_image(step, "samples", grid, path)
         run.writer.say(f"wrote {path}")
 
 
 def sample_grid(
-    generator: generate.Generator, params: Any, requests: Requests, config: ml_collections.ConfigDict
+    generator: generate.Generator,
+    params: Any,
+    requests: Requests,
+    config: ml_collections.ConfigDict,
+    sampling: Sampling,
 ) -> np.ndarray:
     """Draw one uint8 image of samples in class order, or with their captions."""
-    samples = generator.images(params, requests, Sampling.of(config), config.sample.batch_size)
+    samples = generator.images(params, requests, sampling, config.sample.batch_size)
     columns = grid_columns(config.sample, requests.labels)
     return images.sample_grid(np.concatenate(list(samples)), columns, requests.names)
 

@@ -37,6 +37,7 @@ from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import write_json
 from deco_jax.sampling import generate
 from deco_jax.sampling.settings import Sampling
+from deco_jax.sampling.weaker import Guide, load_other
 
 Row = dict[str, Any]
 
@@ -128,7 +129,10 @@ def time_training(
         lambda leaf: jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)(), shapes
     )
     optimizer = make_optimizer(config.optimizer)
-    state = jax.block_until_ready(create_state(config.seed, networks, optimizer, mesh, make_method(config).averages))
+    method = make_method(config)
+    state = jax.block_until_ready(
+        create_state(config.seed, networks, optimizer, mesh, method.averages, method.measured)
+    )
     batch = random_batch(config, mesh, condition)
     add("build", [time.monotonic() - began])
 
@@ -175,7 +179,9 @@ def time_forward(config: ml_collections.ConfigDict, mesh: Mesh, add: Callable[..
         add("forward", timed(lambda: forward(params, *inputs), config.benchmark), size, arithmetic)
     if "sample" not in parts:
         return
-    generator, sampling = generate.Generator(generate.make_denoiser(config), mesh), Sampling.of(config)
+    denoiser = generate.make_denoiser(config).with_anything()
+    generator = generate.Generator(denoiser, mesh)
+    sampling = Guide(config.sample, denoiser, load_other(config, mesh))(Sampling.of(config), lambda name: params)
     few = ml_collections.ConfigDict({"warmup": 1, "repeats": min(5, config.benchmark.repeats)})
     counts = {"sample one image": mesh.size, f"sample {config.sample.batch_size}": config.sample.batch_size}
     for name, count in counts.items():

@@ -44,6 +44,7 @@ from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import write_json
 from deco_jax.sampling import generate
 from deco_jax.sampling.settings import Sampling
+from deco_jax.sampling.weaker import Guide
 
 # A parameter of up to this size may stay whole on every device.
 REPLICATED_LIMIT = 10**6
@@ -144,7 +145,8 @@ def lower_training(config: ml_collections.ConfigDict, mesh: Mesh) -> Lowered:
     condition = abstract_condition(config, mesh)
     networks, observe, frozen = abstract_networks(config, mesh, condition)
     optimizer = make_optimizer(config.optimizer)
-    state = state_shapes(networks, optimizer, mesh, make_method(config).averages)
+    method = make_method(config)
+    state = state_shapes(networks, optimizer, mesh, method.averages, method.measured)
     batch = batch_shapes(config, mesh, condition)
     held = {
         "parameters": state["params"],
@@ -182,11 +184,16 @@ def lower_sampling(config: ml_collections.ConfigDict, mesh: Mesh) -> Lowered:
         for name, array in {"index": np.arange(size, dtype=np.int32), "context": contexts(size)}.items()
     }
     none = jax.ShapeDtypeStruct(null.shape, null.dtype, sharding=whole)
-    generator = generate.Generator(generate.make_denoiser(config), mesh)
+    if config.sample.guidance_model:
+        raise UserError(
+            "config.sample.guidance_model is a checkpoint's model, which isn't read to compile; leave it empty, or set "
+            "config.sample.guidance_average=ema for a weaker model of the same size"
+        )
+    denoiser = generate.make_denoiser(config).with_anything()
+    generator = generate.Generator(denoiser, mesh)
+    sampling = Guide(config.sample, denoiser, None)(Sampling.of(config), lambda name: params)
     held = {name: bytes_per_device(tree) for name, tree in {"parameters": params, "batch": batch}.items()}
-    return Lowered(
-        generator.lower(params, batch, none, Sampling.of(config)), size, flops.sampling(config) * size, held, params
-    )
+    return Lowered(generator.lower(params, batch, none, sampling), size, flops.sampling(config) * size, held, params)
 
 
 def lower_evaluation(config: ml_collections.ConfigDict, mesh: Mesh) -> Lowered:

@@ -11,11 +11,15 @@ import jax
 import ml_collections
 import numpy as np
 
+from deco_jax import api
 from deco_jax.config import make_config, to_json
-from deco_jax.convert import deco, torch_files
+from deco_jax.convert import deco, jit_files, torch_files
 from deco_jax.data import imagenet
+from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
+from deco_jax.method.averages import EMA, parse_averages
 from deco_jax.method.losses.repa import projector_of
+from deco_jax.method.predictions import make_prediction
 from deco_jax.models import network
 from deco_jax.run import checkpoint, sharding, storage
 from deco_jax.run.workdir import make_workdir
@@ -28,8 +32,9 @@ def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: s
     """Make WORKDIR a run that continues from an official checkpoint, which every other mode takes too.
 
     Args:
-        source: a Lightning `.ckpt` with `denoiser.*`, `ema_denoiser.*` and, for REPA, `diffusion_trainer.proj.*`.
-            If one of the two denoisers is missing, the other stands for both.
+        source: a Lightning `.ckpt` of DeCo or PixelGen with `denoiser.*`, `ema_denoiser.*` and, for REPA,
+            `diffusion_trainer.proj.*`, or a `.pth` of JiT's code. If one of the two denoisers is missing, the other
+            stands for both.
 
     Raises:
         UserError: the file can't be read, is of another model, or the workdir holds a run already.
@@ -38,7 +43,15 @@ def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: s
         raise UserError("--mode=import needs --source=FILE.ckpt, the checkpoint to import")
     if checkpoint.complete_steps(workdir):
         raise UserError(f"--workdir={workdir} has checkpoints already; choose an empty folder for the imported one")
-    file = torch_files.read_lightning(storage.local(source))
+    prediction = make_prediction(config)
+    if prediction.measured:
+        raise UserError(
+            f"config.model.prediction={config.model.prediction} goes by what a run measured of its data, which no "
+            "official checkpoint holds; import with the prediction that the file was trained with"
+        )
+    file = jit_files.read_official(storage.local(source))
+    for tensors in (file.denoiser, file.ema, file.second_ema):
+        deco.check_fixed(config.model, image_sides(config.data.image_size), tensors, source)
     like = network.build(config.model.to_dict()).shapes
     # Read twice, each parameter by itself: first to know that all of them are good, then to be written.
     denoiser, average = (
@@ -48,6 +61,18 @@ def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: s
     for leaf in jax.tree.leaves([denoiser, *([average] if file.denoiser and file.ema else [])]):
         leaf.read()
     params: dict[str, Any] = {"denoiser": denoiser}
+    averages: dict[str, Any] = {EMA: average}
+    if file.second_ema:
+        others = [name for name in parse_averages(config.optimizer.ema_decay, config.optimizer.averages) if name != EMA]
+        if others:
+            averages[others[0]] = deco.from_torch(
+                config.model, file.second_ema, like=like, dtype=np.float32, what=source
+            )
+        print(
+            f"the second average of {source} is "
+            + (f"called {others[0]!r} here" if others else "left out because config.optimizer.averages names none"),
+            flush=True,
+        )
     if config.loss.repa_weight:
         if not file.projector:
             raise UserError(f"{source} has no REPA projector; import it with --config.loss.repa_weight=0")
@@ -60,7 +85,7 @@ def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: s
 
     folder = storage.path(workdir)
     make_workdir(folder)
-    state = {"step": np.int32(file.step), "skipped": np.int32(0), "params": params, "averages": {"ema": average}}
+    state = {"step": np.int32(file.step), "skipped": np.int32(0), "params": params, "averages": averages}
     checkpoints = checkpoint.Checkpoints(folder, config.train.keep_checkpoints, copy=False)
     try:
         checkpoints.save(file.step, state, config)
@@ -81,7 +106,8 @@ def export_checkpoint(config: ml_collections.ConfigDict, workdir: str, checkpoin
     """Write a checkpoint in the official layout, and each average of its weights as safetensors.
 
     Leaves WORKDIR/export/{deco.ckpt, ema.safetensors and one for each other average, config.json}; the names in the
-    safetensors files are the official ones. deco.ckpt has config.sample.average for its EMA.
+    safetensors files are the official ones. deco.ckpt has config.sample.average for its EMA. A JiT with a bottleneck is
+    JiT's own and not PixelGen's: of it checkpoint-last.pth instead of deco.ckpt, with another average as its second.
 
     Raises:
         UserError: there is no checkpoint, or it is another model's.
@@ -111,6 +137,10 @@ def export_checkpoint(config: ml_collections.ConfigDict, workdir: str, checkpoin
         torch_files.write_safetensors(folder / f"{name}.safetensors", read(name), {"step": str(step)})
     weights = ", ".join(f"{name}.safetensors" for name in (chosen, *others))
     stored["lora"]["rank"] = 0  # merged
+    if names := make_prediction(config).measured:
+        found = checkpoint.load_measured(where, names, mesh)
+        arrays: dict[str, Any] = {name: np.asarray(a) for name, a in found.items()}
+        np.savez(folder / api.MEASURED, **arrays)
     write_json(folder / "config.json", stored)
     if why := _no_official_module(config.model):
         print(f"exported {where} to {folder}: {weights}, config.json; no deco.ckpt: {why}")
@@ -120,9 +150,17 @@ def export_checkpoint(config: ml_collections.ConfigDict, workdir: str, checkpoin
         print(f"the projector is left out of deco.ckpt: {why}")
         del params["projector"]
     projector = deco.projector_to_torch(params.pop("projector")) if "projector" in params else {}
-    raw = deco.to_torch(config.model, params.pop("denoiser"), consume=True)
-    torch_files.write_lightning(folder / "deco.ckpt", torch_files.Checkpoint(raw, ema, projector, step=step))
-    print(f"exported {where} to {folder}: deco.ckpt, {weights}, config.json")
+    fixed = deco.fixed(config.model, image_sides(config.data.image_size))
+    raw = deco.to_torch(config.model, params.pop("denoiser"), consume=True) | fixed
+    official = torch_files.Checkpoint(raw, ema | fixed, projector, step=step)
+    if config.model.name == "jit" and config.model.bottleneck:
+        official.second_ema = (read(others[0]) if others else ema) | fixed
+        name = jit_files.FILE
+        jit_files.write_jit(folder / name, official)
+    else:
+        name = "deco.ckpt"
+        torch_files.write_lightning(folder / name, official)
+    print(f"exported {where} to {folder}: {name}, {weights}, config.json")
 
 
 def _no_official_projector(config: ml_collections.ConfigDict) -> str:
@@ -138,4 +176,8 @@ def _no_official_module(model: ml_collections.ConfigDict) -> str:
     for setting, official in (("decoder_patch_size", 1), ("decoder_interaction", "adaln"), ("mean_velocity", False)):
         if model.get(setting, official) != official:
             return f"the official code has no model with config.model.{setting}={model[setting]}"
+    if model.name != "jit" and model.context_tokens:
+        return f"the official code has no model {model.name} with class tokens (config.model.context_tokens)"
+    if model.prediction not in ("v", "x"):
+        return f"the official code has no config.model.prediction={model.prediction}"
     return ""

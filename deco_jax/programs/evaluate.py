@@ -36,7 +36,6 @@ from deco_jax.run import checkpoint, distributed, sharding, storage, tracking
 from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import write_json
 from deco_jax.sampling import generate
-from deco_jax.sampling.settings import Sampling
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str = "") -> None:
@@ -150,7 +149,7 @@ def drawn_samples(config: ml_collections.ConfigDict, model: api.Model) -> ImageS
 
     Not of config.sample.prompts: what they show needn't be what the reference shows.
     """
-    sampling, count = Sampling.of(config), config.sample.num_images
+    sampling, count = model.sampling(config), config.sample.num_images
 
     def draw(first: int) -> Iterator[np.ndarray]:
         # Here, so that a text encoder is read only where images are still to be drawn.

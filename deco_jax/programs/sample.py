@@ -27,7 +27,6 @@ from deco_jax.run.progress import Progress
 from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import save_png, write_atomically, write_json
 from deco_jax.sampling import generate
-from deco_jax.sampling.settings import Sampling
 
 REQUEST = "request.json"  # beside the images: what they are of
 
@@ -49,7 +48,7 @@ def sample(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str
         print(f"{requests.count:,} images from {model.name}, {parts.count:,} of them done; compiling ...", flush=True)
     progress = Progress(requests.count, parts.count, "images drawn")
     with interrupts.waits_for("the batch that is drawn"):
-        for batch in model.images(requests, Sampling.of(config), config.sample.batch_size, parts.count):
+        for batch in model.images(requests, model.sampling(config), config.sample.batch_size, parts.count):
             parts.add(batch, write=main_host)
             progress(parts.count)
     request = {"fingerprint": fingerprint, "checkpoint": model.name, "sample": to_json(config)["sample"]}

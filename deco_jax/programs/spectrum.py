@@ -31,7 +31,6 @@ from deco_jax.report import style
 from deco_jax.run import checkpoint, files, storage
 from deco_jax.run.workdir import listed, make_workdir, short_names
 from deco_jax.run.writer import write_json
-from deco_jax.sampling.settings import Sampling
 
 
 def spectrum(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str = "") -> None:
@@ -120,7 +119,7 @@ def model_energies(config: ml_collections.ConfigDict, where: pathlib.Path) -> di
     """Mean energies of a checkpoint's EMA over config.spectrum.num_images images, as `ModelSpectrum.energies`."""
     model = api.open_model(config, str(where))
     requests = data_requests(config.sample, model.condition, config.spectrum.num_images)
-    return ModelSpectrum(model.generator, requests, Sampling.of(config), config, model.mesh).energies(model.params)
+    return ModelSpectrum(model.generator, requests, model.sampling(config), config, model.mesh).energies(model.params)
 
 
 def data_energy(config: ml_collections.ConfigDict, source: sources.Source) -> np.ndarray:

@@ -28,6 +28,7 @@ from deco_jax.method.lora import adapter_of
 from deco_jax.method.objective import make_method
 from deco_jax.method.optimizer import make_optimizer
 from deco_jax.method.training import COMPILER, Batch, Metrics, choose_remat, lower_train_step, make_networks
+from deco_jax.programs import measure
 from deco_jax.programs.actions import Action, CopyLocally, Evaluate, FirstTime, Grid, Log, Reader, Save, TrainingRun
 from deco_jax.run import adapted, checkpoint, distributed, monitor, preemption, settings, sharding, storage, tracking
 from deco_jax.run.best import Best
@@ -39,7 +40,7 @@ from deco_jax.run.watchdog import Watchdog
 from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import Writer, write_json, write_overview
 from deco_jax.sampling import generate
-from deco_jax.sampling.settings import Sampling
+from deco_jax.sampling.weaker import Guide, check_average, load_other
 
 TrainStep = Callable[[State, Batch, dict[str, Any]], tuple[State, Metrics]]
 
@@ -99,7 +100,9 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
             f"config.sample.average={config.sample.average!r} is not an average that this run keeps; choose from "
             f"{', '.join(averages)}, or add it to config.optimizer.averages"
         )
-    shapes = state_shapes(networks, optimizer, mesh, averages)
+    check_average(config.sample, averages)
+    other = load_other(config, mesh)
+    shapes = state_shapes(networks, optimizer, mesh, averages, method.measured)
     requests = grid_requests(config, condition, frozen, prompts) if config.train.sample_every else None
     validation = None
     if config.train.validate_every:
@@ -126,11 +129,18 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     resumed = state is not None
     if state is None:
         with distributed.stage("creating the state"), goodput.spending("restore"):
-            state = create_state(config.seed, networks, optimizer, mesh, averages)
+            state = create_state(config.seed, networks, optimizer, mesh, averages, method.measured)
             if adaptation:
                 adaptation.begin(state)
             elif config.init_from:
                 state = start_from(config, state, mesh)
+        if (names := method.prediction.measured) and config.init_from:
+            state["measured"] |= checkpoint.load_measured(checkpoint.find(config.init_from), names, mesh)
+        elif names:
+            state["measured"] |= measure.measure(config, mesh, source, method.prediction)
+    elif method.measured:
+        checkpoint.check_measured(folder, state["measured"], method.prediction.measured)
+        state["measured"] = measure.place(method.measured, mesh) | state["measured"]
     start = int(state["step"])
     checkpoints.set_aside_after(start)
     if best:
@@ -161,8 +171,9 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
 
     goodput.resumed(start)
     merge = adaptation.merge if adaptation else None
-    run = TrainingRun(config, folder, mesh, condition, frozen, checkpoints, writer, goodput, merge, best)
-    generator = generate.Generator(generate.make_denoiser(config), mesh)
+    denoiser = generate.make_denoiser(config).given(state.get("measured", {}))
+    generator, guide = generate.Generator(denoiser, mesh), Guide(config.sample, denoiser, other)
+    run = TrainingRun(config, folder, mesh, condition, frozen, checkpoints, writer, goodput, guide, merge, best)
 
     def make_actions(log: Log) -> list[Action]:
         """In this order: what takes minutes comes after the save, which it must not cost."""
@@ -173,7 +184,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
             actions.append(Evaluate(run, config.evaluate.every, fid_of_samples(run, generator, quick_fid)))
         if validation is not None:
             every, score = config.train.validate_every, validation
-            actions.append(Evaluate(run, every, lambda average: score(Subject(None, average, frozen)).values))
+            actions.append(Evaluate(run, every, lambda state: score(run.subject(state)).values))
         if requests is not None:
             actions.append(Grid(run, generator, requests))
         return actions
@@ -345,13 +356,13 @@ def open_batches(
 
 def fid_of_samples(
     run: TrainingRun, generator: generate.Generator, quick_fid: ADM
-) -> Callable[[Any], Mapping[str, float]]:
-    """The quick FID of samples of given weights, of all classes or of the data's captions."""
+) -> Callable[[State], Mapping[str, float]]:
+    """The quick FID of samples of a state's average, of all classes or of the data's captions."""
     config, count = run.config, run.config.evaluate.during_training_images
-    sampling = Sampling.of(config)
     requests = functools.cache(lambda: data_requests(config.sample, run.condition, count, run.frozen))
 
-    def measure(params: Any) -> Mapping[str, float]:
+    def measure(state: State) -> Mapping[str, float]:
+        params, sampling = run.averaged(state), run.sampling(state)
         draw = functools.partial(generator.images, params, requests(), sampling, config.sample.batch_size)
         samples = drawn_images(draw, count, sampling.size)
         return quick_fid(Subject(samples, params, run.frozen)).values

@@ -252,6 +252,13 @@ def from_main_host(value: int | bool) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.asarray(int(value), np.int32)))
 
 
+def array_from_main_host(value: np.ndarray) -> np.ndarray:
+    """The first host's array, on all hosts; each gives one of its shape and type."""
+    if jax.process_count() == 1:
+        return value
+    return np.asarray(multihost_utils.broadcast_one_to_all(value))
+
+
 def all_hosts(value: bool) -> bool:
     """Whether all hosts say yes."""
     if jax.process_count() == 1:

@@ -324,6 +324,7 @@ PARTS = (
     "text_encoder",
     "optimizer",
     "noise",
+    "path",
     "projector",
     "decoder",
     "attention",

@@ -36,6 +36,7 @@ WHOLE = PartitionSpec()
 RULES: tuple[tuple[str, int | None], ...] = (
     (r"(bias|scale\d?|class_token|null)$", None),
     (r"(^|/)(step|skipped|count|mini_step|gradient_step)$", None),
+    (r"^measured/", None),
 )
 
 

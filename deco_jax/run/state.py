@@ -4,12 +4,14 @@ step       int32, steps done
 skipped    int32, steps in a row whose loss or gradient was not finite and that changed nothing
 params     {"denoiser": ..., "projector": ...}  (the projector only with REPA)
 averages   {"ema": ..., other names: ...}, moving averages of the denoiser; what samples are drawn from
+measured   what the method goes by and measures in the run, by name; only if it does
 opt_state  optax's
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -29,10 +31,15 @@ def initial_state(
     networks: dict[str, Network],
     optimizer: optax.GradientTransformation,
     averages: Iterable[str] = (EMA,),
+    measured: Mapping[str, Any] = MappingProxyType({}),
 ) -> State:
-    """The state before the first step; each network is drawn from its own key."""
+    """The state before the first step; each network is drawn from its own key.
+
+    Args:
+        measured: its first values, `Method.measured`.
+    """
     params = {name: network.init(jax.random.fold_in(key, i)) for i, (name, network) in enumerate(networks.items())}
-    return {
+    state = {
         "step": jnp.zeros((), jnp.int32),
         "skipped": jnp.zeros((), jnp.int32),
         "params": params,
@@ -40,13 +47,20 @@ def initial_state(
         "averages": {name: jax.tree.map(jnp.copy, params["denoiser"]) for name in averages},
         "opt_state": optimizer.init(params),
     }
+    if measured:
+        state["measured"] = {name: jnp.asarray(value) for name, value in measured.items()}
+    return state
 
 
 def state_shapes(
-    networks: dict[str, Network], optimizer: optax.GradientTransformation, mesh: Mesh, averages: Iterable[str] = (EMA,)
+    networks: dict[str, Network],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    averages: Iterable[str] = (EMA,),
+    measured: Mapping[str, Any] = MappingProxyType({}),
 ) -> State:
     """ShapeDtypeStructs with shardings of the whole state; nothing is allocated."""
-    shapes = jax.eval_shape(lambda key: initial_state(key, networks, optimizer, averages), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: initial_state(key, networks, optimizer, averages, measured), jax.random.key(0))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -60,8 +74,9 @@ def create_state(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     averages: Iterable[str] = (EMA,),
+    measured: Mapping[str, Any] = MappingProxyType({}),
 ) -> State:
     """A new state, each leaf made where it will live: no device ever holds all of it."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(networks, optimizer, mesh, averages))
-    make = jax.jit(lambda key: initial_state(key, networks, optimizer, averages), out_shardings=shardings)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(networks, optimizer, mesh, averages, measured))
+    make = jax.jit(lambda key: initial_state(key, networks, optimizer, averages, measured), out_shardings=shardings)
     return make(jax.random.key(seed))

@@ -9,10 +9,11 @@ Image i depends on the seed, i and its class or caption alone: not on the batch 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +30,7 @@ from deco_jax.models.network import Network, Params
 from deco_jax.run import checkpoint, preemption
 from deco_jax.run.sharding import BATCH, WHOLE, batch_sharding, each_device, place_everywhere, replicated, specs
 from deco_jax.sampling import samplers
-from deco_jax.sampling.guidance import make_velocity
+from deco_jax.sampling.guidance import Guidance, make_velocity
 from deco_jax.sampling.jumps import make_mean_velocity
 from deco_jax.sampling.settings import Sampling
 
@@ -71,9 +72,19 @@ class Denoiser(NamedTuple):
         output, intermediates = self.network.apply(params, x, t, context)
         return self.prediction.velocity(output, x, t), intermediates
 
+    def given(self, measured: Mapping[str, Any]) -> Denoiser:
+        """The same with what the prediction goes by, as a run measured it."""
+        arrays = {name: np.asarray(measured[name]) for name in self.prediction.measured}
+        return self._replace(prediction=self.prediction.given(arrays))
+
+    def with_anything(self) -> Denoiser:
+        """The same with any numbers in place of measured ones, for programs that are only timed or compiled."""
+        draw = np.random.default_rng(0)
+        return self.given({name: np.float32(draw.normal(size=a.shape)) for name, a in self.prediction.measured.items()})
+
 
 def make_denoiser(config: ml_collections.ConfigDict) -> Denoiser:
-    """The network of config.model, as it is used in sampling."""
+    """The network of config.model, as it is used in sampling; what its prediction measured is still to be `given`."""
     return Denoiser(
         network_lib.build(config.model.to_dict()), make_prediction(config).in_sampling(), config.model.mean_velocity
     )
@@ -89,8 +100,8 @@ class Generator:
     def __init__(self, denoiser: Denoiser, mesh: Mesh) -> None:
         self.denoiser, self._mesh, by_batch = denoiser, mesh, batch_sharding(mesh)
 
-        def noise(seed: jax.Array, index: jax.Array, size: tuple[int, int]) -> jax.Array:
-            return noise_of(seed, index, size)(0)
+        def noise(seed: jax.Array, index: jax.Array, size: tuple[int, int], scale: jax.Array) -> jax.Array:
+            return scale * noise_of(seed, index, size)(0)
 
         def run(
             params: Params,
@@ -104,7 +115,7 @@ class Generator:
             ) -> samplers.Carry:
                 _, height, width, _ = carry.state.shape
                 normal = noise_of(settings["seed"], batch["index"], (height, width))
-                guidance, whole = settings["guidance"], denoiser.network.whole(params)
+                guidance, whole = settings["guidance"].whole(), denoiser.network.whole(params)
                 velocity: Callable[..., jax.Array]
                 if denoiser.jumps:
                     velocity = make_mean_velocity(denoiser.mean_velocity, guidance, whole, batch["context"])
@@ -115,11 +126,13 @@ class Generator:
                     carry,
                     settings["rows"],
                     between or settings["between"],
-                    lambda step: normal(1 + step),
+                    # The score of noise that is s times as strong is 1/s² of that, the SDE's s² as fast a diffusion.
+                    lambda step: settings["noise_scale"] * normal(1 + step),
                     spans=denoiser.jumps,
                 )
 
-            arguments = (specs(mesh, params), BATCH, BATCH, WHOLE)
+            placed = dict.fromkeys(settings, WHOLE) | {"guidance": guidance_specs(mesh, settings["guidance"])}
+            arguments = (specs(mesh, params), BATCH, BATCH, placed)
             return each_device(of_rows, mesh, arguments, BATCH)(params, carry, batch, settings)
 
         self._noise = jax.jit(noise, static_argnums=2, out_shardings=by_batch)
@@ -189,19 +202,33 @@ class Generator:
 
     def _begin_at(self, batch: Batch, sampling: Sampling, table: samplers.Table) -> tuple[Batch, samplers.Carry]:
         """What the program takes of a batch, and the first state."""
-        x = batch["start"] if "start" in batch else self._noise(_seed(sampling), batch["index"], sampling.size)
+        x = (
+            batch["start"]
+            if "start" in batch
+            else self._noise(_seed(sampling), batch["index"], sampling.size, np.float32(sampling.noise_scale))
+        )
         return {name: batch[name] for name in ("index", "context")}, self._start(x, table.advance.shape[1])
 
     def _settings(self, null: Any, sampling: Sampling, table: samplers.Table) -> dict[str, Any]:
+        rule, guided = sampling.guidance, sampling.guided(table)
+        if not np.any(guided):  # nor is a weaker model sent along
+            rule = dataclasses.replace(rule, weaker=None)
         return {
-            "rows": samplers.rows(table, sampling.guided()),
+            "rows": samplers.rows(table, guided),
             "between": np.asarray((0, len(table.step)), np.int32),
-            "guidance": jax.tree.map(
-                lambda leaf: np.float32(leaf) if isinstance(leaf, (int, float)) else leaf, sampling.guidance
-            ),
+            "guidance": jax.tree.map(lambda leaf: np.float32(leaf) if isinstance(leaf, (int, float)) else leaf, rule),
             "null": null,
             "seed": _seed(sampling),
+            "noise_scale": np.float32(sampling.noise_scale),
         }
+
+
+def guidance_specs(mesh: Mesh, rule: Guidance) -> Any:
+    """The PartitionSpec of each leaf of a rule: a weaker model's parameters lie as all parameters do."""
+    whole = jax.tree.map(lambda leaf: WHOLE, rule)
+    if rule.weaker is None:
+        return whole
+    return dataclasses.replace(whole, weaker=dataclasses.replace(whole.weaker, params=specs(mesh, rule.weaker.params)))
 
 
 def _seed(sampling: Sampling) -> np.ndarray:
@@ -222,8 +249,12 @@ def fingerprint(
         "checkpoint": [str(where), checkpoint.written(pathlib.Path(where))],
         "model": values["model"],
         "size": values["data"]["image_size"],
+        "path": values["path"],
         "sample": {k: v for k, v in values["sample"].items() if k not in PRESENTATION},
     }
+    if guide := config.sample.guidance_model:
+        weaker = checkpoint.find(guide)
+        drawn_from["weaker"] = [str(weaker), checkpoint.written(weaker)]
     if names is not None:
         drawn_from |= {"captions": list(names), "text": values["text"]}
     return hashlib.sha256(json.dumps(drawn_from, sort_keys=True).encode()).hexdigest()

@@ -1,11 +1,13 @@
 """Guidance: what combines a network's conditional velocity with another one, and at which steps.
 
 A rule is a frozen dataclass, registered as a JAX pytree: its type says what is computed, its numbers are data of the
-compiled program, so another scale or interval doesn't compile again. One more rule is one more subclass of `Guidance`:
+compiled program, so another scale or interval doesn't compile again. One more rule is one more subclass of `Guidance`,
+and its name in `RULES`:
 
-    velocity of a rescaled step     override `combine`
-    another set of guided steps     override `steps`
-    a weaker network as the guide   override `halves`, with its parameters as a field
+    another velocity of a guided step   override `combine`
+    another set of guided times         override `guides`
+    first steps that change nothing     override `waits`
+    another pair of velocities          override `halves`
 """
 
 from __future__ import annotations
@@ -26,29 +28,82 @@ from deco_jax.shapes import Grid, Guided, Halves, Scalar, State
 Denoiser = Callable[[Any, Array, Array, Any], Array]
 
 
+class Functions:
+    """A network as a weaker guide needs it: pure functions, the same object for the same program.
+
+    Args:
+        velocity: as of `make_velocity`.
+        whole: (params) → the same, whole on this device; see `models.network.Network`.
+    """
+
+    def __init__(self, velocity: Denoiser, whole: Callable[[Any], Any]) -> None:
+        self.velocity, self.whole = velocity, whole
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weaker:
+    """A weaker model: the functions are part of the program, the parameters its data."""
+
+    functions: Functions = dataclasses.field(metadata={"static": True})
+    params: Any
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance (Ho & Salimans 2022) within an interval of time (Kynkäänniemi et al. 2024).
+    """Guidance within an interval of time (Kynkäänniemi et al. 2024), away from the model without a condition
+    (classifier-free, Ho & Salimans 2022) or from a weaker one with the same condition (autoguidance, Karras et al.
+    2024).
 
     Args:
         scale: 1.0 changes nothing, so that no step costs two evaluations.
-        interval: (low, high); steps whose start time t has low < t <= high are guided.
+        interval: (low, high); times low < t <= high are guided.
+        rescale: share of the guided velocity that gets the conditional one's standard deviation (Lin et al. 2023,
+            section 3.4; DeCo's code has 0.7); 0: none.
+        by_evaluation: each evaluation's own time decides, as in JiT's code; otherwise the start of its step. They
+            differ for Heun's corrector.
+        weaker: leads away from this model instead of the null condition.
     """
 
     scale: float | Array = 1.0
     interval: Sequence[float] = (0.0, 1.0)
+    rescale: float | Array = 0.0
+    by_evaluation: bool | Array = False
+    weaker: Weaker | None = None
+
+    @property
+    def waits(self) -> int:
+        """The first steps, from the noise on, that leave the state as it is and evaluate nothing."""
+        return 0
+
+    def evaluations(self, times: np.ndarray, steps: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Which evaluations are guided, bool [evaluations].
+
+        Args:
+            times: float64 [evaluations], of each.
+            steps: int [evaluations], the step that each belongs to.
+            starts: float64 [steps], of each step.
+
+        Raises:
+            UserError: as `guides`.
+        """
+        return self.guides(times if self.by_evaluation else np.asarray(starts)[steps])
 
     def steps(self, times: Grid) -> Guided:
-        """Which sampling steps are guided.
+        """Which sampling steps are guided, bool [steps], by their start; times [steps + 1] in ascending order."""
+        return self.guides(np.asarray(times)[:-1])
+
+    def guides(self, times: np.ndarray) -> np.ndarray:
+        """Which times are guided.
 
         Decided on the host in float64, so that 5/50, 10/100 and 25/250 all equal 0.1 and lie outside (0.1, 1].
 
         Args:
-            times: float64 [steps + 1] from `samplers.timesteps`, ascending, shifted already.
+            times: float64 from `samplers.timesteps`, shifted already.
 
         Returns:
-            bool [steps].
+            bool of the same shape.
 
         Raises:
             UserError: the interval is not two numbers in ascending order.
@@ -58,16 +113,24 @@ class Guidance:
                 f"The guidance interval {tuple(self.interval)} is not (low, high); give two times, low <= high."
             )
         low, high = (float(edge) for edge in self.interval)
-        starts = np.asarray(times, np.float64)[:-1]
-        return (low < starts) & (starts <= high) & (self.scale != 1.0)
+        times = np.asarray(times, np.float64)
+        return (low < times) & (times <= high) & (self.scale != 1.0)
 
     def halves(self, denoiser: Denoiser, params: Any, x: State, t: Scalar, conditions: tuple[Any, Any]) -> Halves:
         """The conditional velocity and the one to lead away from, float32 [2, batch, height, width, 3].
 
-        Here both are one evaluation of 2 · batch images. Arguments as of `make_velocity`, `t` a scalar.
+        Both are one evaluation of 2 · batch images, or one each of the model and the weaker one. Arguments as of
+        `make_velocity`, `t` a scalar.
         """
         condition, null = conditions
         batch = x.shape[0]
+        if self.weaker is not None:
+            times, weaker = jnp.full((batch,), t, jnp.float32), self.weaker
+            pair = (
+                denoiser(params, x, times, condition),
+                weaker.functions.velocity(weaker.params, x, times, condition),
+            )
+            return jnp.stack([v.astype(jnp.float32) for v in pair])
         both = jax.tree.map(_interleave, condition, null)
         v = denoiser(params, _interleave(x, x), jnp.full((2 * batch,), t, jnp.float32), both)
         return jnp.moveaxis(v.astype(jnp.float32).reshape(batch, 2, *v.shape[1:]), 1, 0)
@@ -75,6 +138,49 @@ class Guidance:
     def combine(self, conditional: State, unconditional: State) -> State:
         """unconditional + scale · (conditional − unconditional), all [batch, height, width, 3]."""
         return unconditional + self.scale * (conditional - unconditional)
+
+    def rescaled(self, velocity: Array, conditional: Array) -> Array:
+        """velocity · (rescale · std(conditional) / std(velocity) + 1 − rescale), each image by itself."""
+        if isinstance(self.rescale, (int, float)) and not self.rescale:
+            return velocity
+        axes = tuple(range(1, velocity.ndim))
+        wanted, found = (jnp.std(v, axis=axes, keepdims=True) for v in (conditional, velocity))
+        ratio = jnp.where(found > 0, wanted / jnp.where(found > 0, found, 1.0), 1.0)
+        return velocity * (self.rescale * ratio + (1 - self.rescale))
+
+    def whole(self) -> Guidance:
+        """The rule with a weaker model's parameters made whole on this device, before a loop that uses them."""
+        if self.weaker is None:
+            return self
+        weaker = dataclasses.replace(self.weaker, params=self.weaker.functions.whole(self.weaker.params))
+        return dataclasses.replace(self, weaker=weaker)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ZeroStar(Guidance):
+    """CFG-Zero* (Fan et al. 2025, arXiv 2503.18886): the best multiple of the unconditional velocity, and first steps
+    that wait.
+
+    Args:
+        zero_steps: first steps at velocity zero, where a model knows the least; while scale is not 1.
+    """
+
+    zero_steps: int | Array = 1
+
+    @property
+    def waits(self) -> int:
+        return int(self.zero_steps) if self.scale != 1.0 else 0
+
+    def combine(self, conditional: Array, unconditional: Array) -> Array:
+        """a·u + scale·(c − a·u) with a = ⟨c, u⟩ / (‖u‖² + 1e-8), for each image by itself."""
+        axes = tuple(range(1, conditional.ndim))
+        dot = jnp.sum(conditional * unconditional, axis=axes, keepdims=True)
+        square = jnp.sum(jnp.square(unconditional), axis=axes, keepdims=True)
+        return super().combine(conditional, dot / (square + 1e-8) * unconditional)
+
+
+RULES: dict[str, type[Guidance]] = {"plain": Guidance, "zero_star": ZeroStar}
 
 
 def _interleave(a: Array, b: Array) -> Array:
@@ -102,7 +208,7 @@ def make_velocity(
     def velocity(x: State, t: Scalar, guided: bool) -> State:
         if guided:
             conditional, unconditional = guidance.halves(denoiser, params, x, t, conditions)
-            return guidance.combine(conditional, unconditional)
+            return guidance.rescaled(guidance.combine(conditional, unconditional), conditional)
         times = jnp.full((x.shape[0],), t, jnp.float32)
         return denoiser(params, x, times, conditions[0]).astype(jnp.float32)
 

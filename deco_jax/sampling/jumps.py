@@ -22,8 +22,8 @@ Jumper = Callable[[Any, Array, Array, Any, Array], Array]
 class TrainedGuidance(Guidance):
     """Guidance that the network includes in its velocity: scale and interval are its inputs, a step costs one pass."""
 
-    def steps(self, times: np.ndarray) -> np.ndarray:
-        return np.zeros_like(super().steps(times))
+    def guides(self, times: np.ndarray) -> np.ndarray:
+        return np.zeros_like(super().guides(times))
 
 
 def make_mean_velocity(

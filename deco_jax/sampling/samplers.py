@@ -157,11 +157,11 @@ def timesteps(num_steps: int, shift: float = 1.0) -> Grid:
     return done / (done + (num_steps - done) * shift)
 
 
-def num_evaluations(sampler: str, guided: np.ndarray) -> int:
-    """Network evaluations a sampler makes per image; a guided one counts two. `guided`: bool [steps]."""
-    guided = np.asarray(guided, bool)
-    table = make_table(sampler, timesteps(len(guided)))
-    return int(np.sum(1 + guided[table.step]))
+def after_waiting(table: Table, steps: int) -> Table:
+    """The table with so many steps before its own in which the state stays what it is."""
+    return dataclasses.replace(
+        table, step=table.step + steps, ends=np.concatenate([np.full(steps, -1, table.ends.dtype), table.ends])
+    )
 
 
 class Carry(NamedTuple):
@@ -178,16 +178,18 @@ def rows(table: Table, guided: np.ndarray) -> dict[str, np.ndarray]:
     Filled up with rows that are never reached, so that programs for different numbers of steps are the same program.
 
     Args:
-        guided: bool [steps], which steps are guided.
+        guided: bool [evaluations], which of them are guided; without any the program has no guided half.
 
     Raises:
-        ValueError: `guided` is of another number of steps.
+        ValueError: `guided` is of another number of evaluations.
     """
-    if np.shape(guided) != (len(table.ends) + 1,):
-        raise ValueError(f"the sampler makes {len(table.ends) + 1} steps, but guided has shape {np.shape(guided)}")
+    if np.shape(guided) != table.step.shape:
+        raise ValueError(f"the sampler makes {len(table.step)} evaluations, but guided has shape {np.shape(guided)}")
     columns = {name: getattr(table, name) for name in ("time", "keep", "advance", "predict", "span", "noise")}
     columns = {name: np.asarray(column, np.float32) for name, column in columns.items()}
-    columns |= {"step": table.step.astype(np.int32), "guided": np.asarray(guided, bool)[table.step]}
+    columns["step"] = table.step.astype(np.int32)
+    if np.any(guided):
+        columns["guided"] = np.asarray(guided, bool)
     length = max(MIN_ROWS, 1 << (len(table.step) - 1).bit_length())
     return {
         name: np.concatenate([column, np.zeros((length - len(column), *column.shape[1:]), column.dtype)])
@@ -241,14 +243,18 @@ def integrate(
 
     def evaluate(i: Array, carry: Carry) -> Carry:
         row = {name: lax.dynamic_index_in_dim(column, i, keepdims=False) for name, column in rows.items()}
-        v = lax.cond(
-            row["guided"],
-            lambda *arguments: velocity(*arguments[:2], True, *arguments[2:]).astype(jnp.float32),
-            lambda *arguments: velocity(*arguments[:2], False, *arguments[2:]).astype(jnp.float32),
-            carry.point,
-            row["time"],
-            *([row["span"]] if spans else []),
-        )
+        more = [row["span"]] if spans else []
+
+        def plain(point: Array, t: Array, *more: Array) -> Array:
+            return velocity(point, t, False, *more).astype(jnp.float32)
+
+        def with_guide(point: Array, t: Array, *more: Array) -> Array:
+            return velocity(point, t, True, *more).astype(jnp.float32)
+
+        if "guided" in row:
+            v = lax.cond(row["guided"], with_guide, plain, carry.point, row["time"], *more)
+        else:  # memory for a doubled batch would be reserved even if no evaluation took it
+            v = plain(carry.point, row["time"], *more)
         noise = lax.cond(
             row["noise"] != 0,
             lambda step: step_noise(step).astype(jnp.float32),

@@ -19,6 +19,7 @@ class Loss(Protocol):
         min_time: time from which examples count; the mean is over those that do, and 0 where none does.
         until_step: steps after which it is left out, and whatever only it needs is not computed; 0: never.
         schedule: how the weight goes on until then: "constant", or falling to 0, "linear" or "cosine".
+        balanced: whether its weight is multiplied by the factor of `Method.balance`.
         layer: blocks after which the denoiser's hidden states are wanted, as `Step.hidden["aligned"]`; None: they
             aren't.
         trained: networks that train along with the denoiser, by name.
@@ -31,6 +32,7 @@ class Loss(Protocol):
     min_time: float = 0.0
     until_step: int = 0
     schedule: str = "constant"
+    balanced: bool = False
     layer: int | None = None
     trained: Mapping[str, Network] = {}
     frozen: Mapping[str, FrozenNetwork] = {}

@@ -19,7 +19,7 @@ from deco_jax.method.step import Step
 from deco_jax.models import vgg
 from deco_jax.models.network import FrozenNetwork
 from deco_jax.models.teachers import make_teacher
-from deco_jax.schema import at_least, between, setting
+from deco_jax.schema import MAX_INT32, at_least, between, setting
 from deco_jax.shapes import PerExample
 
 
@@ -38,6 +38,13 @@ class PerceptualSettings:
     perceptual_min_time: float = setting(
         0.3, "Time from which examples count in both; noise is 0, the image 1.", between(0, 1)
     )
+    balance_start: int = setting(
+        0,
+        "Step from which both are weighted to pull at the output layer as flow matching does; PixelGen's is 400000; "
+        "0: never.",
+        at_least(0, MAX_INT32),
+    )
+    balance_every: int = setting(50, "Steps between two changes of that weight.", at_least(1, MAX_INT32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +55,7 @@ class LPIPSLoss(Loss):
     weight: float = 0.1
     min_time: float = 0.3
     name = "lpips"
+    balanced = True
 
     @property
     def frozen(self) -> Mapping[str, FrozenNetwork]:  # type: ignore[override]
@@ -65,6 +73,7 @@ class DINOLoss(Loss):
     weight: float = 0.01
     min_time: float = 0.3
     name = "dino"
+    balanced = True
     features = (TEACHER,)
 
     @property

@@ -1,6 +1,7 @@
 """Checkpoints by Orbax: written in the background, atomically; read back onto any mesh.
 
-    workdir/checkpoints/STEP/{counters, params, ema, average_NAME for each other average, optimizer, config}
+    workdir/checkpoints/STEP/{counters, params, ema, average_NAME for each other average, measured_NAME for each array
+        that the method measured in the run, optimizer, config}
 
 Sampling reads one average alone. A checkpoint imported from the official code has no `optimizer`. All of it is plain
 dictionaries of arrays, readable without this package.
@@ -21,7 +22,9 @@ from deco_jax.run.checkpoint.folder import (
 )
 from deco_jax.run.checkpoint.read import (
     LostOptimizerError,
+    check_measured,
     load_average,
+    load_measured,
     load_optimizer,
     load_params,
     load_state,
@@ -36,12 +39,14 @@ __all__ = [
     "Checkpoints",
     "LostOptimizerError",
     "average_names",
+    "check_measured",
     "check_model",
     "check_projector",
     "complete_steps",
     "find",
     "load_average",
     "load_config",
+    "load_measured",
     "load_optimizer",
     "load_params",
     "load_state",

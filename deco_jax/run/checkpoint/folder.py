@@ -18,6 +18,7 @@ from deco_jax.run import storage
 
 FOLDER = "checkpoints"
 AVERAGE_ITEM = "average_"
+MEASURED_ITEM = "measured_"
 COMMITTED = "commit_success.txt"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from deco_jax.method.averages import EMA
 from deco_jax.method.lora import adapter_of
 from deco_jax.run import adapted, checksums, orbax_s3
 from deco_jax.run.checkpoint.folder import (
+    MEASURED_ITEM,
     average_item,
     average_names,
     check_model,
@@ -27,7 +29,7 @@ from deco_jax.run.checkpoint.folder import (
     load_config,
     readable,
 )
-from deco_jax.run.sharding import state_shardings
+from deco_jax.run.sharding import replicated, state_shardings
 from deco_jax.run.state import State
 
 
@@ -49,6 +51,29 @@ def load_average(
             + ", ".join(average_names(path))
         )
     return _load(path, average_item(name), shapes, config, mesh)
+
+
+def load_measured(path: pathlib.Path, shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """What a run measured besides its weights, by name, whole on every device.
+
+    Raises:
+        UserError: the checkpoint lacks some of `shapes`, or is damaged.
+    """
+    whole = replicated(mesh)
+    with readable(path):
+        for name in shapes:
+            checksums.check(path, f"{MEASURED_ITEM}{name}")
+        found = _read_measured(
+            path, {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole) for name, a in shapes.items()}
+        )
+    check_measured(path, found, shapes)
+    return found
+
+
+def check_measured(path: pathlib.Path, found: Iterable[str], wanted: Iterable[str]) -> None:
+    """Raise UserError if a checkpoint lacks something that its prediction goes by."""
+    if lost := set(wanted) - set(found):
+        raise UserError(f"the checkpoint {path} has no {MEASURED_ITEM}{min(lost)}; it is damaged: choose another")
 
 
 def load_step(path: pathlib.Path) -> int:
@@ -113,12 +138,20 @@ def checked_state(path: pathlib.Path, shapes: State, config: ml_collections.Conf
 
 def _restore_state(path: pathlib.Path, shapes: State) -> State:
     counters = _read(path / "counters", {key: shapes[key] for key in ("step", "skipped")})
-    return {
+    state = {
         **counters,
         "params": _read(path / "params", shapes["params"]),
         "averages": _restore_averages(path, shapes["averages"]),
         "opt_state": _restore_optimizer(path, shapes["opt_state"]),
     }
+    if "measured" in shapes:
+        state["measured"] = _read_measured(path, shapes["measured"])
+    return state
+
+
+def _read_measured(path: pathlib.Path, shapes: dict[str, Any]) -> dict[str, Any]:
+    there = {name: shape for name, shape in shapes.items() if (path / f"{MEASURED_ITEM}{name}").is_dir()}
+    return {name: _read(path / f"{MEASURED_ITEM}{name}", {"value": shape})["value"] for name, shape in there.items()}
 
 
 def _restore_averages(path: pathlib.Path, shapes: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from deco_jax import config as config_lib
 from deco_jax.errors import UserError
 from deco_jax.run import checksums, distributed, lock, orbax_s3, storage
 from deco_jax.run.best import Best
-from deco_jax.run.checkpoint.folder import FOLDER, average_item, complete_steps, first_line
+from deco_jax.run.checkpoint.folder import FOLDER, MEASURED_ITEM, average_item, complete_steps, first_line
 from deco_jax.run.checkpoint.orbax import OneByOne, hush_orbax, settle_failed_writes, without_patterns
 from deco_jax.run.checkpoint.read import LostOptimizerError, checked_state, without_empty
 from deco_jax.run.state import State
@@ -169,6 +169,7 @@ def _save_args(state: State, config: ml_collections.ConfigDict) -> ocp.args.Comp
         "counters": {key: state[key] for key in ("step", "skipped")},
         "params": state["params"],
         **{average_item(name): tree for name, tree in state["averages"].items()},
+        **{f"{MEASURED_ITEM}{name}": {"value": array} for name, array in state.get("measured", {}).items()},
     }
     if "opt_state" in state:
         items["optimizer"] = without_empty(serialization.to_state_dict(state["opt_state"]))
