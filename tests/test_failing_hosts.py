@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -181,9 +180,9 @@ def test_a_killed_run_goes_on_from_its_local_copy(tmp_path):
     run = (
         SMOKE,
         NO_SAMPLES,
-        "--config.train.num_steps=400",
+        "--config.train.num_steps=150",
         "--config.train.log_every=1",
-        "--config.train.save_every=300",
+        "--config.train.save_every=140",
     )
     succeed(*run, f"--workdir={whole}")
     copies = (f"--config.train.local_copies={local}", "--config.train.local_copies_every=1", f"--workdir={killed}")
@@ -191,8 +190,8 @@ def test_a_killed_run_goes_on_from_its_local_copy(tmp_path):
     assert code == -signal.SIGKILL
     (kept,) = local.glob("*/process_0_of_1")
     newest = max(int(path.stem) for path in kept.glob("*.npz"))
-    assert 20 < newest < 300
-    assert not (killed / "checkpoints" / "300").exists()
+    assert 20 < newest < 140
+    assert not (killed / "checkpoints" / "140").exists()
     # Half of the newest copy is lost: the one before it serves.
     data = (kept / f"{newest}.npz").read_bytes()
     (kept / f"{newest}.npz").write_bytes(data[: len(data) // 2])
@@ -207,17 +206,12 @@ def test_a_killed_run_goes_on_from_its_local_copy(tmp_path):
     goodput = json.loads((killed / "goodput.json").read_text())
     assert goodput["processes"] == 2
     assert goodput["seconds"]["lost"] >= 0
-    last = rows(killed)[400]
+    last = rows(killed)[150]
     assert 0 < last["goodput"] < 1
     shares = [value for name, value in last.items() if name.startswith("time_")]
     assert last["goodput"] + sum(shares) == pytest.approx(1)
     assert re.search(r"goodput [\d.]+% of \S+ in 2 processes: the rest is ", result.stdout)
     assert any("save_blocked_seconds" in row for row in rows(whole).values())
-
-    # The workdir begun anew: its old copies are another run's.
-    shutil.rmtree(killed)
-    result = succeed(*run[:2], *copies, "--config.train.num_steps=2")
-    assert "a new run" in result.stdout
 
 
 # ---------------------------------------------------------------------------------------- a process that is killed
