@@ -12,7 +12,7 @@ samples are drawn as ever. Recipe as published: learning rate 1e-4 to epoch 160 
 clipped to 0.5; label dropout 0.1; averages with 0.9999 ("ema") and 0.9996 ("short"): measure both.
 Whether the authors kept DeCo's frequency loss is not known; here it stays, and `:no_frequency` leaves it out.
 
-Hardware and time: imagenet256.py's, and the path's three small products a channel. Not measured yet.
+Hardware and time: imagenet256.py's; the path adds an estimated 0.1 to 0.5 % of a step (docs/scaling.md). Not measured.
 Expected FID, 100 second-order Adams steps, guidance 2.55 in (0.11, 0.975] (the paper's; here: not measured yet)
     80 epochs (400k steps)     2.35
     160 epochs (800k steps)    2.08
