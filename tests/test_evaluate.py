@@ -99,7 +99,7 @@ def test_evaluators_of_the_same_features_share_a_reader(tmp_path):
     features.config, features.folder, features.weights = settings(), tmp_path, "digest"
     features.extractor, features._reader = Projection(7), None
     samples = image_sets.folder_images(as_folder(tmp_path / "images", pictures(7)))
-    read(samples, [features.reader(samples), features.reader(samples)], 4, say=lambda text: None)
+    read(samples, [features.reader(samples), features.reader(samples)], 4, quiet=True)
     assert features.of_samples(samples).count == 7
     other = samples._replace(identity="other")
     assert features.reader(other).count == 0

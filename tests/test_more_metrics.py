@@ -41,6 +41,8 @@ def test_as_a_command(tmp_path, files):
     """All at once, of six samples that are drawn once."""
     pytest.importorskip("tokenizers")
     run = random_checkpoint(tmp_path / "run", quickstart.get_config("smoke"))
+    names = ["zero", "one", *map(str, range(2, 10))]
+    (run / "classes.json").write_text(json.dumps(names))  # by which captions are made for CLIP
     said = succeed(
         SMOKE,
         "--mode=evaluate",
