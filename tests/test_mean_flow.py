@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -283,7 +282,3 @@ def test_resumed_on_eight_devices_as_on_one(tmp_path):
     for number in (1, 2, 3, 4):
         for name in ("loss", "mean_velocity", "velocity_head", "gradient_norm"):
             assert split[number][name] == pytest.approx(one[number][name], rel=1e-3), (number, name)
-    settings = json.loads((tmp_path / "one" / "config.json").read_text())
-    assert settings["sample"]["sampler"] == "mean_flow"
-    succeed("--mode=sample", f"--workdir={tmp_path / 'one'}", "--config.sample.num_steps=2")
-    assert (tmp_path / "one" / "samples" / "grid.png").exists()

@@ -48,7 +48,9 @@ class MeanFlowSettings:
         8.0, "Largest scale of guidance that is trained in; 1: none.", at_least(1, 1000)
     )
     mean_flow_power: float = setting(
-        1.0, "Squared errors are divided by (themselves + mean_flow_offset) to this power; 0: not.", between(0, 1)
+        1.0,
+        "Squared errors are divided by (themselves + mean_flow_offset) to this power; 0: not; 1: losses are logged near 1.",
+        between(0, 1),
     )
     mean_flow_offset: float = setting(0.01, "See mean_flow_power.", above(0, 1e9))
 
