@@ -49,7 +49,7 @@ class MeanFlowSettings:
     )
     mean_flow_power: float = setting(
         1.0,
-        "Squared errors are divided by (themselves + mean_flow_offset) to this power; 0: not; 1: losses are logged near 1.",
+        "Squared errors are divided by (themselves + mean_flow_offset) to this power; 0: not; 1: losses stay near 1.",
         between(0, 1),
     )
     mean_flow_offset: float = setting(0.01, "See mean_flow_power.", above(0, 1e9))
