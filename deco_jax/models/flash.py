@@ -200,6 +200,12 @@ def _backward_kernel(
     options: Options,
 ) -> None:
     tokens, block, dtype = q.shape[-1], options.block, q.dtype
+
+    def add(total: Any, part: jax.Array, first: bool) -> None:
+        """Add to a sum over all heads of an example, whose groups follow one another."""
+        before = jnp.where(pl.program_id(1) == 0, 0.0, total[0, 0]) if first else total[0, 0]
+        total[0, 0] = before + part
+
     q_factor = q_scale[...] * factor(q.shape[-2])
     for head in range(options.heads):
         keys = turned(k[0, head], k_scale[...], cos[...], sin[...], options.epsilon).astype(dtype)
@@ -223,14 +229,13 @@ def _backward_kernel(
             by_queries = product(keys, by_scores, (1, 0)) * math.log(2)
             found, scale = turned_gradient(q[0, head, :, part], *turn, by_queries)
             by_q[0, head, :, part] = found.astype(by_q.dtype)
-            scale = scale * factor(q.shape[-2])
-            by_q_scale[0, head] = scale if start == 0 else by_q_scale[0, head] + scale
+            add(by_q_scale, scale * factor(q.shape[-2]), first=head == start == 0)
         by_v[0, head] = value_sum[...].astype(by_v.dtype)
         found, scale = turned_gradient(
             k[0, head], k_scale[...], cos[...], sin[...], options.epsilon, key_sum[...] * math.log(2)
         )
         by_k[0, head] = found.astype(by_k.dtype)
-        by_k_scale[0, head] = scale
+        add(by_k_scale, scale, first=head == 0)
 
 
 # ------------------------------------------------------------------------------------------------ their calls
@@ -242,6 +247,8 @@ def _specs(options: Options, *arrays: jax.Array) -> list[pl.BlockSpec]:
     def spec(array: jax.Array) -> pl.BlockSpec:
         if array.ndim == 2:
             return pl.BlockSpec(array.shape, lambda i, j: (0, 0))
+        if array.shape[1] == 1:  # a sum over the heads
+            return pl.BlockSpec((1, *array.shape[1:]), lambda i, j: (i, 0, 0, 0))
         return pl.BlockSpec((1, options.heads, *array.shape[2:]), lambda i, j: (i, j, 0, 0))
 
     return [spec(array) for array in arrays]
@@ -281,7 +288,7 @@ def _call(
             out_specs=_specs(options, *results),
             out_shape=results,
             scratch_shapes=scratch,
-            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=MEMORY),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=MEMORY),
             cost_estimate=cost,
             interpret=interpret,
             metadata={"estimated_cycles": str(expected)},
@@ -302,9 +309,9 @@ def _call_forward(options: Options, q: Any, k: Any, v: Any, scales: Any, rotatio
 
 def _call_backward(options: Options, saved: Any, by_out: jax.Array) -> Any:
     q, k, v, scales, rotation, out, sums = saved
-    batch, heads, width, _ = q.shape
+    batch, _, width, _ = q.shape
     arguments = (q, k, v, *scales, *rotation, out, sums, by_out.astype(q.dtype))
-    by_scale = jax.ShapeDtypeStruct((batch, heads, width, 1), jnp.float32)
+    by_scale = jax.ShapeDtypeStruct((batch, 1, width, 1), jnp.float32)
     results = (*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, k, v)), by_scale, by_scale)
     wide = pltpu.VMEM((width, k.shape[-1]), jnp.float32)
     return _call(_backward_kernel, options, arguments, results, 5, BACKWARD_CYCLES, (wide, wide))
