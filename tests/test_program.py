@@ -162,6 +162,26 @@ def test_estimated_cycles(tpu):
     assert program_lib.shares(costs) == {"attention": 28_000 / whole, "copies": 1_400 / whole, "decoder": 21 / whole}
 
 
+KERNEL = """
+ENTRY %main (q: bf16[4,8]) -> bf16[4,8] {
+  %q = bf16[4,8]{1,0} parameter(0)
+  %kernel.1 = (bf16[4,8]{1,0}, f32[4]{0}) custom-call(%q), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"estimated_cycles":"2056"
+}}, metadata={op_name="jit(step)/blocks/attention/pallas_call"}, backend_config={"custom_call_config":{"body":"TUw"}}
+  %silent.1 = bf16[4,8]{1,0} custom-call(%q), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={}}
+  ROOT %out.1 = bf16[4,8]{1,0} get-tuple-element(%kernel.1), index=0, frontend_attributes={kernel_metadata={
+"estimated_cycles":"2056"
+}}
+}
+"""  # noqa: E501
+
+
+def test_a_kernel_says_its_own_cycles():
+    """Over several lines, as libtpu prints it, and also of what only picks one of its results."""
+    (cost,) = program_lib.costs(program_lib.parse(KERNEL))
+    assert (cost.name, cost.cycles, program_lib.part(cost)) == ("kernel.1", 2056, "attention")
+
+
 def test_collectives_of_a_tpu(tpu):
     gather, permute, scatter = program_lib.collectives(tpu)
     # [8, 32] bfloat16 of each of 16 chips; spread over two fusions, but one transfer.

@@ -25,6 +25,7 @@ BLOCK = 512  # queries at a time, at most
 HEADS = 2  # in a program of the grid, at BLOCK tokens
 SCORES = 2**20  # of a block at most, 4 MB in float32
 KEPT = "attention"  # the name of output and sums, for rematerialisation policies
+ORDER = ("parallel", "arbitrary")  # of examples, and of the groups of heads, which add to one sum
 MEMORY = 64 * 2**20  # bytes of the fast memory that a kernel may take
 
 
@@ -288,7 +289,7 @@ def _call(
             out_specs=_specs(options, *results),
             out_shape=results,
             scratch_shapes=scratch,
-            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=MEMORY),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=ORDER, vmem_limit_bytes=MEMORY),
             cost_estimate=cost,
             interpret=interpret,
             metadata={"estimated_cycles": str(expected)},
