@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,8 @@ BLOCK = 512  # queries at a time, at most
 HEADS = 2  # in a program of the grid, at BLOCK tokens
 SCORES = 2**20  # of a block at most, 4 MB in float32
 KEPT = "attention"  # the name of output and sums, for rematerialisation policies
-ORDER = ("parallel", "arbitrary")  # of examples, and of the groups of heads, which add to one sum
+# Of examples, and of the groups of heads, which add to one sum.
+ORDER: tuple[Literal["parallel"], Literal["arbitrary"]] = ("parallel", "arbitrary")
 MEMORY = 64 * 2**20  # bytes of the fast memory that a kernel may take
 
 
