@@ -342,11 +342,10 @@ def test_the_search_finds_the_fastest_that_fits_and_resumes(tmp_path, monkeypatc
         calls.append(0)
         return fake_report(config, mesh)
 
-    monkeypatch.setattr(compile_lib, "compile_report", report)
     monkeypatch.setattr(search.sharding, "make_mesh", lambda *_: None)
     config = imagenet256.get_config("smoke")
     config.data.batch_size, config.mesh.data, config.mesh.fsdp, config.model.remat = 16, 1, -1, "full"
-    search.search_settings(config, tmp_path, [None] * 8, "v5e:2x4")
+    search.search_settings(config, tmp_path, [None] * 8, "v5e:2x4", report)
     printed = capsys.readouterr().out
     winner = printed.split("settings of the first: ")[1].splitlines()[0]
     assert winner == (
@@ -360,21 +359,21 @@ def test_the_search_finds_the_fastest_that_fits_and_resumes(tmp_path, monkeypatc
     text = (tmp_path / "search.jsonl").read_text()
     (tmp_path / "search.jsonl").write_text(text[: text.rindex('"fits"')])
     calls.clear()
-    search.search_settings(config, tmp_path, [None] * 8, "v5e:2x4")
+    search.search_settings(config, tmp_path, [None] * 8, "v5e:2x4", report)
     assert len(calls) == 1
     assert winner in capsys.readouterr().out
     # Another model is another search.
     config.model.depth += 1
     calls.clear()
-    search.search_settings(config, tmp_path, [None] * 8, "v5e:2x4")
+    search.search_settings(config, tmp_path, [None] * 8, "v5e:2x4", report)
     assert len(calls) == len(rows)
 
 
 def test_a_search_in_which_nothing_fits(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        compile_lib, "compile_report", lambda config, mesh: {**fake_report(config, mesh), "fits": False}
-    )
+    def report(config, mesh):
+        return {**fake_report(config, mesh), "fits": False}
+
     monkeypatch.setattr(search.sharding, "make_mesh", lambda *_: None)
     with pytest.raises(SystemExit):
-        search.search_settings(imagenet256.get_config("smoke"), tmp_path, [None] * 8, "v5e:2x4")
+        search.search_settings(imagenet256.get_config("smoke"), tmp_path, [None] * 8, "v5e:2x4", report)
     assert "nothing that was tried fits" in capsys.readouterr().out

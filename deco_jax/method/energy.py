@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deco_jax.method.paths import MIN_REMAINING_TIME, Point, per_example
+from deco_jax.method.point import MIN_REMAINING_TIME, Point, per_example
 from deco_jax.shapes import AnyFloats, Images, PerExample, Times
 
 MAX_BLUR = 3.5  # pixels, at τ = 1

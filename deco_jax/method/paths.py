@@ -7,23 +7,13 @@ in `PATHS`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import jax.numpy as jnp
 import ml_collections
-from jax import Array
 
+from deco_jax.method.point import MIN_REMAINING_TIME, Point, per_example
 from deco_jax.shapes import Images, Times
-
-# JiT's floor of 1 − t (Li & He 2025): without it an x-prediction's velocity is unbounded towards t = 1.
-MIN_REMAINING_TIME = 0.05
-
-
-class Point(NamedTuple):
-    """A point on the path of each image, both [batch, height, width, 3]."""
-
-    state: Images
-    velocity: Images  # d state / dt
 
 
 class Path(Protocol):
@@ -40,12 +30,6 @@ class Path(Protocol):
     def image_of(self, velocity: Images, state: Images, t: Times) -> Images:
         """Return the image that a predicted velocity leads to from a state, x̂."""
         ...
-
-
-def per_example(t: Array, like: Array) -> Array:
-    """Shape times, [batch] or one for all, so that they multiply `like` [batch, ...]."""
-    t = jnp.asarray(t, jnp.promote_types(like.dtype, jnp.float32))
-    return t.reshape(t.shape + (1,) * (like.ndim - t.ndim)) if t.ndim else t
 
 
 class LinearPath:

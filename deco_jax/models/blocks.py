@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deco_jax.models import flash
 from deco_jax.models.layers import Dtype, Linear, RMSNorm, SwiGLU, modulate, rotate, xavier
-from deco_jax.run.sharding import on_tpu
+from deco_jax.run.devices import on_tpu
 
 
 class BlockStyle(NamedTuple):

@@ -28,7 +28,7 @@ from deco_jax.models.layers import (
     zeros,
 )
 from deco_jax.models.side_by_side import LANES, Rows, along_diagonal
-from deco_jax.run.sharding import on_tpu
+from deco_jax.run.devices import on_tpu
 
 POSITION_FEATURES = 64
 ROWS_AT_A_TIME = 8192  # of the decoder on a TPU: 2 MB an array in bfloat16

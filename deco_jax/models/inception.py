@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from deco_jax.errors import UserError
-from deco_jax.run.sharding import place
+from deco_jax.run.devices import place
 
 SIZE = 299
 POOL3_WIDTH = 2048

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 
 from deco_jax.models import flash
-from deco_jax.run.sharding import gather, on_tpu
+from deco_jax.run.devices import gather, on_tpu
 from deco_jax.shapes import Angles, Heads, Maps, Patches, PerExample
 
 Dtype = Any

@@ -34,6 +34,7 @@ from deco_jax.method.training import abstract_networks, batch_shapes, lower_trai
 from deco_jax.models import inception
 from deco_jax.models import network as network_lib
 from deco_jax.programs.benchmark import any_contexts
+from deco_jax.programs.search import search_settings, with_settings
 from deco_jax.run import estimate as estimate_lib
 from deco_jax.run import hardware, monitor, sharding, storage
 from deco_jax.run import program as program_lib
@@ -66,9 +67,7 @@ def compile_program(
     # The report names lines of today's code; a program in JAX's cache may carry yesterday's.
     jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
     if search:
-        from deco_jax.programs.search import search_settings
-
-        return search_settings(config, storage.path(workdir), devices, topology or "this machine")
+        return search_settings(config, storage.path(workdir), devices, topology or "this machine", compile_report)
     print(f"compiling {WHAT[what]} for {mesh.size} x {devices[0].device_kind} ...", flush=True)
     report = compile_report(config, mesh, what)
     report["topology"] = topology or "this machine"
@@ -279,13 +278,6 @@ def compile_report(config: ml_collections.ConfigDict, mesh: Mesh, what: str = "t
 def cycles_of(report: Mapping[str, Any]) -> int | None:
     """XLA's estimate of a report's program; None if it has none."""
     return (report["estimate"] or {}).get("cycles")
-
-
-def with_settings(config: ml_collections.ConfigDict, values: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """A copy with some settings, by dotted key, replaced."""
-    changed = config.copy_and_resolve_references()
-    changed.update_from_flattened_dict(dict(values))
-    return changed
 
 
 def num_params(config: ml_collections.ConfigDict) -> int:

@@ -12,12 +12,13 @@ from __future__ import annotations
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
 import jax
 import ml_collections
+from jax.sharding import Mesh
 
 from deco_jax.config import flatten, to_json
 from deco_jax.models.layers import REMAT_POLICIES
@@ -25,13 +26,22 @@ from deco_jax.run import sharding, storage
 from deco_jax.run.choices import AUTO, CHEAPEST_FIRST
 
 Row = dict[str, Any]
+Report = Callable[[ml_collections.ConfigDict, Mesh], dict[str, Any]]
 TRIED = ("mesh.data", "mesh.fsdp", "model.remat", "model.unroll", "data.batch_size")
 
 
 def search_settings(
-    config: ml_collections.ConfigDict, folder: pathlib.Path, devices: list[jax.Device], topology: str
+    config: ml_collections.ConfigDict,
+    folder: pathlib.Path,
+    devices: list[jax.Device],
+    topology: str,
+    compile_report: Report,
 ) -> None:
-    """Print rows as they come, and at the end the table, the fastest that fits first, and its settings."""
+    """Print rows as they come, and at the end the table, the fastest that fits first, and its settings.
+
+    Args:
+        compile_report: (config, mesh) → the figures of a compiled program.
+    """
     file = folder / "search.jsonl"
     key = fingerprint(config, topology)
     rows: dict[str, Row] = {}
@@ -54,7 +64,12 @@ def search_settings(
             if name in shown:
                 continue
             if name not in rows:
-                rows[name] = {"key": key, "settings": name, **values, **compiled(config, values, devices)}
+                rows[name] = {
+                    "key": key,
+                    "settings": name,
+                    **values,
+                    **compiled(config, values, devices, compile_report),
+                }
                 storage.append(file, json.dumps(rows[name]) + "\n")
             shown[name] = rows[name]
             print(line_of(rows[name]), flush=True)
@@ -108,10 +123,17 @@ def batches(start: dict[str, Any], devices: int) -> Iterator[dict[str, Any]]:
             yield start | {"data.batch_size": size}
 
 
-def compiled(config: ml_collections.ConfigDict, values: dict[str, Any], devices: list[jax.Device]) -> Row:
-    """The report's figures with some settings replaced; "error" where the program can't be made."""
-    from deco_jax.programs.compile import compile_report, with_settings
+def with_settings(config: ml_collections.ConfigDict, values: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """A copy with some settings, by dotted key, replaced."""
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict(dict(values))
+    return changed
 
+
+def compiled(
+    config: ml_collections.ConfigDict, values: dict[str, Any], devices: list[jax.Device], compile_report: Report
+) -> Row:
+    """The report's figures with some settings replaced; "error" where the program can't be made."""
     tried = with_settings(config, values)
     try:
         report = compile_report(tried, sharding.make_mesh(tried.mesh.data, tried.mesh.fsdp, devices, tried.mesh.slices))

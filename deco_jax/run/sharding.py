@@ -12,12 +12,10 @@ docs/scaling.md says what else was tried.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +24,7 @@ from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deco_jax.errors import UserError
+from deco_jax.run.devices import compiling_for, place
 
 AXES = ("data", "fsdp")
 BATCH = PartitionSpec(AXES)
@@ -133,41 +132,6 @@ def each_device(function: Callable[..., Any], mesh: Mesh, arguments: Any, result
     # Without the tracking of what varies between devices: every result is reduced by hand (`mean_over_devices`,
     # `reduce_gradients`), and a model may carry zeros through a scan without declaring on which devices they differ.
     return jax.shard_map(traced, mesh=mesh, in_specs=arguments, out_specs=results, check_vma=False)
-
-
-_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
-
-
-@contextlib.contextmanager
-def compiling_for(platform: str | None) -> Iterator[None]:
-    """What is traced in here asks `on_tpu` about this platform; None: the default one."""
-    token = _platform.set(platform)
-    try:
-        yield
-    finally:
-        _platform.reset(token)
-
-
-def on_tpu() -> bool:
-    """Whether the program that is being traced is for TPUs, which like other forms of the same sums than CPUs and GPUs:
-    products with constant matrices instead of moves within a register's 128 lanes, and nothing narrower than those."""
-    return (_platform.get() or jax.default_backend()) == "tpu"
-
-
-def gather(parameter: jax.Array, shape: Sequence[int], dtype: Any = None) -> jax.Array:
-    """The whole parameter of which this device holds a part; what is whole already is returned as it is.
-
-    Its derivative is the sum of the devices' gradients over "fsdp", of which each device gets its part.
-
-    Args:
-        parameter: equal to `shape` but for one axis.
-        dtype: that it is used in; it is cast before it travels.
-    """
-    split = [axis for axis, (held, whole) in enumerate(zip(parameter.shape, shape, strict=True)) if held != whole]
-    if not split:
-        return parameter
-    (axis,) = split
-    return jax.lax.all_gather(parameter if dtype is None else parameter.astype(dtype), "fsdp", axis=axis, tiled=True)
 
 
 def sum_over_devices(values: Any, mesh: Mesh) -> Any:
@@ -290,8 +254,3 @@ def place_everywhere(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.
     """A global batch that every host has all of, split over the devices."""
     sharding = batch_sharding(mesh)
     return {name: place(rows, sharding) for name, rows in batch.items()}
-
-
-def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """An array that every host has all of, each giving its own devices' parts."""
-    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
