@@ -278,7 +278,7 @@ def stack(make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rn
 
 
 def gather_parameters(parameters: Any, *, stacks: bool) -> Any:
-    """Parameters made whole on this device (`sharding.gather`).
+    """Parameters made whole on this device (`devices.gather`).
 
     Args:
         parameters: a tree of nnx.Variable with their whole shape as metadata, `whole_shape`.
