@@ -63,7 +63,7 @@ def training(config: ml_collections.ConfigDict) -> float:
 def frozen(config: ml_collections.ConfigDict) -> float:
     """FLOPs on one training image of the networks that aren't trained: REPA's teacher, the text encoder; 0 without."""
     total, model = 0.0, config.model
-    if config.loss.repa_weight or config.loss.dino_weight:
+    if config.loss.repa_weight or config.loss.dino_weight or config.loss.class_token_weight:
         total += make_teacher(config).network.flops(*image_sides(config.data.image_size))
     if model.text_width and not config.text.features:
         total += abstract_encoder(config).network.flops(model.text_length)

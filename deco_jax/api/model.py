@@ -174,6 +174,11 @@ class Model:
             raise UserError(f"states have shape {shape}; give [n, height, width, 3] with sides that {patch} divides")
         if jnp.shape(t) not in ((), (shape[0],)):
             raise UserError(f"times have shape {jnp.shape(t)}; give one, or one for each of {shape[0]} states")
+        if self.denoiser.token:
+            raise UserError(
+                "this model's velocity hangs on a class token as well (config.model.class_token), which states of "
+                "images don't have; sample and stream draw both"
+            )
         context = self._inputs.context(condition, shape[0])
         times = jnp.broadcast_to(jnp.asarray(t, jnp.float32), (shape[0],))
         return self._velocity(self.params, jnp.asarray(x, jnp.float32), times, context)

@@ -173,7 +173,18 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
         )
     if loss.repa_weight and loss.repa_layer > model.depth:
         raise UserError(f"config.loss.repa_layer={loss.repa_layer} is deeper than config.model.depth={model.depth}")
-    if loss.repa_weight or loss.dino_weight:
+    if bool(model.class_token) != bool(loss.class_token_weight):
+        raise UserError(
+            "config.model.class_token is trained by config.loss.class_token_weight, which needs it: set both or neither"
+        )
+    if model.class_token and model.mean_velocity:
+        raise UserError("config.model.class_token has no mean velocity: leave it or config.model.mean_velocity out")
+    if model.class_token and model.class_token != teachers.features_width(config.teacher.name, config.teacher.size):
+        raise UserError(
+            f"config.model.class_token={model.class_token} is not what the teacher has; set it to "
+            f"{teachers.features_width(config.teacher.name, config.teacher.size)}, or another config.teacher"
+        )
+    if loss.repa_weight or loss.dino_weight or loss.class_token_weight:
         teachers.check_image_size(config, height, width)
     if loss.repa_schedule != "constant" and not loss.repa_until_step:
         raise UserError(

@@ -16,6 +16,7 @@ from deco_jax.method.losses.frequency import FrequencySettings
 from deco_jax.method.losses.mean_flow import MeanFlowSettings
 from deco_jax.method.losses.perceptual import PerceptualSettings
 from deco_jax.method.losses.pseudo_huber import PseudoHuberSettings
+from deco_jax.method.losses.reg import RegSettings
 from deco_jax.method.losses.repa import RepaSettings
 from deco_jax.method.paths import PATHS
 from deco_jax.models.network import SETTINGS as MODEL_SETTINGS
@@ -157,7 +158,7 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Loss(FrequencySettings, RepaSettings, PerceptualSettings, MeanFlowSettings, PseudoHuberSettings):
+class Loss(FrequencySettings, RepaSettings, RegSettings, PerceptualSettings, MeanFlowSettings, PseudoHuberSettings):
     """What is minimised. The losses declare their own settings in method/losses."""
 
     label_dropout: float = setting(
@@ -177,7 +178,7 @@ class Loss(FrequencySettings, RepaSettings, PerceptualSettings, MeanFlowSettings
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """The frozen encoder to align with, read only where loss.repa_weight or loss.dino_weight is above 0."""
+    """The frozen encoder to align with, read only where a loss reads it: repa_, class_token_ or dino_weight."""
 
     name: str = setting("dinov2", "Kind of encoder.", one_of(*TEACHERS))
     path: str = setting("", "Its weights, such as dinov2_vitb14_pretrain.pth.")

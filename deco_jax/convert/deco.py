@@ -12,6 +12,7 @@ from deco_jax.convert.mapping import TRANSPOSE, VECTOR, Row, to_ours
 from deco_jax.convert.mapping import to_torch as table_to_torch
 from deco_jax.convert.mapping import unread as table_unread
 from deco_jax.errors import UserError
+from deco_jax.models import class_token
 from deco_jax.models.network import architecture
 from deco_jax.models.official_names import linear_rows
 
@@ -32,6 +33,8 @@ def table(model: Mapping[str, Any]) -> list[Row]:
         UserError: no such model.
     """
     rows = architecture(model["name"]).table(model)
+    if model.get("class_token"):
+        rows = [*rows, *class_token.rows()]
     return [*rows, *_mean_velocity(rows)] if model.get("mean_velocity") else rows
 
 

@@ -130,6 +130,7 @@ class Method:
             networks=networks,
             frozen={name: (network, (frozen or {}).get(name)) for name, network in self.frozen.items()},
             layer=self.layer,
+            token=self.token[0] if self.token else None,
         )
 
     @jax.named_scope("noise")
@@ -152,6 +153,9 @@ class Method:
             keys=jax.random.split(jax.random.fold_in(key, 1), shape[0]),
             counts={loss.name: counted(times, loss.min_time) for loss in self.losses if loss.min_time > 0},
             jump=jump,
+            token_noise=jax.random.normal(jax.random.fold_in(key, 2), (shape[0], self.token[1]))
+            if self.token
+            else None,
             shares={}
             if step is None
             else {
@@ -185,6 +189,11 @@ class Method:
     def features(self) -> tuple[str, ...]:
         """The frozen networks whose features of clean images losses ask for."""
         return tuple(dict.fromkeys(name for loss in self.losses for name in loss.features))
+
+    @functools.cached_property
+    def token(self) -> tuple[str, int] | None:
+        """The frozen network whose view of the whole image is denoised as one more token, and its channels."""
+        return next((loss.token for loss in self.losses if loss.token), None)
 
     @functools.cached_property
     def trained(self) -> dict[str, Network]:

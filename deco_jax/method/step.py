@@ -30,6 +30,7 @@ class Draws(NamedTuple):
     jump: Array | None = None  # [batch, 4], of MeanFlow; see `losses.mean_flow`
     # Loss → the share of its weight that it has at this step, [batch], all the same; losses without: all of it.
     shares: Mapping[str, Array] = {}
+    token_noise: Array | None = None  # [batch, channels], standard normal, of the class token where a loss has one
 
 
 class Observed(NamedTuple):
@@ -68,6 +69,7 @@ class Step:
         networks: Mapping[str, Network],
         frozen: Mapping[str, tuple[FrozenNetwork, Any]],
         layer: int | None,
+        token: str | None = None,
     ) -> None:
         self.params, self.pixels, self.draws = params, pixels, draws
         self.images = images.to_float(pixels)
@@ -75,7 +77,7 @@ class Step:
         self.context = jnp.where(dropped, observed.null, observed.context)
         self.null = observed.null
         self.features = {name: jax.lax.stop_gradient(value) for name, value in observed.features.items()}
-        self._path, self._prediction, self._layer = path, prediction, layer
+        self._path, self._prediction, self._layer, self._token = path, prediction, layer, token
         self._networks, self._frozen = networks, frozen
 
     @property
@@ -91,7 +93,18 @@ class Step:
 
     @functools.cached_property
     def _denoised(self) -> tuple[Array, dict[str, Array]]:
-        return self.trained("denoiser", self.point.state, self.times, self.context, self._layer, self.draws.keys)
+        options = {} if self.draws.token_noise is None else {"class_token": self.token}
+        return self.trained(
+            "denoiser", self.point.state, self.times, self.context, self._layer, self.draws.keys, **options
+        )
+
+    @property
+    def token(self) -> Array:
+        """The noised class token of `Loss.token`, [batch, channels]."""
+        assert self._token is not None
+        assert self.draws.token_noise is not None
+        t = self.times[:, None]
+        return t * self.features[self._token].image + (1 - t) * self.draws.token_noise
 
     @property
     def output(self) -> Array:

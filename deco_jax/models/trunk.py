@@ -19,8 +19,10 @@ import numpy as np
 from flax import nnx
 from jax.nn import initializers
 
+from deco_jax.models import class_token
 from deco_jax.models.architecture import Rules
 from deco_jax.models.blocks import PLAIN, Block, Dropout
+from deco_jax.models.class_token import ClassToken
 from deco_jax.models.jumps import STILL, JumpEmbedding
 from deco_jax.models.layers import (
     REMAT_POLICIES,
@@ -64,6 +66,9 @@ class TrunkSettings:
         0, "Tokens of the class that join the image's on the way (JiT's in-context conditioning).", at_least(0, 4096)
     )
     context_start: int = setting(0, "Blocks before which they join.", at_least(0, 1024))
+    class_token: int = setting(
+        0, "Channels of a teacher's class token that is denoised along (REG); 0: none.", at_least(0, 2**16)
+    )
     mean_velocity: bool = setting(
         False, "Also read how far to jump and how to guide, and have a second head, for MeanFlow (loss.mean_flow)."
     )
@@ -137,6 +142,7 @@ class Trunk(nnx.Module):
         attention: Literal["auto", "xla", "cudnn"] = "xla",
         context_tokens: int = 0,
         context_start: int = 0,
+        class_token: int = 0,
         dropout: float = 0.0,
         mean_velocity: bool = False,
         rngs: nnx.Rngs,
@@ -174,6 +180,9 @@ class Trunk(nnx.Module):
         self.blocks = stack(lambda rngs: block(rngs, self.with_text), depth, rngs)
         if context_tokens:
             self.context_positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (context_tokens, width)))
+        self.class_token = class_token
+        if class_token:
+            self.extra_token = ClassToken(width, class_token, dtype=dtype, rngs=rngs)
         if mean_velocity:
             self.jump_embed = JumpEmbedding(width, period=self.time_embed.period, dtype=dtype, rngs=rngs)
 
@@ -205,6 +214,7 @@ class Trunk(nnx.Module):
         aligned_layer: int | None = None,
         keys: jax.Array | None = None,
         jump: jax.Array | None = None,
+        class_token: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Predict the velocity (or the clean image) of noised images.
 
@@ -215,16 +225,27 @@ class Trunk(nnx.Module):
             aligned_layer: blocks after which to take the features that REPA aligns; None: don't.
             keys: [batch], for dropout while training; None: nothing is dropped.
             jump: [batch, 4], see `jumps.JumpEmbedding`, with mean_velocity; None: of length 0, without guidance.
+            class_token: [batch, channels], noised like the images, where the model has one.
 
         Returns:
             The prediction, float32 [batch, height, width, 3], and the intermediates by name: "low_frequency" [batch,
             tokens, width], what the head is conditioned on (DeCo's Fig. 4: DiT output), and "aligned" [batch, tokens,
-            width] if asked for, and the second head's "velocity", of the images' shape.
+            width] if asked for, the second head's "velocity", of the images' shape, and the class token's,
+            "token_velocity" [batch, channels].
         """
-        h, time, condition, aligned = self.hidden(images, times, context, aligned_layer, keys, jump)
+        h, time, condition, aligned = self.hidden(images, times, context, aligned_layer, keys, jump, class_token)
+        token_velocity = None
+        if self.class_token:
+            token_velocity = self.extra_token.velocity(h[:, 0], condition)
+            h = h[:, 1:]
         prediction, low_frequency = self.head(images, h, time, condition)
         velocity = self.head(images, h, time, condition, second=True)[0] if self.mean_velocity else None
-        found = {"low_frequency": low_frequency, "aligned": aligned, "velocity": velocity}
+        found = {
+            "low_frequency": low_frequency,
+            "aligned": aligned,
+            "velocity": velocity,
+            "token_velocity": token_velocity,
+        }
         return prediction, {name: array for name, array in found.items() if array is not None}
 
     def head(
@@ -251,12 +272,13 @@ class Trunk(nnx.Module):
         aligned_layer: int | None = None,
         keys: jax.Array | None = None,
         jump: jax.Array | None = None,
+        class_token: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
         """Run embeddings and blocks, the low-frequency pathway; arguments as of `__call__`.
 
         Returns:
-            hidden [batch, tokens, width]; time embedding [batch, width]; condition [batch, width];
-            the aligned features [batch, tokens, width] or None.
+            hidden [batch, tokens, width], the class token first where there is one; time embedding [batch, width];
+            condition [batch, width]; the aligned features [batch, tokens, width] or None.
         """
         _, height, width, _ = images.shape
         patches = patchify(images.astype(self.dtype), self.patch_size)
@@ -284,6 +306,11 @@ class Trunk(nnx.Module):
             condition = jax.nn.silu(time + label)
         angles = jnp.asarray(self.angles(rows, columns))
         tokens, aligned = h.shape[1], None
+        if self.class_token:
+            if class_token is None:
+                raise ValueError(f"this model denoises a class token too; give it, [batch, {self.class_token}]")
+            h = jnp.concatenate([self.extra_token.enter(class_token), h], axis=1)
+            angles = jnp.pad(angles, ((1, 0), (0, 0)))  # nor has it a place in the image
 
         def run(h: jax.Array, start: int, stop: int) -> jax.Array:
             drops = keys is not None and self.dropout and self.depth // 4 <= start < self.depth // 4 * 3
@@ -322,7 +349,7 @@ class Trunk(nnx.Module):
                 h = jnp.concatenate([first, h], axis=1)
                 angles = jnp.pad(angles, ((self.context_tokens, 0), (0, 0)))  # the class has no place in the image
             start = stop
-        return h[:, -tokens:], time, condition, aligned
+        return h[:, -tokens - bool(self.class_token) :], time, condition, aligned
 
 
 class TextEmbedding(nnx.Module):
@@ -341,6 +368,7 @@ class TextEmbedding(nnx.Module):
 # Always the model's width (or a multiple of it), which divides by any sensible number of devices, unlike the
 # 1001 labels or the 2730 hidden units.
 RULES: Rules = (
+    *class_token.RULES,
     (r"(qkv|text_kv|gate|up)/kernel$", -2),  # [depth, width, ...]
     (r"(attention/out|down|modulation)/kernel$", -1),  # [depth, ..., width]
     (r"(patch_embed|patch_reduce|(time|jump)_embed/\w+|text_embed/proj)/kernel$", -1),
@@ -352,7 +380,8 @@ RULES: Rules = (
 def trunk_flops(model: Mapping[str, Any], height: int, width_px: int) -> dict[str, float]:
     """Count the multiply-adds of embeddings and blocks (`Trunk`)."""
     patch, width, depth = model["patch_size"], model["width"], model["depth"]
-    tokens = height * width_px // patch**2
+    patches, extra = height * width_px // patch**2, model.get("class_token", 0)
+    tokens = patches + bool(extra)
     text = model["text_length"] if model["text_width"] else 0
     hidden = 4 * width if text else int(2 * 4 * width / 3)
     # Class tokens are there from a block on.
@@ -361,12 +390,14 @@ def trunk_flops(model: Mapping[str, Any], height: int, width_px: int) -> dict[st
     rows = depth * tokens + with_class * joined
     pairs = (depth - with_class) * tokens * (tokens + text) + with_class * (tokens + joined) ** 2
     parts: dict[str, float] = {
-        "embeddings": tokens * 3 * patch**2 * width + 256 * width + width**2,  # patches, time
+        "embeddings": patches * 3 * patch**2 * width + 256 * width + width**2,  # patches, time
         "modulation": depth * 6 * width**2,
         "projections": rows * 4 * width**2,
         "attention": 2 * pairs * width,
         "mlp": rows * 3 * width * hidden,
     }
+    if extra:
+        parts["class_token"] = class_token.flops(width, extra)
     if text:
         block = text * (4 * width**2 + 2 * text * width + 3 * width * hidden) + 6 * width**2
         parts["embeddings"] += text * model["text_width"] * width

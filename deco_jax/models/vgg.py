@@ -20,7 +20,7 @@ from jax.nn import initializers
 from deco_jax.convert.mapping import VECTOR, Row, one_to_one, to_ours
 from deco_jax.convert.torch_files import read_tensors
 from deco_jax.errors import UserError
-from deco_jax.models.layers import Dtype
+from deco_jax.models.layers import Dtype, normalize
 from deco_jax.models.network import FrozenNetwork, Network, View, functional
 from deco_jax.run import storage
 
@@ -98,7 +98,7 @@ class Tap(VGG16):
 
     @jax.named_scope("teacher")
     def __call__(self, images: jax.Array, patch_size: int) -> View:
-        """Return the tap's features of each patch of the student, and their mean in place of a class token's.
+        """Return the tap's features of each patch of the student; in place of a class token their mean, normalised.
 
         Args:
             images: [batch, height, width, 3], uint8 or in [0, 1].
@@ -108,7 +108,7 @@ class Tap(VGG16):
         x = x / 127.5 - 1 if images.dtype == jnp.uint8 else 2 * x - 1
         features = self.taps(x, patch_size, 2 ** (len(self.groups) - 1))[-1].astype(jnp.float32)
         tokens = features.reshape(len(features), -1, features.shape[-1])
-        return View(tokens, jnp.mean(tokens, axis=1))
+        return View(tokens, normalize(jnp.mean(tokens, axis=1)))
 
 
 class LPIPS(VGG16):

@@ -173,7 +173,13 @@ def _no_official_projector(config: ml_collections.ConfigDict) -> str:
 
 def _no_official_module(model: ml_collections.ConfigDict) -> str:
     """Why no module of the official code can hold the weights; "" if one can."""
-    for setting, official in (("decoder_patch_size", 1), ("decoder_interaction", "adaln"), ("mean_velocity", False)):
+    official_values: dict[str, Any] = {
+        "decoder_patch_size": 1,
+        "decoder_interaction": "adaln",
+        "mean_velocity": False,
+        "class_token": 0,
+    }
+    for setting, official in official_values.items():
         if model.get(setting, official) != official:
             return f"the official code has no model with config.model.{setting}={model[setting]}"
     if model.name != "jit" and model.context_tokens:

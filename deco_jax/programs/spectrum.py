@@ -108,6 +108,8 @@ def stored_config(where: pathlib.Path, config: ml_collections.ConfigDict) -> ml_
     computed = {key: config.model[key] for key in COMPUTED if key in config.model and key in stored["model"]}
     theirs.model = ml_collections.ConfigDict(stored["model"] | computed)
     height, width = theirs.data.image_size = tuple(stored["data"]["image_size"])
+    if theirs.model.get("class_token"):
+        raise UserError(f"{where} denoises a class token too; the spectrum is measured of models without")
     if theirs.model.text_width:
         raise UserError(f"{where} is a text-to-image model; the spectrum is measured with class labels")
     if min(height, width) // theirs.model.patch_size < 2:

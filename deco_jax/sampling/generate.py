@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
 from deco_jax.conditioning.requests import Requests
 from deco_jax.config import to_json
+from deco_jax.errors import UserError
 from deco_jax.images import to_uint8
 from deco_jax.method.predictions import Prediction, make_prediction
 from deco_jax.models import network as network_lib
@@ -30,6 +32,7 @@ from deco_jax.models.network import Network, Params
 from deco_jax.run import checkpoint, preemption
 from deco_jax.run.sharding import BATCH, WHOLE, batch_sharding, each_device, place_everywhere, replicated, specs
 from deco_jax.sampling import samplers
+from deco_jax.sampling.extra_rows import pack, rows_of, unpack
 from deco_jax.sampling.guidance import Guidance, make_velocity
 from deco_jax.sampling.jumps import make_mean_velocity
 from deco_jax.sampling.settings import Sampling
@@ -39,12 +42,26 @@ from deco_jax.sampling.settings import Sampling
 Batch = dict[str, jax.Array]
 
 
-def noise_of(seed: int | jax.Array, index: jax.Array, sides: tuple[int, int]) -> Callable[[int | jax.Array], jax.Array]:
-    """The images' own noise: stream → [batch, height, width, 3]; 0 is the initial noise, 1 + i the noise of step i."""
+BELOW = 2**30  # keeps the noise of rows below the image apart from that of the steps
+
+
+def noise_of(
+    seed: int | jax.Array, index: jax.Array, sides: tuple[int, int], rows: int = 0
+) -> Callable[[int | jax.Array], jax.Array]:
+    """The images' own noise: stream → [batch, height, width, 3]; 0 is the initial noise, 1 + i the noise of step i.
+
+    Args:
+        rows: below the image, see `extra_rows`; the image's noise is the same with and without.
+    """
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)
 
     def normal(stream: int | jax.Array) -> jax.Array:
-        return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, stream), (*sides, 3)))(keys)
+        image = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, stream), (*sides, 3)))(keys)
+        return jnp.concatenate([image, below(stream)], axis=1) if rows else image
+
+    def below(stream: int | jax.Array) -> jax.Array:
+        shape = (rows, sides[1], 3)
+        return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, BELOW + stream), shape))(keys)
 
     return normal
 
@@ -55,6 +72,7 @@ class Denoiser(NamedTuple):
     network: Network
     prediction: Prediction
     jumps: bool = False  # whether it can be told how far to jump, config.model.mean_velocity
+    token: int = 0  # channels of a class token that is denoised too, config.model.class_token; see `extra_rows`
 
     def mean_velocity(self, params: Params, x: jax.Array, t: jax.Array, context: Any, jump: jax.Array) -> jax.Array:
         """The mean velocity [n, height, width, 3] over jumps from states x at t [n]; jump [n, 4]."""
@@ -62,13 +80,21 @@ class Denoiser(NamedTuple):
         return self.prediction.velocity(output, x, t)
 
     def velocity(self, params: Params, x: jax.Array, t: jax.Array, context: Any) -> jax.Array:
-        """The velocity [n, height, width, 3] at states x, whatever the network predicts; t [n]."""
+        """The velocity [n, height, width, 3] at states x, whatever the network predicts; t [n].
+
+        With a class token, states and velocity have its rows below the image.
+        """
         return self.velocity_and_features(params, x, t, context)[0]
 
     def velocity_and_features(
         self, params: Params, x: jax.Array, t: jax.Array, context: Any
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The same, and the network's intermediates by name."""
+        if self.token:
+            x, token = unpack(x, self.token)
+            output, intermediates = self.network.apply(params, x, t, context, class_token=token)
+            velocity = self.prediction.velocity(output, x, t).astype(jnp.float32)
+            return pack(velocity, intermediates["token_velocity"]), intermediates
         output, intermediates = self.network.apply(params, x, t, context)
         return self.prediction.velocity(output, x, t), intermediates
 
@@ -86,7 +112,10 @@ class Denoiser(NamedTuple):
 def make_denoiser(config: ml_collections.ConfigDict) -> Denoiser:
     """The network of config.model, as it is used in sampling; what its prediction measured is still to be `given`."""
     return Denoiser(
-        network_lib.build(config.model.to_dict()), make_prediction(config).in_sampling(), config.model.mean_velocity
+        network_lib.build(config.model.to_dict()),
+        make_prediction(config).in_sampling(),
+        config.model.mean_velocity,
+        config.model.class_token,
     )
 
 
@@ -102,6 +131,8 @@ class Generator:
 
         def noise(seed: jax.Array, index: jax.Array, size: tuple[int, int], scale: jax.Array) -> jax.Array:
             return scale * noise_of(seed, index, size)(0)
+        def noise(seed: jax.Array, index: jax.Array, size: tuple[int, int]) -> jax.Array:
+            return noise_of(seed, index, size, rows_of(denoiser.token, size[1]))(0)
 
         def run(
             params: Params,
@@ -116,6 +147,9 @@ class Generator:
                 _, height, width, _ = carry.state.shape
                 normal = noise_of(settings["seed"], batch["index"], (height, width))
                 guidance, whole = settings["guidance"].whole(), denoiser.network.whole(params)
+                rows = rows_of(denoiser.token, width)
+                normal = noise_of(settings["seed"], batch["index"], (height - rows, width), rows)
+                guidance, whole = settings["guidance"], denoiser.network.whole(params)
                 velocity: Callable[..., jax.Array]
                 if denoiser.jumps:
                     velocity = make_mean_velocity(denoiser.mean_velocity, guidance, whole, batch["context"])
@@ -158,10 +192,12 @@ class Generator:
         table = sampling.table()
         settings, steps = self._settings(null, sampling, table), samplers.evaluations_of_steps(table)
         batch, carry = self._begin_at(batch, sampling, table)
-        yield carry.state
+        height = sampling.size[0]
+        yield carry.state[:, :height] if self.denoiser.token else carry.state
         for step, between in enumerate(steps):
             carry = self._run(params, carry, batch, settings | {"between": np.asarray(between, np.int32)})
-            yield carry.point if step == len(steps) - 1 else carry.state
+            x = carry.point if step == len(steps) - 1 else carry.state
+            yield x[:, :height] if self.denoiser.token else x
 
     def images(
         self, params: Params, requests: Requests, sampling: Sampling, batch_size: int, first: int = 0
@@ -190,7 +226,8 @@ class Generator:
         It differs from what runs in that its number of evaluations is a constant, for those who count operations.
         """
         table = sampling.table()
-        x = jax.eval_shape(lambda index: noise_of(0, index, sampling.size)(0), batch["index"])
+        rows = rows_of(self.denoiser.token, sampling.size[1])
+        x = jax.eval_shape(lambda index: noise_of(0, index, sampling.size, rows)(0), batch["index"])
         x = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(self._mesh))
         carry: Any = samplers.Carry(x, x, (x,) * (table.advance.shape[1] - 1))  # type: ignore[arg-type]
         return self._run.lower(params, carry, batch, self._settings(null, sampling, table), (0, len(table.step)))
@@ -198,7 +235,8 @@ class Generator:
     def _final(self, params: Params, batch: Batch, null: Any, sampling: Sampling) -> jax.Array:
         table = sampling.table()
         batch, carry = self._begin_at(batch, sampling, table)
-        return self._run(params, carry, batch, self._settings(null, sampling, table)).point
+        point = self._run(params, carry, batch, self._settings(null, sampling, table)).point
+        return point[:, : sampling.size[0]] if self.denoiser.token else point
 
     def _begin_at(self, batch: Batch, sampling: Sampling, table: samplers.Table) -> tuple[Batch, samplers.Carry]:
         """What the program takes of a batch, and the first state."""
@@ -207,6 +245,12 @@ class Generator:
             if "start" in batch
             else self._noise(_seed(sampling), batch["index"], sampling.size, np.float32(sampling.noise_scale))
         )
+        if "start" in batch and self.denoiser.token:
+            raise UserError(
+                "this model denoises a class token along with the image (config.model.class_token), so it can't start "
+                "from an image's state alone; leave the noise out"
+            )
+        x = batch["start"] if "start" in batch else self._noise(_seed(sampling), batch["index"], sampling.size)
         return {name: batch[name] for name in ("index", "context")}, self._start(x, table.advance.shape[1])
 
     def _settings(self, null: Any, sampling: Sampling, table: samplers.Table) -> dict[str, Any]:

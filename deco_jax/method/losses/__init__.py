@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import ml_collections
 
-from deco_jax.method.losses import frequency, mean_flow, perceptual, pixel, pseudo_huber, repa
+from deco_jax.method.losses import frequency, mean_flow, perceptual, pixel, pseudo_huber, reg, repa
 from deco_jax.method.losses.loss import Loss
 
 LOSSES: list[Callable[[ml_collections.ConfigDict], Loss | None]] = [
@@ -20,6 +20,7 @@ LOSSES: list[Callable[[ml_collections.ConfigDict], Loss | None]] = [
     mean_flow.head_from_config,
     frequency.from_config,
     repa.from_config,
+    reg.from_config,
     perceptual.lpips_from_config,
     perceptual.dino_from_config,
     pseudo_huber.from_config,

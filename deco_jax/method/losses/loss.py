@@ -24,6 +24,7 @@ class Loss(Protocol):
             aren't.
         trained: networks that train along with the denoiser, by name.
         frozen: networks that don't train, by name; losses that name the same share it.
+        token: of `frozen`, the one whose view of the whole image is denoised as one more token, and its channels.
         features: those of `frozen` whose features of the clean images are wanted in `Step.features`.
     """
 
@@ -36,6 +37,7 @@ class Loss(Protocol):
     layer: int | None = None
     trained: Mapping[str, Network] = {}
     frozen: Mapping[str, FrozenNetwork] = {}
+    token: tuple[str, int] | None = None
     features: tuple[str, ...] = ()
 
     def __call__(self, step: Step) -> PerExample:
