@@ -161,3 +161,14 @@ class Block(nnx.Module):
             attended, drop_hidden = dropout.drop(attended, 0), functools.partial(dropout.drop, place=1)
         h = h + gate1 * attended
         return h + gate2 * self.mlp(modulate(self.norm2(h), shift2, scale2), drop_hidden)
+
+
+class TextEmbedding(nnx.Module):
+    """RMSNorm(Linear(text)): [batch, length, text_width] → [batch, length, width]."""
+
+    def __init__(self, text_width: int, width: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+        self.proj = Linear(text_width, width, dtype=dtype, rngs=rngs)
+        self.norm = RMSNorm(width)
+
+    def __call__(self, text: jax.Array) -> jax.Array:
+        return self.norm(self.proj(text))

@@ -21,14 +21,13 @@ from jax.nn import initializers
 
 from deco_jax.models import class_token
 from deco_jax.models.architecture import Rules
-from deco_jax.models.blocks import PLAIN, Block, Dropout
+from deco_jax.models.blocks import PLAIN, Block, Dropout, TextEmbedding
 from deco_jax.models.class_token import ClassToken
 from deco_jax.models.jumps import STILL, JumpEmbedding
 from deco_jax.models.layers import (
     REMAT_POLICIES,
     Dtype,
     Linear,
-    RMSNorm,
     TimestepEmbedding,
     patchify,
     rotary_angles,
@@ -350,17 +349,6 @@ class Trunk(nnx.Module):
                 angles = jnp.pad(angles, ((self.context_tokens, 0), (0, 0)))  # the class has no place in the image
             start = stop
         return h[:, -tokens - bool(self.class_token) :], time, condition, aligned
-
-
-class TextEmbedding(nnx.Module):
-    """RMSNorm(Linear(text)): [batch, length, text_width] → [batch, length, width]."""
-
-    def __init__(self, text_width: int, width: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
-        self.proj = Linear(text_width, width, dtype=dtype, rngs=rngs)
-        self.norm = RMSNorm(width)
-
-    def __call__(self, text: jax.Array) -> jax.Array:
-        return self.norm(self.proj(text))
 
 
 # ---------------------------------------------------------------------------------------- its facts

@@ -46,17 +46,18 @@ BELOW = 2**30  # keeps the noise of rows below the image apart from that of the 
 
 
 def noise_of(
-    seed: int | jax.Array, index: jax.Array, sides: tuple[int, int], rows: int = 0
+    seed: int | jax.Array, index: jax.Array, sides: tuple[int, int], rows: int = 0, scale: float | jax.Array = 1.0
 ) -> Callable[[int | jax.Array], jax.Array]:
     """The images' own noise: stream → [batch, height, width, 3]; 0 is the initial noise, 1 + i the noise of step i.
 
     Args:
         rows: below the image, see `extra_rows`; the image's noise is the same with and without.
+        scale: of the image's noise; that of the rows is standard normal.
     """
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)
 
     def normal(stream: int | jax.Array) -> jax.Array:
-        image = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, stream), (*sides, 3)))(keys)
+        image = scale * jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, stream), (*sides, 3)))(keys)
         return jnp.concatenate([image, below(stream)], axis=1) if rows else image
 
     def below(stream: int | jax.Array) -> jax.Array:
@@ -130,9 +131,7 @@ class Generator:
         self.denoiser, self._mesh, by_batch = denoiser, mesh, batch_sharding(mesh)
 
         def noise(seed: jax.Array, index: jax.Array, size: tuple[int, int], scale: jax.Array) -> jax.Array:
-            return scale * noise_of(seed, index, size)(0)
-        def noise(seed: jax.Array, index: jax.Array, size: tuple[int, int]) -> jax.Array:
-            return noise_of(seed, index, size, rows_of(denoiser.token, size[1]))(0)
+            return noise_of(seed, index, size, rows_of(denoiser.token, size[1]), scale)(0)
 
         def run(
             params: Params,
@@ -145,11 +144,11 @@ class Generator:
                 params: Params, carry: samplers.Carry, batch: Batch, settings: dict[str, Any]
             ) -> samplers.Carry:
                 _, height, width, _ = carry.state.shape
-                normal = noise_of(settings["seed"], batch["index"], (height, width))
-                guidance, whole = settings["guidance"].whole(), denoiser.network.whole(params)
                 rows = rows_of(denoiser.token, width)
-                normal = noise_of(settings["seed"], batch["index"], (height - rows, width), rows)
-                guidance, whole = settings["guidance"], denoiser.network.whole(params)
+                # The score of noise that is s times as strong is 1/s² of that, the SDE's s² as fast a diffusion.
+                scale = settings["noise_scale"]
+                normal = noise_of(settings["seed"], batch["index"], (height - rows, width), rows, scale)
+                guidance, whole = settings["guidance"].whole(), denoiser.network.whole(params)
                 velocity: Callable[..., jax.Array]
                 if denoiser.jumps:
                     velocity = make_mean_velocity(denoiser.mean_velocity, guidance, whole, batch["context"])
@@ -160,8 +159,7 @@ class Generator:
                     carry,
                     settings["rows"],
                     between or settings["between"],
-                    # The score of noise that is s times as strong is 1/s² of that, the SDE's s² as fast a diffusion.
-                    lambda step: settings["noise_scale"] * normal(1 + step),
+                    lambda step: normal(1 + step),
                     spans=denoiser.jumps,
                 )
 
