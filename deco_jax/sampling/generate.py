@@ -238,17 +238,16 @@ class Generator:
 
     def _begin_at(self, batch: Batch, sampling: Sampling, table: samplers.Table) -> tuple[Batch, samplers.Carry]:
         """What the program takes of a batch, and the first state."""
-        x = (
-            batch["start"]
-            if "start" in batch
-            else self._noise(_seed(sampling), batch["index"], sampling.size, np.float32(sampling.noise_scale))
-        )
         if "start" in batch and self.denoiser.token:
             raise UserError(
                 "this model denoises a class token along with the image (config.model.class_token), so it can't start "
                 "from an image's state alone; leave the noise out"
             )
-        x = batch["start"] if "start" in batch else self._noise(_seed(sampling), batch["index"], sampling.size)
+        x = (
+            batch["start"]
+            if "start" in batch
+            else self._noise(_seed(sampling), batch["index"], sampling.size, np.float32(sampling.noise_scale))
+        )
         return {name: batch[name] for name in ("index", "context")}, self._start(x, table.advance.shape[1])
 
     def _settings(self, null: Any, sampling: Sampling, table: samplers.Table) -> dict[str, Any]:
