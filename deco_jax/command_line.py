@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 from absl import flags
 
 from deco_jax import config_files
+from deco_jax.errors import UserError
 
 # The schema imports JAX; data workers import this file and must not.
 SAVED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config", "saved.py")
@@ -97,16 +98,26 @@ def find_config(argv: list[str]) -> Named | None:
         return _config_of_run(argv)
     path, colon, variant = os.path.expanduser(name).partition(":")
     whole = os.path.expanduser(name)
-    if os.path.isdir(whole) and os.path.isfile(os.path.join(whole, "config.json")):
+    if _is_file(os.path.join(whole, "config.json")):
         whole = os.path.join(whole, "config.json")
     if whole.endswith(".json"):
-        if not os.path.isfile(whole):
+        if not _is_file(whole):
             fail(f"no config {name!r}: there is no such file")
         return Named(name, f"{SAVED}:{whole}", True)
     for place in (path, *_places_of(path)):
         if os.path.isfile(place):
             return Named(name, f"{place}{colon}{variant}", False)
     fail(f"no config {name!r}; {_suggest_config(path)}")
+
+
+def _is_file(name: str) -> bool:
+    """Whether there is such a file, in a bucket too; a bucket that doesn't answer ends the program."""
+    from deco_jax.run import storage
+
+    try:
+        return storage.is_file(name)
+    except UserError as error:
+        fail(str(error))
 
 
 def _places_of(path: str) -> list[str]:
@@ -136,7 +147,10 @@ def _config_of_run(argv: list[str]) -> Named | None:
     from deco_jax.config import saved
 
     for folder in folders:
-        place = saved.of_workdir(os.path.expanduser(folder))
+        try:
+            place = saved.of_workdir(os.path.expanduser(folder))
+        except UserError as error:
+            fail(str(error))
         if place is not None:
             return Named(str(place), f"{SAVED}:{place}", True)
     return None
@@ -200,8 +214,6 @@ def _settings() -> dict[str, Any]:
 
 def unreadable(named: Named | None, error: Exception) -> str:
     """What to say of an exception that the config file, or a saved config, ended with."""
-    from deco_jax.errors import UserError
-
     if isinstance(error, UserError) or named is None:
         return str(error)
     message = f"the config {named.name} could not be read: {error}"

@@ -9,6 +9,7 @@ import logging
 import os
 import pathlib
 import socket
+import tempfile
 import time
 import urllib.parse
 import urllib.request
@@ -52,6 +53,7 @@ def uses(environment: Mapping[str, str], monkeypatch: pytest.MonkeyPatch, folder
     more = {"TMPDIR": folder / "temporary", "DECO_JAX_CACHE": folder / "cache", "XDG_CACHE_HOME": folder / "cache"}
     for name, value in {**environment, **more}.items():
         monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # where TMPDIR is remembered
     storage._filesystem.cache_clear()
     backend.fsspec_backend._get_filesystem.cache_clear()
     yield

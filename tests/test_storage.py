@@ -16,6 +16,9 @@ import numpy as np
 import pytest
 import torch
 
+from configs import quickstart
+from deco_jax import command_line
+from deco_jax.config import saved, to_json
 from deco_jax.data import features as features_lib
 from deco_jax.data import sources
 from deco_jax.errors import UserError
@@ -156,7 +159,7 @@ def test_a_sweep_its_report_and_an_export_in_a_bucket(here, whole_run, tmp_path)
 
     copy = download(here, "sweep/seed=0", tmp_path / "copy")
     for workdir in ("gs://bucket/sweep/seed=0", copy):
-        succeed("--mode=export", f"--workdir={workdir}")
+        succeed("--mode=export", f"--workdir={workdir}")  # with the settings that lie there
     theirs = files(copy / "export")
     assert sorted(theirs) == ["config.json", "deco.ckpt", "ema.safetensors"]
     for name in ("config.json", "ema.safetensors"):
@@ -188,6 +191,23 @@ def test_other_modes_read_and_write_there_and_leave_nothing_here(here, whole_run
     assert "wrote gs://bucket/runs/copied/report.html" in result.stdout
     assert b"</html>" in here.files["runs/copied/report.html"]
     assert list((tmp_path / "temporary").glob("deco_jax_*")) == []
+
+
+def test_a_run_in_a_bucket_knows_its_settings(here, tmp_path):
+    config = json.dumps(to_json(quickstart.get_config("smoke"))).encode()
+    here.upload("runs/known/config.json", config)
+    here.upload("runs/known/checkpoints/4/config/metadata", config)
+    for folder in ("", "/checkpoints", "/checkpoints/4"):
+        assert saved.of_workdir(f"gs://bucket/runs/known{folder}") is not None
+    assert saved.of_workdir("gs://bucket/runs") is None
+    for given in ("--workdir=gs://bucket/runs/known", "--config=gs://bucket/runs/known"):
+        named = command_line.find_config(["main", given])
+        assert named is not None
+        assert named.path.endswith("saved.py:gs://bucket/runs/known/config.json")
+    settings = saved.get_config("gs://bucket/runs/known/config.json")
+    assert to_json(settings) == json.loads(config)
+    result = run_main("--mode=export", "--workdir=gs://bucket/runs/known")
+    assert "there is no checkpoint in gs://bucket/runs/known; train first" in result.stderr
 
 
 def test_a_bucket_that_is_not_there_is_one_line(here, tmp_path):

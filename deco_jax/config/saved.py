@@ -6,7 +6,6 @@ ml_collections takes a config from a Python file's get_config(VARIANT). This is 
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -64,8 +63,7 @@ def of_workdir(folder: str | pathlib.Path) -> pathlib.Path | None:
     """The saved config of a run's workdir, of its folder of checkpoints, or of one of them; None if there is none."""
     folder = storage.path(folder)
     for place in (folder / NAME, folder / "config" / "metadata", folder.parent / NAME):
-        # Not Path.is_file(), which raises where a name is too long.
-        if os.path.isfile(place) and (place.parent != folder.parent or folder.name == "checkpoints"):
+        if storage.is_file(place) and (place.parent != folder.parent or folder.name == "checkpoints"):
             return place
     return None
 

@@ -67,6 +67,14 @@ def path(name: str | os.PathLike[str]) -> pathlib.Path:
     return epath.Path(name)
 
 
+def is_file(name: str | os.PathLike[str]) -> bool:
+    """Whether there is such a file; no name is too long to ask."""
+    if not is_remote(name):
+        return os.path.isfile(name)
+    with answering(name):
+        return bool(system(name).isfile(os.fspath(name)))
+
+
 def absolute(name: str | os.PathLike[str]) -> pathlib.Path:
     """`path` as it is from every folder."""
     return path(name) if is_remote(name) else pathlib.Path(name).absolute()
@@ -348,18 +356,6 @@ def remove_tree(folder: str | os.PathLike[str]) -> None:
     else:
         with contextlib.suppress(FileNotFoundError):
             system(folder).rm(os.fspath(folder), recursive=True)
-
-
-def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Put an object into a folder and remove it. UserError: the bucket refuses."""
-    probe = os.path.join(os.fspath(folder), ".writable")
-    try:
-        put(probe, b"")
-        system(probe).rm_file(probe)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} can't be written: there is no such bucket; create it, or check the name") from error
-    except Exception as error:
-        raise UserError(refusal(error) or f"{folder} can't be written: {error}; choose another folder") from error
 
 
 # ---------------------------------------------------------------------------------------- failing

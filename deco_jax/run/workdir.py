@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 
 from deco_jax.errors import UserError
@@ -20,7 +21,7 @@ def make_workdir(folder: pathlib.Path) -> None:
 def make_folder(folder: pathlib.Path) -> None:
     """Do the same on this host alone, without starting a device."""
     if storage.is_remote(folder):
-        storage.check_writable(folder)
+        _check_bucket(folder)
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -31,6 +32,20 @@ def make_folder(folder: pathlib.Path) -> None:
         raise UserError(f"{folder} is, or lies under, a file; choose another folder") from error
     except OSError as error:
         raise UserError(f"{folder} can't be written: {error.strerror}; choose another folder") from error
+
+
+def _check_bucket(folder: str | os.PathLike[str]) -> None:
+    """Put an object into a folder and remove it. UserError: the bucket refuses."""
+    probe = os.path.join(os.fspath(folder), ".writable")
+    try:
+        storage.put(probe, b"")
+        storage.system(probe).rm_file(probe)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} can't be written: there is no such bucket; create it, or check the name") from error
+    except Exception as error:
+        raise UserError(
+            storage.refusal(error) or f"{folder} can't be written: {error}; choose another folder"
+        ) from error
 
 
 def listed(names: str) -> list[pathlib.Path]:
