@@ -191,3 +191,37 @@ def test_weights_travel_in_the_compute_dtype(programs):
     # The embedding of labels is looked up in float32.
     assert {size for _, size, dtype in found if dtype != "bf16"} <= {"11x16", "11x128"}
     assert sum(dtype == "bf16" for _, _, dtype in found) > 10
+
+
+INCEPTION = """
+import sys
+from configs import imagenet256
+from deco_jax.programs import compile as compile_lib
+from deco_jax.run import sharding
+
+config = imagenet256.get_config("smoke")
+config.evaluate.batch_size = int(sys.argv[2])
+lowered = compile_lib.lower_evaluation(config, sharding.make_mesh(2, 4))
+open(sys.argv[1], "w").write(lowered.program.compile().as_text())
+"""
+
+
+def test_inception_s_images_stay_where_they_are(tmp_path):
+    """Only the features travel, to all devices; 88 images, 11 on each."""
+    path = tmp_path / "inception.hlo"
+    done = subprocess.run(
+        [sys.executable, "-c", INCEPTION, path, str(ROWS)],
+        cwd=ROOT,
+        timeout=500,
+        env={**os.environ, **fake_devices(8)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = program.parse(path.read_text())
+    shapes = {array.shape for array, _ in program.arrays(found) if array.shape}
+    assert any(shape[0] == ROWS // 8 and len(shape) == 4 for shape in shapes)
+    assert not [shape for shape in shapes if shape[0] == ROWS and len(shape) > 3]
+    features = ROWS * (2048 + 2023 + 1008) * 4  # pooled, spatial, class probabilities
+    assert {one.kind for one in program.collectives(found)} == {"all-gather"}
+    assert sum(map(moved, program.collectives(found))) <= features
