@@ -295,15 +295,18 @@ def launch(workdir: pathlib.Path, log: pathlib.Path, *arguments: str) -> subproc
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_other_and_the_launcher_goes_on(victim, tmp_path):
-    run = ("--config.train.num_steps=300", "--config.train.save_every=10", "--config.train.log_every=1", NO_SAMPLES)
-    expected = launch(tmp_path / "whole", tmp_path / "whole.txt", *run)
-    assert expected.wait(timeout=600) == 0, (tmp_path / "whole.txt").read_text()
+    run = ("--config.train.num_steps=40", "--config.train.save_every=5", "--config.train.log_every=1", NO_SAMPLES)
+    undisturbed = launch(tmp_path / "whole", tmp_path / "whole.txt", *run)
+    try:
+        assert undisturbed.wait(timeout=600) == 0, (tmp_path / "whole.txt").read_text()
+    finally:
+        undisturbed.terminate()
 
     log, workdir = tmp_path / "killed.txt", tmp_path / "killed"
     launcher = launch(workdir, log, *run)
     try:
         metrics, end = workdir / "metrics.jsonl", time.monotonic() + 600
-        while not (metrics.exists() and metrics.read_text().count("\n") >= 25):
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 12):
             assert launcher.poll() is None, log.read_text()
             assert time.monotonic() < end, log.read_text()
             time.sleep(0.01)
