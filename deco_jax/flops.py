@@ -24,7 +24,7 @@ from deco_jax.sampling.settings import Sampling
 
 
 def forward(model: Mapping[str, Any], image_size: int | tuple[int, int]) -> dict[str, float]:
-    """FLOPs of one image's forward pass, by part.
+    """Count the FLOPs of one image's forward pass, by part.
 
     Args:
         model: config.model.
@@ -35,12 +35,12 @@ def forward(model: Mapping[str, Any], image_size: int | tuple[int, int]) -> dict
 
 
 def forward_total(model: Mapping[str, Any], image_size: int | tuple[int, int]) -> float:
-    """FLOPs of one image's forward pass."""
+    """Count the FLOPs of one image's forward pass."""
     return sum(forward(model, image_size).values())
 
 
 def training(config: ml_collections.ConfigDict) -> float:
-    """FLOPs of training on one image: forward and twice that for the gradients, and the frozen networks' forward."""
+    """Count the FLOPs of training on one image: forward, twice that for gradients, and the frozen networks' forward."""
     model, size = config.model, config.data.image_size
     total = 3 * forward_total(model, size)
     if config.loss.mean_flow:  # the network's own velocities with and without a condition, and a forward-mode product
@@ -71,5 +71,5 @@ def frozen(config: ml_collections.ConfigDict) -> float:
 
 
 def sampling(config: ml_collections.ConfigDict) -> float:
-    """FLOPs of sampling one image by config.sample; a guided evaluation runs the network twice."""
+    """Count the FLOPs of sampling one image by config.sample; a guided evaluation runs the network twice."""
     return Sampling.of(config).num_evaluations() * forward_total(config.model, config.data.image_size)

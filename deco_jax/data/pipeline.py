@@ -118,7 +118,7 @@ def train_batches(
     encode_caption: EncodeCaption | None = None,
     fast_crop: bool = False,
 ) -> Batches:
-    """Endless batches for training, reshuffled every epoch, from step `start_step` on.
+    """Yield endless batches for training, reshuffled every epoch, from step `start_step` on.
 
     `image_size` is (height, width), `batch_size` global. Host i gets rows i·local to (i + 1)·local of each global
     batch, local = batch_size / host_count: the hosts' rows in their order are what a single host would get.
@@ -145,7 +145,7 @@ def train_batches(
 
 
 def _in_random_order(source: Source, seed: int) -> grain.MapDataset:
-    """Endless indices of a source, in another order every epoch."""
+    """Yield the endless indices of a source, in another order every epoch."""
     if isinstance(source, Mixture):
         # Each part has an order of its own, whatever the shares of the others are.
         orders = [
@@ -170,7 +170,7 @@ def epoch(
     indices: np.ndarray | None = None,
     encode_caption: EncodeCaption | None = None,
 ) -> Batches:
-    """Every sample (or those of `indices`) once, in order, as for training but unshuffled and never mirrored.
+    """Yield every sample (or those of `indices`) once, in order, as for training but unshuffled and never mirrored.
 
     `batch_size` is global; the hosts take turns with batches of batch_size / host_count. The very last batch may be
     shorter, and hosts may differ by one in their number of batches.
