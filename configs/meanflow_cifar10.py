@@ -23,7 +23,9 @@ def get_config(variant: str = "jit") -> ml_collections.ConfigDict:
     """Variants: jit, deco, dit, also with -cpu or -smoke; smoke."""
     variant = {"smoke": "jit-smoke"}.get(variant, variant)
     if variant.partition("-")[0] not in ("jit", "deco", "dit"):
-        raise ValueError(f"there is no variant {variant!r}; choose jit, deco or dit, also with -cpu or -smoke")
+        raise ValueError(
+            f"there is no variant {variant!r}; choose jit, deco or dit (or one of them with -cpu or -smoke)"
+        )
     config = cifar10.get_config(variant)
     meanflow256.mean_flow(config)
     return config

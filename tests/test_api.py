@@ -95,7 +95,7 @@ def test_one_program_for_all_settings(model):
     with monitor.CompileWatch() as compilations:
         others = [
             model.sample(classes=["5", 7], **EULER, seed=4),
-            model.sample(classes=[3, 7], **{**EULER, "guidance": 1.5}, seed=4),
+            model.sample(classes=[3, 7], **{**EULER, "guidance": 6.0}, seed=4),
             model.sample(classes=[3, 7], **EULER, seed=np.int64(5), guidance_interval=[0.5, 1.0]),
             model.sample(classes=np.array([3, 7]), guidance=3.0, num_steps=7, sampler="sde", shift=2.0),
         ]

@@ -332,13 +332,13 @@ def looked_into(monkeypatch):
     seen: list[str] = []
     look_into_tar, look_at_pair = webdataset.look_into_tar, captioned_folder._look_at_pair
 
-    def tar(path):
+    def tar(path, **options):
         seen.append(os.path.basename(path))
-        return look_into_tar(path)
+        return look_into_tar(path, **options)
 
-    def pair(path):
+    def pair(path, **options):
         seen.append(os.path.basename(path))
-        return look_at_pair(path)
+        return look_at_pair(path, **options)
 
     monkeypatch.setattr(webdataset, "look_into_tar", tar)
     monkeypatch.setattr(captioned_folder, "_look_at_pair", pair)
@@ -442,10 +442,10 @@ def test_a_broken_off_index_is_gone_on_with(tars, looked_into, monkeypatch):
     monkeypatch.setattr(captioned_pairs, "SECONDS_BETWEEN_SAVES", 0.0)
     look = webdataset.look_into_tar
 
-    def fail(path):
+    def fail(path, **options):
         if "more" in path:
             raise OSError("the disk went away")
-        return look(path)
+        return look(path, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(webdataset, "look_into_tar", fail)

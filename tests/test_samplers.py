@@ -24,7 +24,7 @@ from tests.helpers import golden, golden_params, nhwc, relative_error
 pytestmark = pytest.mark.fast
 
 ODE_SAMPLERS = [name for name in samplers.SAMPLERS if name != "sde"]
-ORDERS = {"euler": 1, "heun": 2, "heun_reuse": 2, "adams1": 1, "adams2": 2, "adams3": 2, "adams4": 2}
+ORDERS = {"euler": 1, "heun": 2, "heun_reuse": 2, "adams1": 1, "adams2": 2, "adams3": 2, "adams4": 2, "mean_flow": 1}
 
 
 def sample(velocity, noise, *, sampler, times, guided, step_noise=None, return_trajectory=False):
