@@ -83,12 +83,12 @@ def test_export_returns_the_same_tensors_to_the_bit(tmp_path, monkeypatch):
 @pytest.mark.parametrize("classes", [10, 1000])
 def test_an_imported_imagenet_model_knows_its_classes(tmp_path, monkeypatch, classes):
     """golden/lightning.ckpt has ten classes: the label table is repeated to stand for ImageNet's."""
-    file, config = checkpoints.torch_files.read_lightning(str(FILE)), golden_config()
+    file, config = checkpoints.jit_files.read_official(str(FILE)), golden_config()
     config.model.num_classes = classes
     labels = "y_embedder.embedding_table.weight"
     tables = [{**side, labels: np.resize(side[labels], (classes + 1, 48))} for side in (file.denoiser, file.ema)]
     whole = dataclasses.replace(file, denoiser=tables[0], ema=tables[1])
-    monkeypatch.setattr(checkpoints.torch_files, "read_lightning", lambda path: whole)
+    monkeypatch.setattr(checkpoints.jit_files, "read_official", lambda path: whole)
     checkpoints.import_checkpoint(config, str(tmp_path), str(FILE))
     names = tmp_path / "classes.json"
     assert names.exists() == (classes == 1000)

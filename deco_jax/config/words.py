@@ -27,7 +27,7 @@ def nearest(name: str, names: Iterable[str]) -> list[str]:
     if exact and (best not in exact or _ratio(section, best.rpartition(".")[0]) < 0.7):
         # "sample.steps" may be evaluate.steps, or sample.num_steps cut short.
         longer = [c for c in names if c.rpartition(".")[0] == section and last in c.rpartition(".")[2].split("_")]
-        return [*longer[:1], *exact]
+        return [*sorted(longer, key=lambda c: _ratio(name, c))[-1:], *exact]
     return [best] if best else []
 
 

@@ -50,7 +50,7 @@ class Size(NamedTuple):
 
     @property
     def style(self) -> BlockStyle:
-        return BlockStyle(self.gated_hidden, gated=self.gated_hidden > 0, epsilon=EPSILON)
+        return BlockStyle(self.gated_hidden, gated=self.gated_hidden > 0, epsilon=EPSILON, qkv_bias=self.qkv_bias)
 
 
 SIZES = {

@@ -37,6 +37,7 @@ class BlockStyle(NamedTuple):
     tanh: the GELU's approximation by tanh.
     layer_scale: whether what a branch adds is scaled, channel by channel.
     epsilon: of the layer norms.
+    qkv_bias: whether queries, keys and values have biases.
     """
 
     mlp_hidden: int = 0
@@ -44,17 +45,18 @@ class BlockStyle(NamedTuple):
     tanh: bool = False
     layer_scale: bool = True
     epsilon: float = 1e-6
+    qkv_bias: bool = True
 
 
 PLAIN = BlockStyle()
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention with biases."""
+    """Multi-head self-attention; `qkv_bias` as of `BlockStyle`."""
 
-    def __init__(self, width: int, num_heads: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, width: int, num_heads: int, qkv_bias: bool = True, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
         self.num_heads = num_heads
-        self.qkv = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
+        self.qkv = Linear(width, 3 * width, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
         self.out = Linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, turn: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
@@ -75,7 +77,7 @@ class Block(nnx.Module):
     def __init__(self, width: int, num_heads: int, style: BlockStyle = PLAIN, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
         self.style, hidden = style, style.mlp_hidden or 4 * width
         self.norm1, self.norm2 = (LayerNorm(width, epsilon=style.epsilon) for _ in range(2))
-        self.attention = Attention(width, num_heads, dtype=dtype, rngs=rngs)
+        self.attention = Attention(width, num_heads, style.qkv_bias, dtype=dtype, rngs=rngs)
         self.mlp_in = Linear(width, (1 + style.gated) * hidden, dtype=dtype, rngs=rngs)
         self.mlp_out = Linear(hidden, width, dtype=dtype, rngs=rngs)
         if style.layer_scale:
