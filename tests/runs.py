@@ -77,7 +77,8 @@ def arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 def depends_on_time(metric: str) -> bool:
     """Whether a metric says how fast a run was, not what it computed."""
-    return metric in ("images_per_second", "peak_memory_gib", "goodput") or metric.startswith("time_")
+    times = ("images_per_second", "peak_memory_gib", "goodput", "save_blocked_seconds")
+    return metric in times or metric.startswith("time_")
 
 
 def assert_same_run(ours: pathlib.Path, theirs: pathlib.Path, step: int) -> None:

@@ -33,6 +33,7 @@ def train_and_resume(config, workdir, *more):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -58,6 +59,7 @@ def test_trains_samples_and_resumes(config, vgg, tmp_path):
         refuse(f"--workdir={tmp_path}", "--config.loss.repa_projector=conv", "--config.train.num_steps=9", says=says)
 
 
+@pytest.mark.slow
 def test_an_alignment_that_ends(vgg, tmp_path):
     """Resumed where it ends or run through: the same weights; from then on there is no alignment."""
     found = train_and_resume("irepa256.py:haste-smoke", tmp_path / "resumed", vgg)

@@ -125,6 +125,7 @@ def run(tmp_path_factory):
 KID = {"num_reference": 6, "batch_size": 6, "metrics": "kid", "kid_subsets": 2, "best_by": "kid"}
 
 
+@pytest.mark.slow
 def test_as_a_command(run, tmp_path, capsys):
     folder, inception = run / "run", str(run / "inception.pth")
     said = succeed(
@@ -178,6 +179,7 @@ def test_as_a_command(run, tmp_path, capsys):
     assert again["best"] == rows[3]["key"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_searched(run, tmp_path):
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8))
     weights = str(run / "inception.pth")

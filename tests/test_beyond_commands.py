@@ -38,6 +38,7 @@ def run(request, tmp_path_factory):
     return workdir, arguments
 
 
+@pytest.mark.slow
 def test_goes_on_on_eight_devices(run, tmp_path):
     whole, arguments = run
     part = tmp_path / "part"
@@ -53,6 +54,7 @@ def test_goes_on_on_eight_devices(run, tmp_path):
             np.testing.assert_allclose(rows(part)[step][name], rows(whole)[step][name], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_samples(run, tmp_path):
     whole, arguments = run
     result = succeed(*arguments, f"--workdir={whole}", "--mode=sample", "--config.sample.npz=True")
@@ -64,6 +66,7 @@ def test_samples(run, tmp_path):
     np.testing.assert_array_equal(model.sample(classes=range(10)), drawn)
 
 
+@pytest.mark.slow
 def test_class_tokens_go_out_and_in_again(tmp_path):
     """Of DeCo, which no official file has."""
     workdir = tmp_path / "run"
@@ -78,6 +81,7 @@ def test_class_tokens_go_out_and_in_again(tmp_path):
     np.testing.assert_array_equal(exported.params["context_positions"], model.params["context_positions"])
 
 
+@pytest.mark.slow
 def test_the_basis_is_the_data_s(tmp_path):
     """Against float64 on all of the data, whose order then doesn't matter; exported and loaded it is the same."""
     config = asymmetric256.get_config("smoke")

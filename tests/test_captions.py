@@ -208,6 +208,7 @@ def test_prepared_data_keeps_all_of_them(tmp_path):
         prepared.Prepared(str(tmp_path / "shards"), {"txt": 1.0})
 
 
+@pytest.mark.slow
 def test_through_the_command_line(tmp_path):
     """Encoded in the step and before it, the same losses; resumed, the same to the bit."""
     path = in_folder(tmp_path / "data")

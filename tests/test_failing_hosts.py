@@ -46,6 +46,7 @@ main.cli()
 """
 
 
+@pytest.mark.slow
 def test_a_hung_step_names_the_host_and_leaves_its_stacks(tmp_path):
     arguments = [SMOKE, f"--workdir={tmp_path}", NO_SAMPLES, "--config.train.step_timeout=3"]
     done = subprocess.run(
@@ -175,6 +176,7 @@ def test_local_copies_are_exact_and_only_of_this_run(tmp_path):
     assert done.stdout == "done\n", done.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_local_copy(tmp_path):
     whole, killed, local = tmp_path / "whole", tmp_path / "killed", tmp_path / "local"
     run = (
@@ -233,6 +235,7 @@ with distributed.ending_with_the_others():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim, works", [(0, "alone"), (1, "alone"), (1, "together")])
 def test_a_lost_process_ends_the_other_with_one_line(victim, works):
     """The coordinator or the other one, while they exchange something and while they don't."""

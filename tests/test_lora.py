@@ -152,6 +152,7 @@ def compare_devices():
         }
 
 
+@pytest.mark.slow
 def test_eight_devices_train_as_one():
     """And what is frozen is the same to the bit after the steps, while every factor has moved."""
     program = (
@@ -220,6 +221,7 @@ def merged_by_hand(run, pretrained, step: int):
     return config, network, mesh, expected
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_what_trains_and_is_read_merged(run, pretrained):
     config, network, mesh, expected = merged_by_hand(run, pretrained, 4)
     where = checkpoint.find(str(run))
@@ -237,6 +239,7 @@ def test_a_checkpoint_holds_what_trains_and_is_read_merged(run, pretrained):
     assert sorted(path.name for path in (run / "base").iterdir()) == ["checksums.json", "parameters"]
 
 
+@pytest.mark.slow
 def test_samples_and_exports_are_of_the_merged_model(run):
     succeed(f"--workdir={run}", "--mode=sample")
     assert (run / "samples" / "grid.png").exists()
@@ -251,6 +254,7 @@ def test_samples_and_exports_are_of_the_merged_model(run):
     assert json.loads((run / "export" / "config.json").read_text())["lora"]["rank"] == 0
 
 
+@pytest.mark.slow
 def test_resumed_is_uninterrupted_to_the_bit_without_what_it_started_from(run, pretrained, tmp_path):
     moved = pretrained.with_name("moved")
     succeed(*command(pretrained), f"--workdir={tmp_path}", "--config.train.num_steps=2")
@@ -269,6 +273,7 @@ def test_resumed_is_uninterrupted_to_the_bit_without_what_it_started_from(run, p
     assert files(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_base_that_is_damaged_or_missing_is_one_line(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     target = max((tmp_path / "run" / "base" / "parameters").rglob("*"), key=lambda path: path.stat().st_size)
@@ -280,6 +285,7 @@ def test_a_base_that_is_damaged_or_missing_is_one_line(run, tmp_path):
     refuse(f"--workdir={tmp_path / 'run'}", "--mode=sample", says="base is missing.*copy a run's whole folder")
 
 
+@pytest.mark.slow
 def test_own_classes_start_from_those_of_the_same_name(pretrained, tmp_path):
     """Of three classes two are the pretrained model's; the third starts as no class."""
     config = config_of(model__num_classes=3, init_from=str(pretrained))
@@ -298,6 +304,7 @@ def test_own_classes_start_from_those_of_the_same_name(pretrained, tmp_path):
         adapted.Adaptation(config, tmp_path, "", mesh)
 
 
+@pytest.mark.slow
 def test_the_smoke_variant(tmp_path):
     succeed("--config=configs/finetune.py:smoke", f"--workdir={tmp_path}")
     succeed(f"--workdir={tmp_path}", "--mode=sample")

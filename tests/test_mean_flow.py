@@ -264,6 +264,7 @@ def test_what_does_not_go_together():
         config_lib.check(config)
 
 
+@pytest.mark.slow
 def test_resumed_on_eight_devices_as_on_one(tmp_path):
     """Trained from a plain run's checkpoint, four steps on one device; and two and two on eight of a 4 × 2 mesh."""
     plain = [

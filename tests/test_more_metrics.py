@@ -37,6 +37,7 @@ def files(tmp_path_factory):
     ]
 
 
+@pytest.mark.slow
 def test_as_a_command(tmp_path, files):
     """All at once, of six samples that are drawn once."""
     pytest.importorskip("tokenizers")

@@ -186,6 +186,7 @@ pathlib.Path(sys.argv[1]).write_text(json.dumps(result))
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, tmp_path / "result.json"],
@@ -201,6 +202,7 @@ def test_eight_devices_equal_one(tmp_path):
     assert len({tuple(row) for row in result["1"]}) == 4
 
 
+@pytest.mark.slow
 def test_the_config_s_smoke(tmp_path):
     """Trains, samples and resumes."""
     setting = next(s for s in lpips_files(tmp_path) if s.startswith("--config.lpips.vgg="))

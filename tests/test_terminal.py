@@ -13,6 +13,8 @@ import sys
 import termios
 import time
 
+import pytest
+
 from deco_jax.run import progress as progress_lib
 from deco_jax.run.progress import Progress
 from tests.helpers import ROOT
@@ -39,6 +41,7 @@ def on_terminal(*command: object, columns: int = 80) -> list[str]:
     return [line for line in re.split(r"\r\n|\r\x1b\[K", said.decode()) if line]
 
 
+@pytest.mark.slow
 def test_training(tmp_path):
     lines = on_terminal("-m", "deco_jax.main", SMOKE, NO_SAMPLES, f"--workdir={tmp_path}")
     live = [line for line in lines if line.startswith("step ")]
@@ -48,6 +51,7 @@ def test_training(tmp_path):
         assert len(line) <= 79
 
 
+@pytest.mark.slow
 def test_sampling(tmp_path):
     run = two_steps(tmp_path)
     few = ("--config.sample.num_images=8", "--config.sample.batch_size=2")
@@ -58,6 +62,7 @@ def test_sampling(tmp_path):
         assert re.fullmatch(rf"{count} of 8 images drawn, {LEFT}, \S+ a second", line)
 
 
+@pytest.mark.slow
 def test_evaluating():
     """With the bookkeeping's stand-in for the Inception network, and a name that is longer than the line."""
     program = """
@@ -119,6 +124,7 @@ def test_ctrl_c_is_answered_while_native_code_runs_and_twice_ends_it():
             run.kill()
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_step_is_compiled(tmp_path):
     """A word at once; then the step, the save and the end."""
     command = (SMOKE, NO_SAMPLES, "--config.train.num_steps=1000", "--config.model.depth=3", f"--workdir={tmp_path}")

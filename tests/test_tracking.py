@@ -88,6 +88,7 @@ class Offline:
         return found
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_one_run_there_and_equals_metrics_jsonl(tmp_path):
     workdir = tmp_path / "xl"
     command = (SMOKE, f"--workdir={workdir}", "--config.train.wandb=pixels", "--config.train.log_every=1")
@@ -111,6 +112,7 @@ def test_a_run_that_goes_on_is_one_run_there_and_equals_metrics_jsonl(tmp_path):
     assert found == expected
 
 
+@pytest.mark.slow
 def test_scores_join_their_steps_and_the_run(tmp_path):
     config = quickstart.get_config("smoke")
     config.train.wandb = "pixels"
@@ -126,6 +128,7 @@ def test_scores_join_their_steps_and_the_run(tmp_path):
     assert there.summary["evaluation/fid"] == 3.25
 
 
+@pytest.mark.slow
 def test_a_sweep_is_one_table_there(tmp_path):
     command = [sys.executable, "launch/sweep.py", SMOKE, f"--workdir={tmp_path / 'sweep'}", "--grid=seed=3"]
     command += ["--", NO_SAMPLES, "--config.train.num_steps=1", "--config.train.wandb=pixels"]
@@ -148,6 +151,7 @@ def test_a_sweep_is_one_table_there(tmp_path):
     assert groups == {"sweep"}
 
 
+@pytest.mark.slow
 @needs_gcs
 def test_an_offline_run_of_a_bucket_lies_there(here, tmp_path):
     from deco_jax.run import storage
@@ -199,6 +203,7 @@ def test_what_fails_there_is_said_once_and_ends_nothing(tmp_path, caplog, monkey
     wandb.finish()
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_config_and_stdout_a_json_line_a_step(tmp_path):
     from tensorboardX.proto import event_pb2
 

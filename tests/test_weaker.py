@@ -32,6 +32,7 @@ def samples(workdir, *arguments, **options) -> np.ndarray:
         return file["arr_0"].astype(int)
 
 
+@pytest.mark.slow
 def test_another_average(run):
     drawn = samples(run, AVERAGE)
     split = ("--config.mesh.data=2", "--config.mesh.fsdp=4")
@@ -45,6 +46,7 @@ def test_another_average(run):
     assert np.abs(itself.astype(int) - model.sample(classes=range(10), guidance=1.0)).max() <= 1
 
 
+@pytest.mark.slow
 def test_another_checkpoint(run):
     weaker = run / "checkpoints" / "2"
     model = deco_jax.load(run)
@@ -54,6 +56,7 @@ def test_another_checkpoint(run):
     assert np.abs(other.astype(int) - drawn).max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings, words",
     [
@@ -68,6 +71,7 @@ def test_what_can_t_be_is_one_line(run, settings, words):
         deco_jax.load(run).sample(classes=[1], **settings)
 
 
+@pytest.mark.slow
 def test_a_training_refuses_before_it_writes(tmp_path):
     result = run_main(SMOKE, f"--workdir={tmp_path / 'new'}", "--config.sample.guidance_average=long")
     assert (result.returncode, len(result.stderr.strip().splitlines())) == (1, 1)

@@ -178,7 +178,7 @@ class Loss(FrequencySettings, RepaSettings, RegSettings, PerceptualSettings, Mea
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """The frozen encoder to align with, read only where a loss reads it: repa_, class_token_ or dino_weight."""
+    """The frozen encoder to align with, read where repa_, class_token_ or dino_weight is above 0."""
 
     name: str = setting("dinov2", "Kind of encoder.", one_of(*TEACHERS))
     path: str = setting("", "Its weights, such as dinov2_vitb14_pretrain.pth.")

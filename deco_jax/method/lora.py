@@ -38,7 +38,7 @@ def _some_of(text: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class LoraSettings:
-    """Low-rank adaptation of a pretrained model: config.init_from stays frozen, and small factors are trained."""
+    """Low-rank adaptation: config.init_from stays frozen, small factors are trained."""
 
     rank: int = setting(0, "Columns of the factors; 0: off, the whole model is trained.", at_least(0, 4096))
     alpha: float = setting(16.0, "The factors' product counts alpha / rank times.", above(0, 1e6))
