@@ -30,6 +30,10 @@ def test_smoke_trains_and_samples(tmp_path, tmp_path_factory, name):
         config.sample.npz = True
     if config.loss.lpips_weight:
         command += lpips_files(tmp_path_factory.mktemp("lpips"))
+    elif config.teacher.name == "vgg":
+        vgg, _ = lpips_files(tmp_path_factory.mktemp("lpips"))
+        command.append(vgg.replace("--config.lpips.vgg=", "--config.teacher.path="))
+    if len(command) > 2:
         config.update_from_flattened_dict(dict(part.removeprefix("--config.").split("=") for part in command[2:]))
     total, log_every = config.train.num_steps, config.train.log_every
     height, width = image_sides(config.data.image_size)

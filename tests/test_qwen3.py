@@ -122,7 +122,10 @@ def test_the_empty_prompt_is_one_vector_in_every_dtype():
         states = answer(model, jnp.full((1, 8), 3, jnp.int32), jnp.zeros((1, 8), bool))
         assert states.dtype == dtype
         assert np.all(np.isfinite(states))
-        np.testing.assert_array_equal(states, np.broadcast_to(states[:, :1], states.shape))
+        # XLA sums some rows in another order than others, depending on the processor.
+        states = np.asarray(states, np.float32)
+        rounding = 8 * float(jnp.finfo(dtype).eps) * abs(states).max()
+        np.testing.assert_allclose(states, np.broadcast_to(states[:, :1], states.shape), rtol=0, atol=rounding)
 
 
 def test_padding_and_the_future_are_not_seen():

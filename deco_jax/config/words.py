@@ -10,7 +10,7 @@ def nearest(name: str, names: Iterable[str]) -> list[str]:
     """The names that `name` may be a misspelling of; none if none is near.
 
     What counts is the last part of a dotted name; in another section it has to be nearer. Where several sections have a
-    setting of just that name, they are all given, after one of its own section that has the name as one of its words;
+    setting of just that name, they are all given, unless its own section has one with the name as one of its words;
     else the best one is.
     """
     names = list(names)
@@ -27,7 +27,7 @@ def nearest(name: str, names: Iterable[str]) -> list[str]:
     if exact and (best not in exact or _ratio(section, best.rpartition(".")[0]) < 0.7):
         # "sample.steps" may be evaluate.steps, or sample.num_steps cut short.
         longer = [c for c in names if c.rpartition(".")[0] == section and last in c.rpartition(".")[2].split("_")]
-        return [*sorted(longer, key=lambda c: _ratio(name, c))[-1:], *exact]
+        return [max(longer, key=lambda c: _ratio(name, c))] if longer else exact
     return [best] if best else []
 
 

@@ -73,7 +73,8 @@ def unread(
     model: Any, tensors: Mapping[str, np.ndarray], *, like: Mapping[str, Any], dtype: Any, what: str = "the checkpoint"
 ) -> dict[str, Any]:
     """`from_torch` as arrays that are read when they are asked for; see `mapping.unread`."""
-    return table_unread(table(model), tensors, like=like, dtype=dtype, what=what)
+    ignore = architecture(model["name"]).ignored
+    return table_unread(table(model), tensors, like=like, dtype=dtype, ignore=ignore, what=what)
 
 
 def to_torch(model: Any, params: Mapping[str, Any], *, consume: bool = False) -> dict[str, np.ndarray]:

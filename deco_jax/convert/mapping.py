@@ -165,14 +165,20 @@ def to_ours(
 
 
 def unread(
-    table: Table, tensors: Mapping[str, np.ndarray], *, like: Mapping[str, Any], dtype: Any, what: str = "the file"
+    table: Table,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    like: Mapping[str, Any],
+    dtype: Any,
+    ignore: Iterable[str] = (),
+    what: str = "the file",
 ) -> dict[str, Any]:
     """`to_ours` as Unread arrays: a network that is larger than memory can be written parameter by parameter.
 
     Raises:
         UserError: tensors are missing or left over; from `read`, those of `to_ours`.
     """
-    expected = _checked_shapes(table, tensors, like, (), what)
+    expected = _checked_shapes(table, tensors, like, ignore, what)
     assert expected is not None
 
     def later(row: Row, path: str) -> Unread:
