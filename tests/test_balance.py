@@ -41,7 +41,7 @@ METHOD = Method(
     (PixelLoss(), LPIPSLoss(DISTANCE, 0.3)),
     {"ema": Decay(0.9)},
     0.0,
-    Balance(start=4, every=2),
+    balance=Balance(start=4, every=2),
 )
 
 

@@ -106,7 +106,7 @@ def test_time_left(tmp_path, monkeypatch, capsys):
 
 def test_live_line_is_overwritten_on_a_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(os, "get_terminal_size", lambda: os.terminal_size((30, 10)))
+    monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((30, 10)))
     writer = Writer(tmp_path, total_steps=10, resumed_at=0)
     writer.write(1, {"a_metric_with_a_long_name": 0.5})
     writer.say("a line that stays")
