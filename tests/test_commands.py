@@ -22,7 +22,11 @@ from tests.runs import SMOKE, rows, signal_when, steps, succeed, two_steps
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+# PixelGen's balance of its losses compiles VGG16 twice, which takes minutes.
+SMOKES = [pytest.param(name, marks=pytest.mark.slow) if name == "pixelgen256" else name for name in CONFIGS]
+
+
+@pytest.mark.parametrize("name", SMOKES)
 def test_smoke_trains_and_samples(tmp_path, tmp_path_factory, name):
     command = [f"--config=configs/{name}.py:smoke", f"--workdir={tmp_path}"]
     config = importlib.import_module(f"configs.{name}").get_config("smoke")
