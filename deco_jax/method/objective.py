@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -85,10 +85,9 @@ class Method:
         factor = measured[BALANCE] if measured and self.balance is not None else 1.0
         step = self._step(params, pixels, draws, observed, frozen, measured, networks)
         total, terms = jnp.zeros(len(pixels)), {}
-        for loss in self.losses:
-            terms[loss.name] = loss(step) * draws.counts.get(loss.name, 1.0)
-            weight = (factor if loss.balanced else 1.0) * loss.weight * draws.shares.get(loss.name, 1.0)
-            total = total + weight * terms[loss.name]
+        for loss, term, weight in self._terms(step):
+            terms[loss.name] = term
+            total = total + (factor if loss.balanced else 1.0) * weight * term
         return jnp.mean(total), {name: jnp.mean(values) for name, values in terms.items()}
 
     def groups(
@@ -105,10 +104,15 @@ class Method:
         """Compute the weighted sums of the losses that aren't balanced and of those that are, without the factor."""
         step = self._step(params, pixels, draws, observed, frozen, measured, networks)
         sums = [jnp.zeros(len(pixels))] * 2
-        for loss in self.losses:
-            term = loss(step) * draws.counts.get(loss.name, 1.0)
-            sums[loss.balanced] += loss.weight * draws.shares.get(loss.name, 1.0) * term
+        for loss, term, weight in self._terms(step):
+            sums[loss.balanced] += weight * term
         return jnp.mean(sums[False]), jnp.mean(sums[True])
+
+    def _terms(self, step: Step) -> Iterator[tuple[Loss, Array, Array | float]]:
+        """Each loss, its term [batch], and its weight at this step, without the balance's factor."""
+        for loss in self.losses:
+            term = loss(step) * step.draws.counts.get(loss.name, 1.0)
+            yield loss, term, loss.weight * step.draws.shares.get(loss.name, 1.0)
 
     def _step(
         self,
