@@ -20,7 +20,7 @@ import numpy as np
 from deco_jax.convert import torch_archive
 from deco_jax.convert.mapping import listed
 from deco_jax.errors import UserError, reason
-from deco_jax.run import files
+from deco_jax.run import files, storage
 
 PREFIXES = {"denoiser": "denoiser.", "ema": "ema_denoiser.", "projector": "diffusion_trainer.proj."}
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -366,6 +366,12 @@ def with_prefix_removed(tensors: Mapping[str, np.ndarray], prefix: str) -> Mappi
     return _Renamed(tensors, {name.removeprefix(prefix): name for name in tensors})
 
 
+def below(tensors: Mapping[str, np.ndarray], prefix: str) -> Mapping[str, np.ndarray]:
+    """The lazily read tensors whose names begin with `prefix`, without it; all as they are if none does."""
+    names = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
+    return _Renamed(tensors, names) if names else tensors
+
+
 class _Renamed(Mapping[str, np.ndarray]):
     def __init__(self, tensors: Mapping[str, np.ndarray], names: Mapping[str, str]) -> None:
         self.tensors, self.names = tensors, names
@@ -378,3 +384,15 @@ class _Renamed(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+def read_weights(path: str | os.PathLike[str] | None, what: str, remedy: str) -> Mapping[str, np.ndarray]:
+    """Read a frozen network's weights by `read_tensors`; remote ones are fetched once (`storage.local`).
+
+    Raises:
+        UserError: nothing is there or no path is given ("no WHAT weights there; REMEDY"), or as `read_tensors`.
+    """
+    here = storage.local(path) if path else None
+    if here is None or not here.exists():
+        raise UserError(f"{path or 'no path'}: no {what} weights there; {remedy}")
+    return read_tensors(here)

@@ -17,15 +17,13 @@ from flax import nnx
 from jax.nn import initializers
 
 from deco_jax.convert.mapping import DROP_FIRST, VECTOR, Row, Transform, fused, to_ours
-from deco_jax.convert.torch_files import read_tensors
-from deco_jax.errors import UserError
+from deco_jax.convert.torch_files import read_weights
 from deco_jax.models import vit
 from deco_jax.models.layers import Dtype, LayerNorm, Linear, patchify, run_stack, stack
 from deco_jax.models.network import FrozenNetwork, Params, View, functional
 from deco_jax.models.official_names import linear_rows
 from deco_jax.models.vit import FIRST, Block, BlockStyle, norm_rows
 from deco_jax.resize import resize_bicubic
-from deco_jax.run import storage
 from deco_jax.shapes import Maps
 
 PATCH = 16
@@ -166,10 +164,8 @@ def load(path: str | os.PathLike[str], size: str, dtype: Any = np.float32) -> Pa
         UserError: the file is missing (with where to get it), damaged, or of another size.
     """
     url = f"huggingface.co/facebook/dinov3-{SIZES[size].name}-pretrain-lvd1689m (model.safetensors)"
-    here = storage.local(path) if path else None
-    if here is None or not here.exists():
-        raise UserError(f"{path or 'no path'}: no DINOv3 weights there; accept its licence and download {url}")
-    return from_torch(read_tensors(here), SIZES[size], dtype, what=str(path))
+    tensors = read_weights(path, "DINOv3", f"accept its licence and download {url}")
+    return from_torch(tensors, SIZES[size], dtype, what=str(path))
 
 
 def from_torch(

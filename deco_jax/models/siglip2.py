@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ from flax import nnx
 from jax.nn import initializers
 
 from deco_jax.convert.mapping import MATRIX, TRANSPOSE, VECTOR, Row, to_ours
-from deco_jax.convert.torch_files import read_tensors
+from deco_jax.convert.torch_files import below, read_weights
 from deco_jax.errors import UserError
 from deco_jax.models import vit
 from deco_jax.models.layers import Dtype, LayerNorm, Linear, patchify, run_stack, stack
@@ -26,7 +26,6 @@ from deco_jax.models.network import FrozenNetwork, Params, View, functional
 from deco_jax.models.official_names import linear_rows
 from deco_jax.models.vit import FIRST, Block, BlockStyle, joined_rows, norm_rows
 from deco_jax.resize import resize_bicubic
-from deco_jax.run import storage
 from deco_jax.shapes import Maps
 
 PATCH = 16
@@ -155,37 +154,15 @@ def load(path: str | os.PathLike[str], size: str, dtype: Any = np.float32) -> Pa
         UserError: the file is missing (with where to get it), damaged, or of another size.
     """
     url = f"huggingface.co/google/siglip2-{SIZES[size].name}-patch16-256 (model.safetensors)"
-    here = storage.local(path) if path else None
-    if here is None or not here.exists():
-        raise UserError(f"{path or 'no path'}: no SigLIP2 weights there; download {url}")
-    return from_torch(read_tensors(here), SIZES[size], dtype, what=str(path))
-
-
-PREFIX = "vision_model."
-
-
-class _Tower(Mapping[str, np.ndarray]):
-    """The vision tower's tensors of a file, by their names within it; read when they are asked for."""
-
-    def __init__(self, tensors: Mapping[str, np.ndarray]) -> None:
-        self.tensors, self.prefix = tensors, PREFIX if any(name.startswith(PREFIX) for name in tensors) else ""
-        self.names = [name.removeprefix(self.prefix) for name in tensors if name.startswith(self.prefix)]
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.tensors[self.prefix + name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
+    tensors = read_weights(path, "SigLIP2", f"download {url}")
+    return from_torch(tensors, SIZES[size], dtype, what=str(path))
 
 
 def from_torch(
     tensors: Mapping[str, np.ndarray], size: Size, dtype: Any = np.float32, what: str = "the teacher's file"
 ) -> Params:
     """Return the tensors as our parameters; the text model's are passed over. Errors as of `mapping.to_ours`."""
-    tower, name = _Tower(tensors), "embeddings.position_embedding.weight"
+    tower, name = below(tensors, "vision_model."), "embeddings.position_embedding.weight"
     if name in tower and tower[name].shape != (GRID**2, size.width):
         raise UserError(
             f"{what}: {name} has the shape {list(tower[name].shape)}, expected {[GRID**2, size.width]}; take the file "

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,11 +17,9 @@ from flax import nnx
 from jax.nn import initializers
 
 from deco_jax.convert.mapping import VECTOR, Row, one_to_one, to_ours
-from deco_jax.convert.torch_files import read_tensors
-from deco_jax.errors import UserError
+from deco_jax.convert.torch_files import read_weights
 from deco_jax.models.layers import Dtype, normalize
 from deco_jax.models.network import FrozenNetwork, Network, View, functional
-from deco_jax.run import storage
 
 # Channels of the convolutions in each group; 2×2 max-pooling stands between groups, a tap ends each one.
 GROUPS: tuple[tuple[int, ...], ...] = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -192,14 +189,7 @@ def load_lpips(vgg: str | os.PathLike[str], lpips: str | os.PathLike[str]) -> di
         UserError: a path isn't set or a file is missing (with where to get it), damaged, or of another layout.
     """
     files = (("VGG16's", vgg, VGG_URL), ("LPIPS's linear layers'", lpips, LPIPS_URL))
-    return from_torch(*(read_tensors(_found(*file)) for file in files))
-
-
-def _found(what: str, path: str | os.PathLike[str], url: str) -> pathlib.Path:
-    here = storage.local(path) if path else None
-    if here is None or not here.is_file():
-        raise UserError(f"{path or 'no path'}: no {what} weights there; download {url}")
-    return here
+    return from_torch(*(read_weights(path, what, f"download {url}") for what, path, url in files))
 
 
 def stride(tap: str) -> int:
@@ -220,7 +210,7 @@ def teacher(tap: str, path: str, dtype: str, patch_size: int) -> FrozenNetwork:
     network = functional(lambda rngs: Tap(groups, dtype=kind, rngs=rngs))
 
     def load() -> dict[str, Any]:
-        rows, tensors = vgg_table(groups), read_tensors(_found("VGG16's", path, VGG_URL))
+        rows, tensors = vgg_table(groups), read_weights(path, "VGG16's", f"download {VGG_URL}")
         used = {name for row in rows for names in row.torch_names() for name in names}
         return _numbered(to_ours(rows, {name: tensors[name] for name in tensors if name in used}, what=path))
 
