@@ -114,7 +114,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     path, size = config.evaluate.dinov2, config.evaluate.dinov2_size
     if not path or not storage.local(path).exists():
         what = f"no weights at {path} (config.evaluate.dinov2)" if path else "config.evaluate.dinov2 is empty"
-        raise UserError(f"{what}; download DINOv2's, {META_URL.format(size.lower(), "")}, or leave out fd_dinov2")
+        raise UserError(f"{what}; download DINOv2's, {META_URL.format(size.lower(), '')}, or leave out fd_dinov2")
 
 
 def make(setup: Setup) -> FDDINOv2:
