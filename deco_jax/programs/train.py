@@ -32,7 +32,7 @@ from deco_jax.programs import measure
 from deco_jax.programs.actions import Action, CopyLocally, Evaluate, FirstTime, Grid, Log, Reader, Save, TrainingRun
 from deco_jax.run import adapted, checkpoint, distributed, monitor, preemption, settings, sharding, storage, tracking
 from deco_jax.run.best import Best
-from deco_jax.run.goodput import Goodput
+from deco_jax.run.goodput import START, Goodput
 from deco_jax.run.local_copies import LocalCopies
 from deco_jax.run.start import as_stored, start_from
 from deco_jax.run.state import State, create_state, state_shapes
@@ -128,7 +128,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
             state = checkpoint.load_state(checkpoint.find(checkpoint_path), shapes, config)
     resumed = state is not None
     if state is None:
-        with distributed.stage("creating the state"), goodput.spending("restore"):
+        with distributed.stage("creating the state"), goodput.spending(START):
             state = create_state(config.seed, networks, optimizer, mesh, averages, method.measured)
             if adaptation:
                 adaptation.begin(state)

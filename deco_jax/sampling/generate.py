@@ -124,7 +124,8 @@ class Generator:
     """Draws batches of images with the weights it is given.
 
     Compiled once for an image size, a batch size and the number of velocities that a sampler remembers: steps, times,
-    guidance, seed, conditions and weights are data of the program.
+    guidance, seed, conditions and weights are data of the program. Another rule of guidance, a weaker model of another
+    architecture, or no guidance at all is another program.
     """
 
     def __init__(self, denoiser: Denoiser, mesh: Mesh) -> None:
