@@ -76,6 +76,18 @@ def waits_for(what: str) -> Iterator[None]:
         os.close(writing)
 
 
+def end() -> NoReturn:
+    """Say the line and exit with status 130.
+
+    Python remembers a KeyboardInterrupt that struck code from a string, of which dataclasses and named tuples make much
+    while modules are imported, even though it was caught: under -m the process would then end itself with SIGINT. Any
+    other code from a string makes it forget.
+    """
+    exec("")
+    print(LINE, file=sys.stderr)
+    sys.exit(130)
+
+
 def _end(number: int, frame: FrameType | None) -> NoReturn:
     os.write(2, f"{LINE}\n".encode())
     os._exit(130)

@@ -205,8 +205,7 @@ def _run() -> None:
     except UserError as error:
         command_line.fail(str(error))
     except KeyboardInterrupt:  # before or between what can be saved
-        print(interrupts.LINE, file=sys.stderr)
-        sys.exit(130)
+        interrupts.end()
     except Exception as error:
         from deco_jax.run import files, storage
 
@@ -231,8 +230,7 @@ def cli() -> None:
     try:
         app.run(main, flags_parser=parse)
     except KeyboardInterrupt:  # before the program began, or while it ended
-        print(interrupts.LINE, file=sys.stderr)
-        sys.exit(130)
+        interrupts.end()
 
 
 if __name__ == "__main__":

@@ -29,6 +29,21 @@ def test_one_line_whenever_it_comes(tmp_path, seconds):
     assert errors.count("interrupted; the same command goes on") <= 1
 
 
+def test_the_status_is_130_also_where_it_struck_code_from_a_string(tmp_path):
+    (tmp_path / "struck.py").write_text("""
+from deco_jax import interrupts
+try:
+    exec("raise KeyboardInterrupt")  # as in the making of a dataclass
+except KeyboardInterrupt:
+    interrupts.end()
+""")
+    search = os.pathsep.join([str(tmp_path), str(ROOT)])
+    ended = subprocess.run(
+        [sys.executable, "-m", "struck"], env=os.environ | {"PYTHONPATH": search}, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stderr) == (130, f"{interrupts.LINE}\n")
+
+
 def test_an_interrupt_that_a_callback_swallows_comes_again(monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     before = signal.getsignal(signal.SIGINT)

@@ -226,7 +226,7 @@ def test_evaluation_draws_the_datas_captions(run):
             "sample.num_steps": 2,
         }
     )
-    images = evaluate.drawn_samples(config, str(folder), "")
+    images = evaluate.drawn_samples(config, evaluate.open_model(config, str(folder), ""))
     drawn = np.concatenate(list(images.batches(8, 0)))
     assert (images.total, drawn.shape) == (8, (8, 32, 32, 3))
     where = folder / "checkpoints" / "4"
