@@ -354,6 +354,12 @@ def test_disk_that_fills_while_encoding(tmp_path):
     assert not list(features.glob("*.part"))
 
 
+def test_disk_that_fills_under_a_grid_and_the_checkpoint_being_written(tmp_path):
+    result = run_main(SMOKE, f"--workdir={tmp_path / 'run'}", prefix=(*FULL, "12"), env=NO_CACHE)
+    assert result.returncode == 1, (result.stdout, result.stderr)
+    assert re.fullmatch(r"error: writing [^\n]*failed: File too large; free space[^\n]*\n", result.stderr)
+
+
 def test_disk_that_fills_while_importing(tmp_path):
     settings = ("model.width=48", "model.patch_size=4", "model.decoder_width=16", "data.image_size=16")
     command = ["--config=configs/imagenet256.py:smoke", *(f"--config.{setting}" for setting in settings)]

@@ -160,8 +160,11 @@ class Checkpoints:
             storage.remove_tree(entry)
 
     def close(self) -> None:
-        self._manager.close()
-        self._lock.release()
+        """Wait for the last write and let go of the folder; raises what that write ran into."""
+        try:
+            self._guarded(None, self._manager.close)
+        finally:
+            self._lock.release()
 
 
 def _save_args(state: State, config: ml_collections.ConfigDict) -> ocp.args.Composite:
