@@ -23,6 +23,11 @@ def test_neighbouring_curves_differ_in_colour_and_in_dash():
     [
         (["variant=deco-cpu_seed=0", "variant=dit-cpu_seed=0"], ["deco-cpu", "dit-cpu"]),
         (["learning_rate=1e-4_seed=0", "learning_rate=1e-4_seed=1"], ["0", "1"]),
+        (["variant=no_frequency_seed=0", "variant=dit_seed=0"], ["no_frequency", "dit"]),
+        (
+            ["variant=deco-cpu_lpips_weight=0.1_seed=0", "variant=deco-cpu_seed=0", "variant=dit-cpu_seed=0"],
+            ["deco-cpu, lpips_weight=0.1", "deco-cpu", "dit-cpu"],
+        ),
         (["run"], ["run"]),
         (["a", "b"], ["a", "b"]),
     ],
