@@ -5,7 +5,7 @@
         frequency_weight: float = setting(1.0, "Weight of the frequency-aware loss; 0 turns it off.", at_least(0))
 
 `deco_jax.config` turns such classes into ConfigDicts, checks, `--help` and docs/settings.md. A model or a loss declares
-its own settings in its own file. This module imports nothing of the package, so that every file may use it.
+its own settings in its own file. This module imports nothing from the package, so every file can use it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ MAX_INT32 = 2**31 - 1
 
 
 class Rule(NamedTuple):
-    """What a value has to satisfy, as a test and in words."""
+    """A condition on a value, as a test and in words."""
 
     test: Callable[[Any], bool]
     words: str
 
 
 def at_least(low: float, most: float | None = None) -> Rule:
-    """Finite numbers from `low` on, up to `most` if that is given."""
+    """Allow finite numbers from `low` on, up to `most` if it is given."""
     return Rule(
         lambda value: math.isfinite(value) and value >= low and (most is None or value <= most),
         f"at least {low}{_and_most(most)}",
@@ -36,7 +36,7 @@ def at_least(low: float, most: float | None = None) -> Rule:
 
 
 def above(low: float, most: float | None = None) -> Rule:
-    """Finite numbers above `low`, up to `most` if that is given."""
+    """Allow finite numbers above `low`, up to `most` if it is given."""
     return Rule(
         lambda value: math.isfinite(value) and value > low and (most is None or value <= most),
         f"above {low}{_and_most(most)}",
@@ -44,12 +44,12 @@ def above(low: float, most: float | None = None) -> Rule:
 
 
 def between(low: float, high: float) -> Rule:
-    """Numbers from `low` to `high`, both included."""
+    """Allow numbers from `low` to `high`, both included."""
     return Rule(lambda value: low <= value <= high, f"from {low} to {high}")
 
 
 def one_of(*names: str) -> Rule:
-    """One of a few words."""
+    """Allow only these words."""
     return Rule(lambda value: value in names, f"one of {', '.join(names)}")
 
 
@@ -63,13 +63,13 @@ def _and_most(most: float | None) -> str:
 class Setting(NamedTuple):
     """A field of a section."""
 
-    kinds: tuple[type, ...]  # types that a value may have
+    kinds: tuple[type, ...]  # the types that a value may have
     default: Any
     help: str
     rule: Rule
-    computed: bool  # of a model: says how it is computed, and leaves its parameters as they are
-    was: str  # the dotted name that it had in earlier versions; "": the same
-    convert: Callable[[Any], Any]  # from a value under that name
+    computed: bool  # for a model's setting: it only says how the model is computed and doesn't affect its parameters
+    was: str  # its dotted name in earlier versions; "": the same
+    convert: Callable[[Any], Any]  # converts a value stored under that earlier name
 
 
 def setting(
@@ -83,23 +83,23 @@ def setting(
 ) -> Any:
     """Declare a field of a section.
 
-    The default is also what a saved config of an older version gets, so a new setting of a model must default to what
-    the model did before it had the setting.
+    Saved configs of older versions get the default, too. A new setting of a model must therefore default to what the
+    model did before it had the setting.
 
     Args:
-        default: shows the type of the values too.
-        help: one sentence or two, shown by --help and in docs/settings.md.
-        rule: what values are allowed.
+        default: also determines the type of the values.
+        help: one or two sentences, shown by --help and in docs/settings.md.
+        rule: which values are allowed.
         computed: see `Setting`; such settings may differ between a checkpoint and the config that reads it.
-        was: an earlier dotted name, such as "optimizer.ema_decay", which goes on working and prints a notice.
-        convert: makes a value of the earlier setting one of this.
+        was: an earlier dotted name, such as "optimizer.ema_decay", which still works and prints a notice.
+        convert: converts a value of the earlier setting.
     """
     details = {"help": help, "rule": rule, "computed": computed, "was": was, "convert": convert}
     return dataclasses.field(default=default, metadata=details)
 
 
 def settings(section: type) -> dict[str, Setting]:
-    """The settings that a section's dataclass declares, by name."""
+    """Return the settings that a section's dataclass declares, by name."""
     hints = typing.get_type_hints(section)
     return {
         field.name: Setting(_kinds(hints[field.name]), field.default, **field.metadata)
@@ -108,7 +108,7 @@ def settings(section: type) -> dict[str, Setting]:
 
 
 def _kinds(hint: Any) -> tuple[type, ...]:
-    """The types that isinstance takes for an annotation; whole numbers are floats too."""
+    """Return the types that isinstance accepts for an annotation; integers count as floats, too."""
     if isinstance(hint, types.UnionType):
         return tuple(kind for part in typing.get_args(hint) for kind in _kinds(part))
     kind = typing.get_origin(hint) or hint
@@ -116,7 +116,7 @@ def _kinds(hint: Any) -> tuple[type, ...]:
 
 
 def wrong(name: str, value: Any, declared: Setting) -> str:
-    """What is wrong with a value, in one line that starts with its name; "" if nothing is."""
+    """Return what is wrong with a value, in one line that starts with its name; "" if nothing is."""
     kinds, rule = declared.kinds, declared.rule
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join(kind.__name__ for kind in kinds)

@@ -134,7 +134,7 @@ WRONG = [
     ("text.dtype", "float16", "one of bfloat16, float32"),
     ("init_optimizer", 1, "of type bool"),
     ("sample.images_per_prompt", -1, "at least 0"),
-    ("sample.prompts", "a cat", "for text-to-image models, and config.model.text_width is 0"),
+    ("sample.prompts", "a cat", "for text-to-image models, but config.model.text_width is 0"),
     ("sample.negative_prompt", "blur", "for text-to-image models"),
     ("sample.images_per_prompt", 2, "for text-to-image models"),
     # Sizes that no machine has: each ended in a traceback, a hang or gigabytes.

@@ -253,7 +253,7 @@ def test_what_does_not_go_together():
     for changes, says in (
         ({"loss.mean_flow": False}, "set both or neither"),
         ({"model.mean_velocity": False}, "set both or neither"),
-        ({"model.attention": "cudnn", "model.dtype": "bfloat16"}, "no forward-mode product"),
+        ({"model.attention": "cudnn", "model.dtype": "bfloat16"}, "no forward-mode derivative"),
     ):
         changed = config.copy_and_resolve_references()
         changed.update_from_flattened_dict(changes)

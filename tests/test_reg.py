@@ -138,7 +138,7 @@ def test_settings_that_belong_together():
     config = reg256.get_config("L")
     config_lib.check(config)
     config.model.class_token = 1024
-    with pytest.raises(UserError, match="class_token=1024 is not what the teacher has; set it to 768"):
+    with pytest.raises(UserError, match="class_token=1024 doesn't match the teacher's width; set it to 768"):
         config_lib.check(config)
     config.model.class_token = 0
     with pytest.raises(UserError, match="set both or neither"):

@@ -1,7 +1,7 @@
 """The settings of a run: declared once, in `sections`, with default, range and a line of help.
 
-sections ─┬─ values: ConfigDicts, with the defaults that an older saved config lacks
-          ├─ check: one line on what can't be done, before anything compiles or is written
+sections ─┬─ values: ConfigDicts; older saved configs get the defaults that they lack
+          ├─ check: a one-line error for what can't be done, before anything compiles or is written
           └─ reference: --help and docs/settings.md
 """
 

@@ -1,6 +1,6 @@
 """Checks a config before anything compiles or is written.
 
-A setting that the schema doesn't have is an error, and so is one that is missing: no setting is silently ignored.
+Both unknown and missing settings are errors, so no setting is silently ignored.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from deco_jax.nested import flatten
 from deco_jax.run import storage
 from deco_jax.schema import Setting, wrong
 
-BYTE_WIDTH = 257  # what a caption's bytes can be, and padding
+BYTE_WIDTH = 257  # the values of a byte, and padding
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Raise UserError, one line with the remedy, if the config says anything that can't be done."""
+    """Raise UserError, one line with the remedy, if the config asks for anything that can't be done."""
     values = config.to_dict()
     sections = {name: value for name, value in values.items() if isinstance(value, dict)}
     _check_keys("config", {k: v for k, v in values.items() if k not in sections}, TOP, more=[*SECTIONS, "model"])
@@ -35,7 +35,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     for name in sections:
         if name not in SECTIONS and name != "model":
             suggestion = _suggestion(name, [*SECTIONS, "model"])
-            raise UserError(f"config.{name} is not a section that anything reads; remove it{suggestion}")
+            raise UserError(f"config.{name} is not a section of the settings; remove it{suggestion}")
     model_name = sections["model"].get("name")
     if model_name not in MODEL:
         raise UserError(f"config.model.name={model_name!r} is not a model; choose one of {', '.join(MODEL)}")
@@ -46,24 +46,24 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def settle_paths(config: ml_collections.ConfigDict, **flags: str) -> None:
-    """Put the home folder for a leading ~ or ~user in settings.
+    """Replace a leading ~ or ~user in settings by the home folder.
 
     Raises:
-        UserError: a flag or a setting is a URL, or names a user who isn't there.
+        UserError: a flag or a setting is a URL that isn't supported, or names a user who doesn't exist.
     """
     named = {f"--{name}": value for name, value in flags.items()}
     named |= {f"config.{key}": value for key, value in flatten(config.to_dict()).items()}
     for name, value in named.items():
         if isinstance(value, str) and re.match(r"[a-z][a-z0-9+.-]*://", value) and not storage.is_remote(value):
             raise UserError(
-                f"{name}={value} is neither a path nor in a bucket that is read here ({', '.join(storage.SCHEMES)}); "
+                f"{name}={value} is neither a path nor in a supported bucket ({', '.join(storage.SCHEMES)}); "
                 "mount it and give that path"
             )
         user = re.match(r"~(\w[\w.-]*)?(/|$)", value) if isinstance(value, str) else None
         if user is None:
             continue
         if os.path.expanduser(value) == value:
-            raise UserError(f"{name}={value}: there is no user {user[1]} with a home folder; give the whole path")
+            raise UserError(f"{name}={value}: there is no user {user[1]} with a home folder; give the full path")
         if name.startswith("config."):
             config.update_from_flattened_dict({name.removeprefix("config."): os.path.expanduser(value)})
 
@@ -75,9 +75,7 @@ def _check_keys(
         if name not in declared:
             if more and name in more:
                 raise UserError(f"{where}.{name}={value!r} must be a section of settings, not a value")
-            raise UserError(
-                f"{where}.{name} is not a setting that anything reads; remove it{_suggestion(name, declared)}"
-            )
+            raise UserError(f"{where}.{name} is not a setting; remove it{_suggestion(name, declared)}")
         if problem := wrong(f"{where}.{name}", value, declared[name]):
             raise UserError(problem)
     for name in declared:
@@ -99,32 +97,30 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
             f"change it or config.data.image_size"
         )
     if data.fast_crop and data.random_crop:
-        raise UserError("config.data.fast_crop is of the centre; leave it out with config.data.random_crop")
+        raise UserError("config.data.fast_crop only crops the centre; don't combine it with config.data.random_crop")
     if config.lora.rank and loss.balance_start:
         raise UserError(
-            "config.loss.balance_start looks at the output layer's gradient, which config.lora.rank leaves frozen; set "
+            "config.loss.balance_start needs the output layer's gradient, but config.lora.rank freezes that layer; set "
             "one of them to 0"
         )
     if model.prediction == "asymmetric" and model.asymmetric_rank > 3 * model.patch_size**2:
         raise UserError(
-            f"config.model.asymmetric_rank={model.asymmetric_rank} is more than a patch's {3 * model.patch_size**2} "
-            "values, 3·config.model.patch_size²"
+            f"config.model.asymmetric_rank={model.asymmetric_rank} is more than the {3 * model.patch_size**2} values "
+            "of a patch, 3·config.model.patch_size²"
         )
     if model.width % model.num_heads:
         raise UserError(f"config.model.num_heads={model.num_heads} does not divide config.model.width={model.width}")
     if model.width // model.num_heads % 4:
         raise UserError(
             f"the head width {model.width // model.num_heads} (config.model.width / config.model.num_heads) must be "
-            "a multiple of 4, for a rotary embedding of two axes"
+            "a multiple of 4, for the rotary embedding of two axes"
         )
     if model.attention == "cudnn" and model.dtype != "bfloat16":
         raise UserError(f"config.model.attention=cudnn needs config.model.dtype=bfloat16, not {model.dtype}")
     if model.mean_velocity and model.attention == "cudnn":
-        raise UserError("config.model.attention=cudnn has no forward-mode product, which model.mean_velocity needs")
+        raise UserError("config.model.attention=cudnn has no forward-mode derivative, which model.mean_velocity needs")
     if model.mean_velocity != loss.mean_flow:
-        raise UserError(
-            "config.model.mean_velocity is trained by config.loss.mean_flow, and that needs it: set both or neither"
-        )
+        raise UserError("config.model.mean_velocity and config.loss.mean_flow need each other: set both or neither")
     if config.sample.sampler == "mean_flow" and not model.mean_velocity:
         raise UserError(
             "config.sample.sampler=mean_flow is for models with config.model.mean_velocity=True; choose another"
@@ -141,8 +137,8 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
         )
     if model.context_tokens and model.text_width:
         raise UserError(
-            "config.model.context_tokens are tokens of a class, and the model reads text; set it to 0, or "
-            "config.model.text_width"
+            "config.model.context_tokens are tokens of a class, but this model reads text; set it or "
+            "config.model.text_width to 0"
         )
     if model.context_start > model.depth:
         raise UserError(
@@ -158,31 +154,31 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
         config.sample.prompts or config.sample.negative_prompt or config.sample.images_per_prompt
     ):
         raise UserError(
-            "config.sample.prompts, negative_prompt and images_per_prompt are for text-to-image models, and "
-            "config.model.text_width is 0; leave them empty and 0"
+            "config.sample.prompts, negative_prompt and images_per_prompt are for text-to-image models, but "
+            "config.model.text_width is 0; leave them at their defaults"
         )
     if model.text_width and (config.sample.classes or config.sample.same_noise):
         raise UserError(
-            "config.sample.classes and same_noise are for class-to-image models, and config.model.num_classes is 0; "
-            "leave them empty and false"
+            "config.sample.classes and same_noise are for class-to-image models, but config.model.num_classes is 0; "
+            "leave them at their defaults"
         )
     if config.sample.images_per_prompt and not config.sample.prompts:
         raise UserError(
-            "config.sample.images_per_prompt is for config.sample.prompts, which is empty; without prompts "
-            "config.sample.num_images counts"
+            "config.sample.images_per_prompt applies to config.sample.prompts, which is empty; without prompts, use "
+            "config.sample.num_images"
         )
     if loss.repa_weight and loss.repa_layer > model.depth:
         raise UserError(f"config.loss.repa_layer={loss.repa_layer} is deeper than config.model.depth={model.depth}")
     if bool(model.class_token) != bool(loss.class_token_weight):
         raise UserError(
-            "config.model.class_token is trained by config.loss.class_token_weight, which needs it: set both or neither"
+            "config.model.class_token and config.loss.class_token_weight need each other: set both or neither"
         )
     if model.class_token and model.mean_velocity:
-        raise UserError("config.model.class_token has no mean velocity: leave it or config.model.mean_velocity out")
+        raise UserError("config.model.class_token can't be combined with config.model.mean_velocity; set only one")
     if model.class_token and model.class_token != teachers.features_width(config.teacher.name, config.teacher.size):
         raise UserError(
-            f"config.model.class_token={model.class_token} is not what the teacher has; set it to "
-            f"{teachers.features_width(config.teacher.name, config.teacher.size)}, or another config.teacher"
+            f"config.model.class_token={model.class_token} doesn't match the teacher's width; set it to "
+            f"{teachers.features_width(config.teacher.name, config.teacher.size)}, or choose another config.teacher"
         )
     if loss.repa_weight or loss.dino_weight or loss.class_token_weight:
         teachers.check_image_size(config, height, width)

@@ -1,4 +1,4 @@
-"""Every setting in words, for --help and for docs/settings.md.
+"""Lists every setting with its meaning, for --help and docs/settings.md.
 
 python -m deco_jax.config.reference > docs/settings.md
 """
@@ -23,16 +23,16 @@ This page is written by `python -m deco_jax.config.reference > docs/settings.md`
 
 
 class Section(NamedTuple):
-    """A section's name ("" for the settings of the whole run), what it is about, its settings, and whose they are."""
+    """A section of the settings; its name is "" for those of the whole run."""
 
     name: str
     about: str
     settings: dict[str, Setting]
-    only: dict[str, list[str]]  # settings that not every model has: the models that have them
+    only: dict[str, list[str]]  # for a setting that not every model has: the models that have it
 
 
 def sections() -> Iterator[Section]:
-    """All sections in the order in which they are shown."""
+    """Yield all sections in the order in which they are shown."""
     yield Section("", "The whole run.", TOP, {})
     merged: dict[str, Setting] = {}
     for settings in MODEL.values():
@@ -45,7 +45,7 @@ def sections() -> Iterator[Section]:
 
 
 def text(width: int = 100) -> str:
-    """The settings as lines for a terminal."""
+    """Return the settings as lines for a terminal."""
     lines = []
     for section in sections():
         lines += ["", f"{f'config.{section.name}' if section.name else 'config'}: {section.about}"]
@@ -59,7 +59,7 @@ def text(width: int = 100) -> str:
 
 
 def page() -> str:
-    """The settings as a Markdown page."""
+    """Return the settings as a Markdown page."""
     parts = [HEADER]
     for section in sections():
         parts += [f"\n## {f'config.{section.name}' if section.name else 'config'}\n", f"{section.about}\n"]
@@ -79,7 +79,7 @@ def _explained(setting: Setting, only: list[str] | None) -> str:
     if setting.rule.words:
         words += f" {setting.rule.words[0].upper()}{setting.rule.words[1:]}."
     if only:
-        words += f" Only of {', '.join(only)}."
+        words += f" Only for {', '.join(only)}."
     return words
 
 

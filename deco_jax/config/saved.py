@@ -1,6 +1,6 @@
-"""Reads the config.json of a run, of any version: `--config=runs/xl/config.json`.
+"""Reads the config.json of a run, from any version: `--config=runs/xl/config.json`.
 
-ml_collections takes a config from a Python file's get_config(VARIANT). This is such a file, whose variant is the path.
+ml_collections gets a config from get_config(VARIANT) of a Python file. This is such a file; the variant is the path.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ NAME = "config.json"
 
 
 def get_config(path: str) -> ml_collections.ConfigDict:
-    """The settings of a saved config, with the defaults of those that it lacks; what it has too many is left out.
+    """Return the settings of a saved config, with defaults for those that it lacks and without those no longer known.
 
     Raises:
-        UserError: it is no saved config, or has settings of the model that this version doesn't know.
+        UserError: it isn't a saved config, or has settings of the model that this version doesn't know.
     """
     values, extra = read(path)
     of_model = [name for name in extra if name.startswith("model.")]
@@ -39,20 +39,20 @@ def get_config(path: str) -> ml_collections.ConfigDict:
 
 
 def read(path: str | pathlib.Path) -> tuple[dict[str, Any], list[str]]:
-    """The values of a saved config under today's names, and the names of those that this version has no setting for.
+    """Return the values of a saved config under today's names, and the names that this version doesn't know.
 
     Raises:
-        UserError: it can't be read, or is no saved config.
+        UserError: it can't be read, or isn't a saved config.
     """
     try:
         values = json.loads(storage.path(path).read_text())
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no saved config: it isn't JSON ({error})") from error
+        raise UserError(f"{path} is not a saved config: it isn't JSON ({error})") from error
     sections = [name for name in ("model", *SECTIONS) if isinstance(values, Mapping) and name in values]
     if not sections or not all(isinstance(values[name], Mapping) for name in sections):
-        raise UserError(f"{path} is no saved config of a run; a run's workdir holds one as {NAME}")
+        raise UserError(f"{path} is not a run's saved config; a run's workdir has one, {NAME}")
     if values.get("model", {}).get("name", "deco") not in list(MODEL):
         raise UserError(f"{path}: model.name={values['model']['name']!r} is not a model; it has {', '.join(MODEL)}")
     values, _ = renamed(values)
@@ -60,7 +60,7 @@ def read(path: str | pathlib.Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def of_workdir(folder: str | pathlib.Path) -> pathlib.Path | None:
-    """The saved config of a run's workdir, of its folder of checkpoints, or of one of them; None if there is none."""
+    """Return the saved config of a run's workdir, its checkpoints folder, or a checkpoint; None if none exists."""
     folder = storage.path(folder)
     for place in (folder / NAME, folder / "config" / "metadata", folder.parent / NAME):
         if storage.is_file(place) and (place.parent != folder.parent or folder.name == "checkpoints"):

@@ -1,4 +1,4 @@
-"""Makes configs from the schema: with its defaults, of another model, or from saved values of any version."""
+"""Makes configs from the schema: with defaults, for another model, or from saved values of any version."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from deco_jax.schema import Setting
 
 
 def default_config(model: str = "deco") -> ml_collections.ConfigDict:
-    """Every setting at its default, locked: DeCo-XL/16 on ImageNet 256², or another model with its own settings."""
+    """Return a locked config with all defaults: DeCo-XL/16 on ImageNet 256², or another model with its own settings."""
     return make_config({"model": {"name": model}})
 
 
 def make_config(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """A locked config of nested plain values; what they lack gets its default, and lists become tuples.
+    """Make a locked config from nested plain values; missing ones get their default, and lists become tuples.
 
     Args:
-        values: as `to_json` returns, complete or not. Settings that the schema doesn't have stay, for `check` to name.
+        values: as `to_json` returns them, complete or not. Unknown settings stay, so that `check` can name them.
 
     Raises:
         UserError: model.name is not a model.
@@ -40,7 +40,7 @@ def make_config(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
 
 
 def sections_of(model: str) -> dict[str, dict[str, Setting]]:
-    """The sections of a config and their settings; "model" has those of the model named."""
+    """Return the sections of a config and their settings; "model" has those of the named model."""
     if model not in MODEL:
         raise UserError(f"config.model.name={model!r} is not a model; choose one of {', '.join(MODEL)}")
     return {"model": MODEL[model], **SECTIONS}
@@ -50,7 +50,7 @@ def _fill(config: ml_collections.ConfigDict, declared: Mapping[str, Setting], va
     for name, setting in declared.items():
         value = plain(values.get(name, setting.default), setting)
         if len(setting.kinds) > 1 and float not in setting.kinds:
-            # An object, so that the command line takes 256 and (256, 384) alike.
+            # The type is object so that the command line accepts both 256 and (256, 384).
             value = ml_collections.FieldReference(value, field_type=object)
         config[name] = value
     for name, value in values.items():
@@ -59,7 +59,7 @@ def _fill(config: ml_collections.ConfigDict, declared: Mapping[str, Setting], va
 
 
 def plain(value: Any, setting: Setting) -> Any:
-    """A value of JSON or of the command line as the type that the setting has everywhere else."""
+    """Convert a value from JSON or the command line to the type that the setting has everywhere else."""
     if isinstance(value, list):
         value = tuple(value)
     if tuple in setting.kinds and int in setting.kinds and isinstance(value, int) and not isinstance(value, bool):
@@ -70,8 +70,9 @@ def plain(value: Any, setting: Setting) -> Any:
 
 
 def set_model(config: ml_collections.ConfigDict, name: str, **settings: Any) -> None:
-    """Make the config's model another one, in place: settings that both have stay, those that only it has start at
-    their defaults, and `settings` are set.
+    """Change the config's model in place.
+
+    Settings that both models have stay, those that only the new one has get their defaults, and `settings` are set.
     """
     shared = {key: value for key, value in config.model.items() if key in MODEL.get(name, {})}
     made = make_config({"model": {**shared, **settings, "name": name}})
@@ -80,13 +81,13 @@ def set_model(config: ml_collections.ConfigDict, name: str, **settings: Any) -> 
 
 
 def settle_model(config: ml_collections.ConfigDict, given: Collection[str]) -> None:
-    """Give the model that the command line names its own settings, in place, as `set_model` does.
+    """Apply `set_model` in place if the command line names a model.
 
     Args:
-        given: dotted names of the settings that the command line gives.
+        given: dotted names of the settings given on the command line.
 
     Raises:
-        UserError: one of them belongs to the model that the config had.
+        UserError: one of them belongs to the previous model.
     """
     if "model.name" not in given or config.model.name not in MODEL:
         return
@@ -103,9 +104,9 @@ def settle_image_size(config: ml_collections.ConfigDict) -> None:
 
 
 def complete(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that a saved config of any version stands for, as `to_json` would give them today.
+    """Return the values that a saved config of any version means, as `to_json` would return them today.
 
-    What it lacks is at its default, renamed settings have their new names, image sizes are pairs. Settings that this
+    Missing settings get their defaults, renamed ones their new names, and image sizes become pairs. Settings that this
     version doesn't have stay; `unknown` names them.
     """
     values, _ = renamed(values)
@@ -113,7 +114,7 @@ def complete(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def renamed(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Nested values with the settings of earlier versions under their new names, and a line on each such."""
+    """Return nested values with renamed settings under their new names, and a line about each of them."""
     flat, notes = flatten(values), []
     for old, (new, setting) in earlier_names().items():
         if old in flat:
@@ -124,7 +125,7 @@ def renamed(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def earlier_names() -> dict[str, tuple[str, Setting]]:
-    """{dotted name in an earlier version: (dotted name now, setting)}."""
+    """Return {dotted name in an earlier version: (dotted name now, setting)}."""
     return {
         setting.was: (f"{section}.{name}" if section else name, setting)
         for section, declared in [("", TOP), *SECTIONS.items(), *(("model", keys) for keys in MODEL.values())]
@@ -134,7 +135,7 @@ def earlier_names() -> dict[str, tuple[str, Setting]]:
 
 
 def unknown(values: Mapping[str, Any]) -> list[str]:
-    """Dotted names of the settings in saved values that the schema doesn't have."""
+    """Return the dotted names of the saved settings that the schema doesn't have."""
     sections = sections_of(values.get("model", {}).get("name", "deco"))
     names = [name for name in values if name not in TOP and name not in sections]
     for section, declared in sections.items():
@@ -143,14 +144,14 @@ def unknown(values: Mapping[str, Any]) -> list[str]:
 
 
 def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The resolved config as plain JSON values."""
+    """Return the resolved config as plain JSON values."""
     return json.loads(json.dumps(config.to_dict()))
 
 
 def model_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Settings in which two model sections describe different parameters, as "key: theirs there, ours here".
+    """Return the settings in which two model sections describe different parameters: "key: theirs there, ours here".
 
-    A setting that one of them lacks is at its default there: it is of a version that didn't have it yet.
+    A setting that one of them lacks counts as its default: an older version, which didn't have it yet, wrote it.
     """
     ours, theirs = _with_defaults(ours), _with_defaults(theirs)
     keys = [key for key in {**ours, **theirs} if key not in COMPUTED and ours.get(key) != theirs.get(key)]

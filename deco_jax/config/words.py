@@ -1,4 +1,4 @@
-"""What was probably meant by a name that isn't there."""
+"""Suggestions for misspelled names."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, names: Iterable[str]) -> list[str]:
-    """The names that `name` may be a misspelling of; none if none is near.
+    """Return the names that `name` may be a misspelling of; none if none is close.
 
-    What counts is the last part of a dotted name; in another section it has to be nearer. Where several sections have a
-    setting of just that name, they are all given, unless its own section has one with the name as one of its words;
-    else the best one is.
+    The last part of a dotted name is compared; in another section it has to be closer. If several sections have a
+    setting of exactly that name, all of them are returned, unless the name's own section has a setting that contains it
+    as a word. Otherwise the best match is returned.
     """
     names = list(names)
     section, _, last = name.rpartition(".")
@@ -25,7 +25,7 @@ def nearest(name: str, names: Iterable[str]) -> list[str]:
             best, best_score = candidate, score
     exact = [candidate for candidate in names if candidate.rpartition(".")[2] == last]
     if exact and (best not in exact or _ratio(section, best.rpartition(".")[0]) < 0.7):
-        # "sample.steps" may be evaluate.steps, or sample.num_steps cut short.
+        # "sample.steps" may mean evaluate.steps, or be short for sample.num_steps.
         longer = [c for c in names if c.rpartition(".")[0] == section and last in c.rpartition(".")[2].split("_")]
         return [max(longer, key=lambda c: _ratio(name, c))] if longer else exact
     return [best] if best else []
@@ -36,6 +36,6 @@ def _ratio(a: str, b: str) -> float:
 
 
 def suggestion(name: str, names: Iterable[str], prefix: str = "") -> str:
-    """ "did you mean A or B?", or "" if nothing is near."""
+    """Return "did you mean A or B?", or "" if nothing is close."""
     close = [f"{prefix}{candidate}" for candidate in nearest(name, names)]
     return f"did you mean {' or '.join(close)}?" if close else ""

@@ -40,17 +40,17 @@ def _some_of(text: str) -> bool:
 class LoraSettings:
     """Low-rank adaptation: config.init_from stays frozen, small factors are trained."""
 
-    rank: int = setting(0, "Columns of the factors; 0: off, the whole model is trained.", at_least(0, 4096))
-    alpha: float = setting(16.0, "The factors' product counts alpha / rank times.", above(0, 1e6))
+    rank: int = setting(0, "Columns of the factors; 0: off, train the whole model.", at_least(0, 4096))
+    alpha: float = setting(16.0, "The product of the factors is scaled by alpha / rank.", above(0, 1e6))
     matrices: str = setting(
         "qkv,text_kv,out,gate,up,down",
-        "Matrices of the transformer's blocks that get factors, comma separated; those that it lacks are passed over.",
+        "Comma-separated matrices of the transformer's blocks that get factors; those that it lacks are ignored.",
         Rule(_some_of, f"some of {', '.join(MATRICES)}, comma separated"),
     )
     whole: str = setting(
-        "", "Parts of the model that are trained whole besides, comma separated, such as label_embed,decoder."
+        "", "Comma-separated parts of the model that are also trained, in full, such as label_embed,decoder."
     )
-    random_base: bool = setting(False, "Adapt random weights instead of config.init_from, to try the program.")
+    random_base: bool = setting(False, "Adapt random weights instead of those of config.init_from, to try the program.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,15 +27,13 @@ class DeCoSettings(TrunkSettings):
 
     decoder_width: int = setting(32, "Channels of the pixel decoder.", at_least(1, 4096))
     decoder_depth: int = setting(3, "Blocks of the pixel decoder.", at_least(1, 256))
-    decoder_patch_size: int = setting(
-        1, "Side of what the decoder treats as one token, in pixels; the paper's is 1.", at_least(1, 512)
-    )
+    decoder_patch_size: int = setting(1, "Side of the decoder's tokens, in pixels; the paper uses 1.", at_least(1, 512))
     decoder_interaction: str = setting(
-        "adaln", "How the decoder takes the transformer's condition.", one_of("adaln", "add")
+        "adaln", "How the transformer's condition enters the decoder.", one_of("adaln", "add")
     )
     decoder_chunk: int = setting(
         0,
-        "Tokens that the decoder works through at a time; 0: all at once. On a CPU some thousands are fastest.",
+        "Tokens that the decoder computes at a time; 0: all at once. On a CPU a few thousand are fastest.",
         at_least(0, MAX_INT32),
         computed=True,
     )

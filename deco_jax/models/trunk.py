@@ -46,56 +46,60 @@ class TrunkSettings:
 
     prediction: str = setting(
         "v",
-        "What the output is: the velocity v, the clean image x, or asymmetric: the velocity within a subspace of the "
-        "patches, the image outside it.",
+        "What the output is: v, the velocity; x, the clean image; or asymmetric, the velocity within a subspace of the "
+        "patches and the image outside it.",
         one_of("v", "x", "asymmetric"),
     )
     asymmetric_rank: int = setting(
-        8, "Dimension of that subspace, 0 to 3·patch_size²; it is measured of the data once.", at_least(0, 2**20)
+        8, "Dimension of that subspace, 0 to 3·patch_size²; it is measured once, on the data.", at_least(0, 2**20)
     )
     width: int = setting(1152, "Channels of the transformer.", at_least(4, 2**16))
     depth: int = setting(28, "Transformer blocks.", at_least(1, 1024))
     num_heads: int = setting(16, "Attention heads; each has a multiple of 4 channels.", at_least(1, 1024))
-    patch_size: int = setting(16, "Side of the patches that are the transformer's tokens, in pixels.", at_least(1, 512))
+    patch_size: int = setting(
+        16, "Side of the patches that form the transformer's tokens, in pixels.", at_least(1, 512)
+    )
     num_classes: int = setting(1000, "Classes; 0 for text to image.", at_least(0, 1_000_000))
     text_width: int = setting(0, "Channels of the text features; 0 for class to image.", at_least(0, 2**16))
     text_length: int = setting(0, "Tokens of a caption; longer ones are cut.", at_least(0, 8192))
     text_depth: int = setting(0, "Blocks that refine the text features.", at_least(0, 1024))
     context_tokens: int = setting(
-        0, "Tokens of the class that join the image's on the way (JiT's in-context conditioning).", at_least(0, 4096)
+        0,
+        "Class tokens that join the image's tokens at context_start (JiT's in-context conditioning).",
+        at_least(0, 4096),
     )
-    context_start: int = setting(0, "Blocks before which they join.", at_least(0, 1024))
+    context_start: int = setting(0, "Number of blocks before the class tokens join.", at_least(0, 1024))
     class_token: int = setting(
-        0, "Channels of a teacher's class token that is denoised along (REG); 0: none.", at_least(0, 2**16)
+        0, "Channels of the teacher's class token that is denoised with the image (REG); 0: none.", at_least(0, 2**16)
     )
     mean_velocity: bool = setting(
-        False, "Also read how far to jump and how to guide, and have a second head, for MeanFlow (loss.mean_flow)."
+        False, "Give the model the jump's length, the guidance and a second head, for MeanFlow (loss.mean_flow)."
     )
     dropout: float = setting(
         0.0,
-        "Share of the units that training drops in the middle half of the blocks.",
+        "Dropout in training, in the middle half of the blocks: share of the units.",
         Rule(lambda share: 0 <= share < 1, "from 0 to below 1"),
         computed=True,
     )
     dtype: str = setting(
         "bfloat16",
-        "Precision of the computation; parameters are float32. float32 is exact on GPUs and TPUs too, and slow there.",
+        "Precision of the computation; parameters are float32. float32 is also exact on GPUs and TPUs, but slow there.",
         one_of("bfloat16", "float32"),
         computed=True,
     )
     remat: str = setting(
         "auto",
-        "What is recomputed in the backward pass. none: nothing, most memory; dots: all but matrix products; "
-        "attention: all but attention's queries, keys, values and output; full: everything, least memory; "
-        "auto: the first of these whose compiled step fits, on TPUs the one with the fewest estimated cycles.",
+        "What the backward pass recomputes. none: nothing, which takes the most memory; dots: all but matrix products; "
+        "attention: all but attention's queries, keys, values and output; full: everything, which takes the least "
+        "memory; auto: the first of these whose compiled step fits, on TPUs the one with the fewest estimated cycles.",
         one_of("auto", *REMAT_POLICIES),
         computed=True,
     )
-    unroll: int = setting(1, "Blocks that are unrolled in the scan over them.", at_least(1, 1024), computed=True)
+    unroll: int = setting(1, "Blocks to unroll in the scan over blocks.", at_least(1, 1024), computed=True)
     attention: str = setting(
         "auto",
-        "Implementation of attention. cudnn needs an NVIDIA GPU and bfloat16; auto: cudnn where it can be, on TPUs a "
-        "kernel written by hand, else xla.",
+        "Implementation of attention. cudnn needs an NVIDIA GPU and bfloat16; auto: cudnn if possible, our own kernel "
+        "on TPUs, otherwise xla.",
         one_of("auto", "xla", "cudnn"),
         computed=True,
     )

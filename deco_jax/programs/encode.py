@@ -32,7 +32,7 @@ def encode(config: ml_collections.ConfigDict, workdir: str) -> None:
     del workdir  # nothing of it belongs to one run
     settings = config.text
     if not config.model.text_width:
-        raise UserError("--mode=encode is for text-to-image models, and config.model.text_width is 0; nothing to do")
+        raise UserError("--mode=encode is for text-to-image models, but config.model.text_width is 0; nothing to do")
     if not settings.features:
         beside = f"{config.data.path.rstrip('/')}.features" if config.data.path else "FOLDER"
         raise UserError(f"--mode=encode needs a folder to fill; set --config.text.features={beside}")

@@ -45,11 +45,11 @@ class MeanFlowSettings:
         0.5, "Share of the examples with a jump of length 0, which is flow matching.", between(0, 1)
     )
     mean_flow_guidance: float = setting(
-        8.0, "Largest scale of guidance that is trained in; 1: none.", at_least(1, 1000)
+        8.0, "Largest guidance scale that the model learns; 1: none.", at_least(1, 1000)
     )
     mean_flow_power: float = setting(
         1.0,
-        "Squared errors are divided by (themselves + mean_flow_offset) to this power; 0: not; 1: losses stay near 1.",
+        "Power of (error + mean_flow_offset) by which squared errors are divided; 0: off; 1: losses stay near 1.",
         between(0, 1),
     )
     mean_flow_offset: float = setting(0.01, "See mean_flow_power.", above(0, 1e9))

@@ -28,20 +28,20 @@ class PerceptualSettings:
     """The settings of the perceptual losses."""
 
     lpips_weight: float = setting(
-        0.0, "Weight of LPIPS between predicted and true image; PixelGen's is 0.1; 0: off.", at_least(0, 1e6)
+        0.0, "Weight of LPIPS between predicted and true image; PixelGen uses 0.1; 0: off.", at_least(0, 1e6)
     )
     dino_weight: float = setting(
         0.0,
-        "Weight of 1 - cosine of the teacher's features of predicted and true image; PixelGen's is 0.01; 0: off.",
+        "Weight of 1 - cosine of the teacher's features of predicted and true image; PixelGen uses 0.01; 0: off.",
         at_least(0, 1e6),
     )
     perceptual_min_time: float = setting(
-        0.3, "Time from which examples count in both; noise is 0, the image 1.", between(0, 1)
+        0.3, "Time from which examples count in both losses; noise is 0, the image 1.", between(0, 1)
     )
     balance_start: int = setting(
         0,
-        "Step from which both are weighted to pull at the output layer as flow matching does; PixelGen's is 400000; "
-        "0: never.",
+        "Step from which both losses are weighted so that their gradient at the output layer is as large as flow "
+        "matching's; PixelGen uses 400000; 0: never.",
         at_least(0, MAX_INT32),
     )
     balance_every: int = setting(50, "Steps between two changes of that weight.", at_least(1, MAX_INT32))

@@ -27,7 +27,7 @@ class PseudoHuberSettings:
         0.0, "Weight of the pseudo-Huber loss of the velocity's error; 0: off.", at_least(0, 1e6)
     )
     pseudo_huber_scale: float = setting(
-        0.03, "Root mean square error below which it is quadratic; Song & Dhariwal's is 0.00054.", above(0, 1000)
+        0.03, "Root mean square error below which it is quadratic; Song & Dhariwal use 0.00054.", above(0, 1000)
     )
 
 

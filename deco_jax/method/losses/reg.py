@@ -29,7 +29,7 @@ class RegSettings:
 
     class_token_weight: float = setting(
         0.0,
-        "Weight of the squared error of the class token's velocity, with model.class_token; REG's is 0.03; 0: off.",
+        "Weight of the squared error of the class token's velocity, with model.class_token; REG uses 0.03; 0: off.",
         at_least(0, 1e6),
     )
 

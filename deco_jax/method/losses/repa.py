@@ -35,31 +35,31 @@ class RepaSettings:
     """The settings of REPA."""
 
     repa_weight: float = setting(
-        0.5, "Weight of REPA, the alignment with a teacher's features; 0: none.", at_least(0, 1e6)
+        0.5, "Weight of REPA, the alignment with a teacher's features; 0: off.", at_least(0, 1e6)
     )
     repa_layer: int = setting(8, "Transformer block whose output is aligned, from 1.", at_least(1, 1024))
     repa_target: str = setting(
         "plain",
-        "The teacher's features as they are, or spatial: less most of the image's mean, at unit deviation (iREPA).",
+        "plain: the teacher's features; spatial: minus most of the image's mean, at unit deviation (iREPA).",
         one_of("plain", "spatial"),
     )
     repa_projector: str = setting(
         "mlp",
-        "From the denoiser's tokens to the teacher's: mlp (REPA), conv: one 3×3 convolution (iREPA), or transformer: "
-        "two blocks (PixelREPA).",
+        "Network from the denoiser's tokens to the teacher's: mlp (REPA); conv, one 3×3 convolution (iREPA); or "
+        "transformer, two blocks (PixelREPA).",
         one_of(*KINDS),
     )
     repa_mask: float = setting(
         0.0,
-        "Share of the tokens that training hides from the projector; PixelREPA's is 0.2.",
+        "Share of the tokens that training hides from the projector; PixelREPA uses 0.2.",
         Rule(lambda share: 0 <= share < 1, "from 0 to below 1"),
     )
     repa_until_step: int = setting(
-        0, "Steps after which the alignment is left out, teacher and all (HASTE); 0: never.", at_least(0, MAX_INT32)
+        0, "Step from which training drops the alignment and the teacher (HASTE); 0: never.", at_least(0, MAX_INT32)
     )
     repa_schedule: str = setting(
         "constant",
-        "How its weight goes on until then: constant, or falling to 0 as a line or a cosine.",
+        "Weight of the alignment until then: constant, or falling to 0 as a line or a cosine.",
         one_of("constant", "linear", "cosine"),
     )
 
