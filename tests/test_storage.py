@@ -221,7 +221,7 @@ def test_a_bucket_that_is_not_there_is_one_line(here, tmp_path):
     result = run_main(*RUN, *FOUR_STEPS, "--config.data.path=gs://bucket/nothing", f"--workdir={tmp_path / 'run'}")
     assert "error: no such folder: gs://bucket/nothing" in result.stderr
     result = run_main(*RUN, *FOUR_STEPS, "--workdir=hdfs://bucket/run")
-    assert "error: --workdir=hdfs://bucket/run is neither a path nor in a supported bucket" in result.stderr
+    assert "error: --workdir=hdfs://bucket/run is neither a path nor in a bucket" in result.stderr
 
 
 @pytest.mark.parametrize("source", ["image_folder", "captioned_folder"])

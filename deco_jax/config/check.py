@@ -56,7 +56,7 @@ def settle_paths(config: ml_collections.ConfigDict, **flags: str) -> None:
     for name, value in named.items():
         if isinstance(value, str) and re.match(r"[a-z][a-z0-9+.-]*://", value) and not storage.is_remote(value):
             raise UserError(
-                f"{name}={value} is neither a path nor in a supported bucket ({', '.join(storage.SCHEMES)}); "
+                f"{name}={value} is neither a path nor in a bucket of a supported kind ({', '.join(storage.SCHEMES)}); "
                 "mount it and give that path"
             )
         user = re.match(r"~(\w[\w.-]*)?(/|$)", value) if isinstance(value, str) else None
