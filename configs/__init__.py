@@ -1,1 +1,1 @@
-"""A file a recipe: each one is the document of what it trains."""
+"""One file per recipe; its docstring says what it trains, on what, and with which scores."""

@@ -1,4 +1,4 @@
-"""The paper's Table 1 (but PixelFlow) and Table 4 at size L, ImageNet 256²: one name a row.
+"""The paper's Table 1 (except PixelFlow) and Table 4 at size L, ImageNet 256²: one name per row.
 
     python -m deco_jax.main --config=configs/ablation.py:dit --workdir=runs/dit \\
         --config.data.path=/data/imagenet/train --config.teacher.path=/data/dinov2_vitb14_pretrain.pth
@@ -10,7 +10,7 @@
     python -m deco_jax.main --config=configs/ablation.py:dit-smoke --workdir=/tmp/smoke    # seconds, two cores
 
 Every row: 200k steps at batch 256, then 50 Euler steps without guidance. The FIDs below are the paper's (8 A800,
-0.22–0.25 s a step, so 12–14 hours a row). With this code: not measured yet.
+0.22–0.25 s per step, so 12–14 hours per row). With this code: not measured yet.
 
     name               FID     what differs from DeCo-L
     deco               31.35   nothing: decoder width 32, depth 3, patch 1, adaLN, frequency weight 1, quality 85
@@ -21,14 +21,14 @@ Every row: 200k steps at batch 256, then 50 Euler steps without guidance. The FI
     no_frequency       34.12   without the frequency loss
     width16, width64   37.63, 35.88   decoder width, without the frequency loss (width 32: 34.12)
     depth1, depth6     37.10, 35.46   decoder depth, without the frequency loss (depth 3: 34.12)
-    patch4, patch16    34.39, 55.59   side of what the decoder treats as one token
+    patch4, patch16    34.39, 55.59   side of the decoder's tokens
     add                36.02   condition added instead of adaLN
     weight0.5, weight2 33.54, 32.97   frequency weight
     quality50, quality100  31.54, 33.84   JPEG quality of the frequency weights
 
-No official code exists for decoder patches above 1 and for "add"; they are our reading. Patch k: a query is k² pixels
-(3k² values and 64 position features on a grid of 16/k), its condition one of (16/k)² vectors of the patch's Linear.
-Add: h += condition, h += MLP(LN(h)), without adaLN.
+There is no official code for decoder patches above 1 and for "add"; these are our interpretation. Patch k: a query is
+k² pixels (3k² values and 64 position features on a grid of 16/k), and its condition is one of (16/k)² vectors from the
+patch's Linear. Add: h += condition, h += MLP(LN(h)), without adaLN.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Change = Callable[[ml_collections.ConfigDict], None]
 
 
 def _set(**changes: object) -> Change:
-    """section__key=value."""
+    """Return a function that sets config.section.key=value for each section__key=value."""
 
     def change(config: ml_collections.ConfigDict) -> None:
         for key, value in changes.items():
@@ -55,7 +55,7 @@ def _set(**changes: object) -> Change:
 
 
 def _transformer(**changes: object) -> Change:
-    """The DiT alone, 24 blocks, with as many parameters as DeCo."""
+    """Make it the DiT alone, 24 blocks, with as many parameters as DeCo."""
 
     def change(config: ml_collections.ConfigDict) -> None:
         set_model(config, "dit", depth=24)
@@ -91,7 +91,7 @@ ROWS: dict[str, tuple[float, Change]] = {
     "quality100": (33.84, _set(loss__frequency_quality=100)),
 }
 
-# What the paper reports for each row, for launch/sweep.py to print beside ours; Table 1 has more than the FID.
+# The paper's figures for each row, which launch/sweep.py prints beside ours; Table 1 has more than the FID.
 PAPER: dict[str, dict[str, float]] = {name: {"fid": fid} for name, (fid, _) in ROWS.items()}
 for _name, (_sfid, _score, _recall) in {
     "deco": (9.34, 48.35, 0.65),
@@ -105,7 +105,7 @@ for _name, (_sfid, _score, _recall) in {
 
 
 def get_config(variant: str = "deco") -> ml_collections.ConfigDict:
-    """A row by its name, or NAME-smoke; plain "smoke" is deco-smoke."""
+    """Return a row by its name, or NAME-smoke; plain "smoke" is deco-smoke."""
     name = "deco" if variant == "smoke" else variant.removesuffix("-smoke")
     if name not in ROWS:
         raise ValueError(f"there is no row {name!r}; choose one of {', '.join(ROWS)} (or one of them with -smoke)")
@@ -114,7 +114,7 @@ def get_config(variant: str = "deco") -> ml_collections.ConfigDict:
     if variant.endswith("smoke"):
         decoder = {key: value for key, value in config.model.items() if key.startswith("decoder_")}
         imagenet256.smoke(config)
-        # Keep what makes the row: the decoder's own settings, on patches of 16 as in the paper.
+        # Keep what defines the row: the decoder's own settings, on patches of 16 as in the paper.
         config.model.update(decoder)
         config.model.patch_size = 16
     return config

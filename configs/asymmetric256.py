@@ -1,4 +1,4 @@
-"""ImageNet 256², class to image: asymmetric prediction (AsymFlow, arXiv 2605.12964) by JiT's transformer, or by DeCo.
+"""ImageNet 256², class to image: asymmetric prediction (AsymFlow, arXiv 2605.12964) with JiT's transformer or DeCo.
 
     python -m deco_jax.main --config=configs/asymmetric256.py --workdir=runs/asymmetric \\
         --config.data.path=/data/imagenet/train
@@ -7,17 +7,17 @@
         --config.evaluate.reference=/data/VIRTUAL_imagenet256_labeled.npz --config.sample.num_images=50000
     python -m deco_jax.main --config=configs/asymmetric256.py:smoke --workdir=/tmp/smoke
 
-The noise that the network has to tell is that of 8 directions of a patch's 768, the data's top ones; outside them it
-predicts the image. A new run measures them on 10,000 images before its first step (minutes on a host's cores) and keeps
+The network predicts the noise in only 8 of a patch's 768 directions, the data's top ones; in the others it predicts the
+image. A new run measures these directions on 10,000 images before its first step (minutes on a host's cores) and stores
 them in every checkpoint as `measured_basis`.
 
     variant    model                                   expected FID, Heun in 50 steps, guidance 2.2 in [0, 0.88]
     H          jit256.py:H, 600 epochs                 1.76, and 1.57 with REPA (the paper's)
-    deco       DeCo-L with its losses, 200k steps      not known; with velocities 31.35 without guidance (DeCo's)
+    deco       DeCo-L with its losses, 200k steps      not known; predicting velocities 31.35 without guidance (DeCo's)
     energy     the same on the energy-guided path      not known
 
-With this code: not measured yet. Hardware and time: those of jit256.py and imagenet256.py; the projection is two
-products of 768 by 8 a patch.
+With this code: not measured yet. Hardware and time: as for jit256.py and imagenet256.py; the projection adds two 768 ×
+8 products per patch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from configs import imagenet256, jit256
 
 
 def get_config(variant: str = "H") -> ml_collections.ConfigDict:
-    """Variants: H (default), deco, energy, smoke (deco on the energy path, tiny)."""
+    """Return a variant: H (default), deco, energy, smoke (deco on the energy path, tiny)."""
     if variant == "H":
         config = jit256.get_config("H")
     elif variant in ("deco", "energy", "smoke"):

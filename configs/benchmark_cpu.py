@@ -1,4 +1,4 @@
-"""The speed of this code on a CPU: a DeCo of 12 blocks at 256², float32, without the teacher.
+"""Speed benchmark on a CPU: a DeCo with 12 blocks at 256², float32, without the teacher.
 
     python -m deco_jax.main --config=configs/benchmark_cpu.py --workdir=/tmp/benchmark --mode=benchmark
 
@@ -15,7 +15,7 @@ from deco_jax.config import default_config
 
 
 def get_config(variant: str = "S") -> ml_collections.ConfigDict:
-    """Variants: S (default), smoke."""
+    """Return a variant: S (default), smoke."""
     if variant not in ("S", "smoke"):
         raise ValueError(f"there is no variant {variant!r}; choose S or smoke")
     config = default_config()

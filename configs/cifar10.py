@@ -1,4 +1,4 @@
-"""CIFAR-10 at 32²: a DeCo of 57 million parameters for one GPU, and the paper's comparisons at that size.
+"""CIFAR-10 at 32²: a DeCo with 57 million parameters for one GPU, and the paper's comparisons at that size.
 
     python -m deco_jax.main --config=configs/cifar10.py --workdir=runs/cifar10 --config.data.path=/data/cifar10/train
     python launch/sweep.py --config=configs/cifar10.py --variants=deco,dit,pixnerd,jit,no_frequency,patch2,patch4,add \\
@@ -6,25 +6,26 @@
         --config.data.path=/data/cifar10/train --config.evaluate.inception=/data/inception-2015-12-05.pt \\
         --config.evaluate.cache=/data/references --config.sample.num_images=10000
 
-Data: class folders of PNGs (`image_folder`, here); or TFDS, which downloads and prepares it, and needs TensorFlow
-for that one time: pip install tensorflow, then --config.data.source=tfds --config.data.path=cifar10.
+Data: class folders of PNGs (`image_folder`, used here); or TFDS, which downloads and prepares the dataset and needs
+TensorFlow only for that: pip install tensorflow, then --config.data.source=tfds --config.data.path=cifar10.
 
 Variants, each also as NAME-cpu (1.3 million parameters, for two cores) and NAME-smoke (seconds):
 
     deco (also "B")  nothing changed: 12 blocks of width 512 on 4×4 patches, decoder width 32, depth 3
     dit              the transformer alone, no frequency loss
-    pixnerd          its decoder, width 32, 11 blocks so that the parameters stay equal; no frequency loss
+    pixnerd          PixNerd's decoder, width 32, 11 blocks to keep the parameters equal; no frequency loss
     jit              the DiT with x-prediction
     no_frequency     without the frequency loss
-    patch2, patch4   side of what the decoder treats as one token
+    patch2, patch4   side of the decoder's tokens
     add              condition added instead of adaLN
-    NAME_repa        any of these aligned with a teacher: VGG16's third tap, whose 8×8 grid is the tokens';
+    NAME_repa        any of these aligned with a teacher: VGG16's third tap, whose 8×8 grid matches the tokens';
                      --config.teacher.path=/data/vgg16-397923af.pth (torchvision's file)
 
-Parameters of all lie within 2 % of DeCo's (6 % at -cpu). The paper's models but "dit" have a teacher, DINOv2-B: its
-claim is about dit, jit_repa, no_frequency_repa and deco_repa, in this order. With VGG16: not measured yet.
-Hardware: meant for one GPU; its memory is not measured yet. Time: not measured yet. FID: not measured yet. NAME-cpu:
-12 to 15 minutes on one core of two, and FIDs that only tell them apart: docs/results.md.
+All have within 2 % of DeCo's number of parameters (6 % for -cpu). The paper's models except "dit" have a teacher,
+DINOv2-B: its claim is about dit, jit_repa, no_frequency_repa and deco_repa, in this order. With VGG16: not measured
+yet.
+Hardware: meant for one GPU; memory not measured yet. Time: not measured yet. FID: not measured yet. NAME-cpu: 12 to 15
+minutes on one of two cores, with FIDs that only serve to compare these models (docs/results.md).
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from deco_jax.config import default_config
 
 ROWS = {name: ablation.ROWS[name][1] for name in ("deco", "dit", "pixnerd", "jit", "no_frequency", "patch4", "add")}
 
-# Beside ours launch/sweep.py prints the paper's figures (size L, ImageNet 256²) of the rows that it has, with its own
-# teacher where ours have VGG16.
+# launch/sweep.py prints the paper's figures (size L, ImageNet 256²) beside ours for the rows that the paper has. The
+# paper's teacher is DINOv2 where ours is VGG16.
 PAPER = {
     f"{ours}{size}": ablation.PAPER[theirs]
     for ours, theirs in (
@@ -50,7 +51,7 @@ PAPER = {
 
 
 def get_config(variant: str = "deco") -> ml_collections.ConfigDict:
-    """A row by its name, perhaps with _repa, perhaps with -cpu or -smoke; B is deco, smoke is deco-smoke."""
+    """Return a row by its name, optionally with _repa and with -cpu or -smoke; B is deco, smoke is deco-smoke."""
     row, _, size = {"B": "deco", "smoke": "deco-smoke"}.get(variant, variant).partition("-")
     name, aligned = row.removesuffix("_repa"), row.endswith("_repa")
     if name not in (*ROWS, "patch2") or size not in ("", "cpu", "smoke"):
@@ -67,7 +68,7 @@ def get_config(variant: str = "deco") -> ml_collections.ConfigDict:
         config.model.dtype = "float32"
     depth, decoder_width = config.model.depth, config.model.decoder_width
     ROWS["patch4" if name == "patch2" else name](config)
-    # The rows are written for size L; here they keep this size.
+    # The rows are written for size L; keep this config's size.
     config.model.depth = depth
     if name == "pixnerd":
         config.model.decoder_width = decoder_width
@@ -113,6 +114,6 @@ def get_config(variant: str = "deco") -> ml_collections.ConfigDict:
 
 
 def vgg_teacher(config: ml_collections.ConfigDict) -> None:
-    """Make VGG16 the teacher: the tap whose grid at 32² in patches of 4 is that of the tokens."""
+    """Make VGG16 the teacher, with the tap whose grid matches that of the tokens at 32² with patches of 4."""
     config.teacher.name, config.teacher.size = "vgg", "3"
     config.teacher.dtype = config.model.dtype

@@ -1,34 +1,35 @@
-"""Your 200 photographs: a pretrained model adapted to a folder of pictures, by low-rank factors, on one GPU.
+"""Your 200 photographs: adapts a pretrained model to a folder of pictures with low-rank factors, on one GPU.
 
     python -m deco_jax.main --config=configs/imagenet256.py --workdir=runs/official --mode=import \\
-        --source=imagenet256_epoch800.ckpt --config.loss.repa_weight=0      # or any run of your own
+        --source=imagenet256_epoch800.ckpt --config.loss.repa_weight=0      # or use a run of your own
     python -m deco_jax.main --config=configs/finetune.py:runs/official --workdir=runs/mine \\
         --config.data.path=photos --config.model.num_classes=1              # photos/my_dog/*.jpg
     python -m deco_jax.main --workdir=runs/mine --mode=sample               # and --mode=export: the merged model
     python -m deco_jax.main --config=configs/finetune.py:smoke --workdir=/tmp/smoke     # seconds, two cores
 
-What comes after the colon is a run's folder: the model, its path and losses, the image size and how captions are
-encoded are its own; losses that need a teacher's weights are off. Without it they are DeCo-XL's at 256², and
---config.init_from names the weights. The pretrained average is frozen; factors of rank 16 beside the matrices of the
-transformer's blocks are trained, and the label table, whose classes start as the pretrained ones of the same name, or
-else as no class. Checkpoints hold what trains (and the run, once, what is frozen); every mode reads them merged.
-Averages are of the factors.
+After the colon comes a run's folder. The model, path, losses, image size and caption encoding are taken from that run;
+losses that need a teacher's weights are off. Without a run, they are those of DeCo-XL at 256², and --config.init_from
+gives the weights. The pretrained average is frozen. Trained are factors of rank 16 for the matrices of the
+transformer's blocks, and the label table: a class starts from the pretrained class of the same name, or else from "no
+class". Checkpoints hold what is trained; what is frozen is stored once per run. Every mode reads them merged. Averages
+are averages of the factors.
 
 Data: class folders, or captions for a text-to-image model (`--config.data.source=captioned_folder`); pictures are
-mirrored and cropped at random. If the model forgets what its class looked like, give it pictures to remember it by,
-half of each batch: any of the class, or what the pretrained model draws of it,
+mirrored and cropped at random. If the model forgets what its class looked like, fill half of each batch with pictures
+to remember it by: any of that class, or ones that the pretrained model draws,
 
     python -m deco_jax.main --workdir=runs/official --mode=sample --config.sample.png=True \\
         --config.sample.classes="golden retriever" --config.sample.num_images=200
     mkdir prior && mv runs/official/samples/images "prior/golden retriever"
         --config.data.prior_path=prior --config.loss.prior_weight=1 --config.model.num_classes=2
 
-The classes are then those of both folders. `--config.lora.whole=label_embed,decoder` trains the pixel decoder as well,
+The classes are then those of both folders. `--config.lora.whole=label_embed,decoder` also trains the pixel decoder, and
 `--config.lora.rank=0` the whole model.
 
-Hardware and time: one GPU; of DeCo-XL at 256² 8.8 million factors train beside 681 million frozen parameters (2.5 GiB,
-and as much again merged, in the place of 12.7 GiB for all of the weights, moments and average). 1,000 steps of 8
-images. Time and memory: not measured yet. Expected FID: none; look at the grids, a checkpoint every 200 steps.
+Hardware and time: one GPU. For DeCo-XL at 256², 8.8 million factors train beside 681 million frozen parameters (2.5
+GiB, and as much again when merged; training everything takes 12.7 GiB for weights, moments and average). 1,000 steps of
+8 images. Time and memory: not measured yet. Expected FID: none; look at the grids, one with each checkpoint, every 200
+steps.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from deco_jax.config import default_config, saved
 
 
 def get_config(variant: str = "XL") -> ml_collections.ConfigDict:
-    """Variants: XL (default), smoke, or the folder of a run to start from."""
+    """Return a variant: XL (default), smoke, or the folder of a run to start from."""
     config = default_config()
     if variant not in ("XL", "smoke"):
         place = saved.of_workdir(variant)

@@ -9,10 +9,10 @@
     python -m deco_jax.main --config=configs/imagenet256.py:smoke --workdir=/tmp/smoke  # seconds, two cores
 
 Data: ImageNet's class folders (`image_folder`), or an ArrayRecord directory that TFDS prepared (`tfds`).
-A different number of GPUs needs no other setting: the batch size is global.
+Another number of GPUs needs no change of settings: the batch size is global.
 
-Hardware and time. The paper trains on 8 A800: L 0.24 s a step at batch 256, so 200k steps take 13 hours.
-XL: 787 GFLOP an image and step, 1.6 M steps are 320 epochs. This code's time and memory there: not measured yet.
+Hardware and time: the paper trains on 8 A800; L takes 0.24 s per step at batch 256, so 200k steps take 13 hours.
+XL: 787 GFLOP per image and step; 1.6 M steps are 320 epochs. This code's time and memory there: not measured yet.
 
 Expected FID (the paper's; with this code: not measured yet)
     L, 200k steps, 50 Euler steps, guidance 1                        31.35
@@ -28,11 +28,11 @@ from deco_jax.config import default_config
 
 
 def get_config(variant: str = "XL") -> ml_collections.ConfigDict:
-    """Variants: XL (default), L, smoke. XL is what every setting is by default."""
+    """Return a variant: XL (default), L, smoke. XL has every setting at its default."""
     config = default_config()
     if variant == "L":
         config.model.width, config.model.depth = 1024, 22
-        config.loss.label_dropout = 0.1  # DeCo-XL alone has 0.2
+        config.loss.label_dropout = 0.1  # only DeCo-XL has 0.2
         config.train.num_steps = 200_000
         config.sample.guidance, config.sample.num_steps = 1.0, 50
     elif variant == "smoke":
@@ -43,7 +43,7 @@ def get_config(variant: str = "XL") -> ml_collections.ConfigDict:
 
 
 def smoke(config: ml_collections.ConfigDict) -> None:
-    """The same program, tiny: digits in 32², seconds on two cores, no files needed."""
+    """Make it tiny, in place: digits at 32², seconds on two cores, no files needed."""
     config.model.width, config.model.depth, config.model.num_heads = 32, 3, 4
     config.model.patch_size = 8
     config.model.num_classes = 10

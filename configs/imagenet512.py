@@ -7,10 +7,10 @@
         --config.evaluate.reference=/data/VIRTUAL_imagenet512.npz --config.sample.num_images=50000
     python -m deco_jax.main --config=configs/imagenet512.py:smoke --workdir=/tmp/smoke512
 
-init_from is a run's folder, or one of its checkpoints, of `imagenet256.py` (the paper: at 320 epochs). Weights and
-EMA are taken over; the optimizer starts anew.
+init_from is the folder of a run of `imagenet256.py`, or one of its checkpoints (in the paper, at 320 epochs). Weights
+and EMA are taken over; the optimizer starts from scratch.
 
-Hardware and time: 1,080 GFLOP a forward pass and image, 4.4 times 256²'s. Memory on TPU slices:
+Hardware and time: 1,080 GFLOP per image in a forward pass, 4.4 times as much as at 256². Memory on TPU slices: see
 docs/scaling.md; time, and memory on GPUs: not measured yet.
 Expected FID with 100 Euler steps, guidance 5.0: 2.22 (the paper's; with this code: not measured yet).
 """
@@ -23,7 +23,7 @@ from configs import imagenet256
 
 
 def get_config(variant: str = "XL") -> ml_collections.ConfigDict:
-    """Variants: XL (default), L, smoke."""
+    """Return a variant: XL (default), L, smoke."""
     config = imagenet256.get_config(variant)
     config.data.image_size = (512, 512)
     config.sample.guidance = 5.0

@@ -1,4 +1,4 @@
-"""ImageNet 256², class to image: other ways to align with a teacher than REPA's.
+"""ImageNet 256², class to image: ways to align with a teacher other than REPA.
 
     python -m deco_jax.main --config=configs/irepa256.py:deco --workdir=runs/irepa \\
         --config.data.path=/data/imagenet/train --config.teacher.path=/data/dinov2_vitb14_pretrain.pth
@@ -10,16 +10,17 @@
     variant     what it is                                                                 expected FID
     deco        DeCo-L, 200k steps; iREPA: the teacher's features less 0.8 of their mean,  not known; 31.35 with REPA
                 at unit deviation, and one 3×3 convolution as the projector
-    jit         JiT-L/16 (jit256.py) with iREPA, weight 0.5                                not on our fact sheet
+    jit         JiT-L/16 (jit256.py) with iREPA, weight 0.5                                unknown to us
     haste       DeCo-XL; REPA for the first 250,000 steps only                             not known; 1.90 with REPA
-    pixelrepa   JiT-L/16 with PixelREPA: weight 0.1, a fifth of the tokens hidden from a   not on our fact sheet
+    pixelrepa   JiT-L/16 with PixelREPA: weight 0.1, a fifth of the tokens hidden from a   unknown to us
                 projector of two transformer blocks
 
-HASTE also matches attention maps, and that is not here. How PixelREPA hides a token is our reading: one learned vector
-in its place, and every token counts. Each also as NAME-smoke (seconds; its teacher is VGG16); smoke is deco-smoke.
+HASTE also matches attention maps, which isn't implemented here. How PixelREPA hides a token is our interpretation: one
+learned vector replaces it, and every token counts. Each variant also exists as NAME-smoke (seconds; its teacher is
+VGG16); smoke is deco-smoke.
 
-With this code: not measured yet. Hardware and time: imagenet256.py's and jit256.py's; from step 250,000 on haste has no
-teacher to compute.
+With this code: not measured yet. Hardware and time: as imagenet256.py and jit256.py; from step 250,000 on, haste
+doesn't compute the teacher.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ VARIANTS: dict[str, tuple[Callable[[str], ml_collections.ConfigDict], str, Calla
 
 
 def get_config(variant: str = "deco") -> ml_collections.ConfigDict:
-    """Variants: deco (default), jit, haste, pixelrepa, each also with -smoke; smoke is deco-smoke."""
+    """Return a variant: deco (default), jit, haste, pixelrepa, each also with -smoke; smoke is deco-smoke."""
     name = "deco" if variant == "smoke" else variant.removesuffix("-smoke")
     if name not in VARIANTS:
         raise ValueError(f"there is no variant {variant!r}; choose {', '.join(VARIANTS)} (or one with -smoke)")
@@ -69,6 +70,6 @@ def get_config(variant: str = "deco") -> ml_collections.ConfigDict:
 
 
 def smoke_teacher(config: ml_collections.ConfigDict) -> None:
-    """Make VGG16's second tap the teacher of a smoke: small, and its file is easy to have."""
+    """Make VGG16's second tap the teacher of a smoke run: it is small, and its file is easy to get."""
     config.loss.repa_layer = 2
     config.teacher.name, config.teacher.size, config.teacher.dtype = "vgg", "2", "float32"

@@ -6,13 +6,13 @@
         --config.evaluate.reference=/data/VIRTUAL_imagenet256_labeled.npz --config.sample.num_images=50000
     python -m deco_jax.main --config=configs/jit256.py:smoke --workdir=/tmp/smoke
 
-32 tokens of the class join the image's on the way; a patch is reduced to 128 channels first (H: 256). AdamW (0.9, 0.95)
-at 5e-5 per 256 images of the batch, here 1,024; 5 epochs of warm-up, mirrored images, label dropout 0.1, averages with
-0.9999 ("ema") and 0.9996 ("short"), 600 epochs; Heun in 50 steps, guidance in (0.1, 1].
+32 class tokens join the image's tokens between two blocks; a patch is first reduced to 128 channels (H: 256). AdamW
+(0.9, 0.95) at 5e-5 per 256 images of the batch, here 1,024; 5 epochs of warm-up, mirrored images, label dropout 0.1,
+averages with 0.9999 ("ema") and 0.9996 ("short"), 600 epochs; Heun in 50 steps, guidance in (0.1, 1].
 
     variant    blocks, width, heads    guidance    expected FID at 600 epochs
-    B          12, 768, 12             2.9         not on our fact sheet
-    L          24, 1024, 16            2.4         not on our fact sheet
+    B          12, 768, 12             2.9         unknown to us
+    L          24, 1024, 16            2.4         unknown to us
     H          32, 1280, 16            2.2         1.86
 
 The scores are the authors'; with this code: not measured yet. Hardware and time: not measured yet.
@@ -25,7 +25,7 @@ import ml_collections
 from configs import imagenet256
 from deco_jax.config import set_model
 
-# variant → depth, width, heads, the block that the class tokens join before, bottleneck, dropout, guidance
+# variant → depth, width, heads, the block before which the class tokens join, bottleneck, dropout, guidance
 SIZES = {
     "B": (12, 768, 12, 4, 128, 0.0, 2.9),
     "L": (24, 1024, 16, 8, 128, 0.0, 2.4),
@@ -35,7 +35,7 @@ STEPS_PER_EPOCH = 1_281_167 // 1024
 
 
 def get_config(variant: str = "L") -> ml_collections.ConfigDict:
-    """Variants: B, L (default), H, smoke."""
+    """Return a variant: B, L (default), H, smoke."""
     config = imagenet256.get_config("smoke" if variant == "smoke" else "XL")
     set_model(config, "jit")
     jit_recipe(config)
@@ -62,7 +62,7 @@ def get_config(variant: str = "L") -> ml_collections.ConfigDict:
 
 
 def jit_recipe(config: ml_collections.ConfigDict) -> None:
-    """What JiT and PixelGen share: clean images, their times, no frequency loss, no teacher."""
+    """Set what JiT and PixelGen share: clean images, their times, no frequency loss, no teacher."""
     config.model.prediction = "x"
     config.loss.frequency_weight = config.loss.repa_weight = 0.0
     config.loss.time_mean, config.loss.time_std = -0.8, 0.8

@@ -4,11 +4,11 @@
     python -m deco_jax.main --config=configs/jit512.py:L --workdir=runs/jit512 --mode=sample
     python -m deco_jax.main --config=configs/jit512.py:smoke --workdir=/tmp/smoke
 
-Patches of 32 pixels, and noise of standard deviation 2 (`path.noise_scale`), since larger images need more of it. All
-else, guidance included, is jit256.py's: the published guidance at 512² isn't on our fact sheet.
+Patches are 32 pixels wide, and the noise has standard deviation 2 (`path.noise_scale`), because larger images need more
+of it. Everything else is as in jit256.py, including guidance: we don't have the published guidance at 512².
 
-Variants B, L and H, and their sizes, as in jit256.py. Expected FID: not on our fact sheet, and with this code not
-measured yet. Hardware and time: a step's arithmetic is that of jit256.py but for the patches' 3,072 values.
+Variants B, L and H have the same sizes as in jit256.py. Expected FID: we have no published figure; with this code, not
+measured yet. Hardware and time: a step's arithmetic is that of jit256.py except for the patches' 3,072 values.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from configs import jit256
 
 
 def get_config(variant: str = "L") -> ml_collections.ConfigDict:
-    """Variants: B, L (default), H, smoke."""
+    """Return a variant: B, L (default), H, smoke."""
     config = jit256.get_config(variant)
     config.path.noise_scale = 2.0
     if variant != "smoke":

@@ -1,4 +1,4 @@
-"""ImageNet 256² with perceptual losses beside DeCo's own, as PixelGen adds them (arXiv 2602.02493).
+"""ImageNet 256² with perceptual losses in addition to DeCo's own, as in PixelGen (arXiv 2602.02493).
 
     python -m deco_jax.main --config=configs/perceptual256.py --workdir=runs/perceptual \\
         --config.data.path=/data/imagenet/train --config.teacher.path=/data/dinov2_vitb14_pretrain.pth \\
@@ -6,13 +6,14 @@
     python -m deco_jax.main --config=configs/perceptual256.py:smoke --workdir=/tmp/smoke ...
 
 LPIPS on VGG16 (weight 0.1) and the teacher's features (weight 0.01) compare the predicted image with the true one, at
-times from 0.3 on. VGG16 is torchvision's file, its linear layers `vgg.pth` of the lpips package, version 0.1.
+times from 0.3 on. VGG16 comes from torchvision's file, and LPIPS's linear layers from `vgg.pth` of the lpips package,
+version 0.1.
 
     variant    model and prediction                               expected FID
     deco       DeCo-L, velocity; 200k steps                       not known; 31.35 without the perceptual losses
     jit        the transformer alone, clean images; 200k steps    7.53 (PixelGen-L, 40 epochs, no guidance)
 
-With this code: not measured yet. Hardware and time: imagenet256.py:L's and, as published, 5 % more.
+With this code: not measured yet. Hardware and time: 5 % more than imagenet256.py:L, as published.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from configs import ablation, imagenet256
 
 
 def get_config(variant: str = "deco") -> ml_collections.ConfigDict:
-    """Variants: deco (default), jit, smoke (deco, tiny; it needs the two files of LPIPS)."""
+    """Return a variant: deco (default), jit, smoke (deco, tiny; it needs the two files of LPIPS)."""
     if variant == "jit":
         config = ablation.get_config("jit")
     elif variant in ("deco", "smoke"):

@@ -9,9 +9,9 @@
     XL         28, 1152         676,699,200    5.11 at 80 epochs without guidance, 1.83 at 160 with 2.25
     L          24, 1024         459,434,720    7.53 at 40 epochs without guidance
 
-Heun in 50 steps, times shifted by 2, guidance in (0.1, 0.9]. From step 400,000 on the perceptual losses are balanced by
-their gradients (`loss.balance_start`); as published no step before it is. With this code: not measured yet. Hardware
-and time: imagenet256.py's and, as published, 5 % more.
+Heun in 50 steps, times shifted by 2, guidance in (0.1, 0.9]. As published, the perceptual losses are balanced by their
+gradients from step 400,000 on (`loss.balance_start`), and not before. With this code: not measured yet. Hardware and
+time: 5 % more than imagenet256.py, as published.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from deco_jax.config import set_model
 
 
 def get_config(variant: str = "XL") -> ml_collections.ConfigDict:
-    """Variants: XL (default), L, smoke (it needs the two files of LPIPS)."""
+    """Return a variant: XL (default), L, smoke (it needs the two files of LPIPS)."""
     if variant not in ("XL", "L", "smoke"):
         raise ValueError(f"there is no variant {variant!r}; choose XL, L or smoke")
     config = imagenet256.get_config(variant)

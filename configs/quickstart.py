@@ -1,13 +1,13 @@
-"""Handwritten digits at 16², on a laptop in five minutes: DeCo small enough to watch.
+"""Handwritten digits at 16², on a laptop in five minutes: a DeCo small enough to watch.
 
     python -m deco_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-Data: the 1,797 digits that scikit-learn also carries, inside this package; nothing is downloaded.
-Leaves runs/quickstart/samples/step_*.png, a grid with one row for each digit.
+Data: the 1,797 digits that scikit-learn also has, included in this package; nothing is downloaded.
+Writes runs/quickstart/samples/step_*.png, grids with one row per digit.
 
-Hardware and time: two quiet CPU cores, 180 s in one run, compiling included; an older machine took 255 s for 1,200
-of the 1,500 steps.
-Expected: the digits in the last grid can be read, some 8s and 9s with a second look. FID: not measured yet.
+Hardware and time: one run took 180 s on two idle CPU cores, including compilation; an older machine took 255 s for
+1,200 of the 1,500 steps.
+Expected: the digits in the last grid are legible, some 8s and 9s only at second glance. FID: not measured yet.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from deco_jax.config import default_config
 
 
 def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
-    """Variants: digits (default), smoke."""
+    """Return a variant: digits (default), smoke."""
     if variant not in ("digits", "smoke"):
         raise ValueError(f"there is no variant {variant!r}; choose digits or smoke")
     config = default_config()
@@ -40,8 +40,9 @@ def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
     config.loss.repa_weight = 0.0  # no teacher
     config.loss.label_dropout = 0.1
     config.sample.num_images = config.sample.batch_size = config.sample.grid_images = 100
-    # The SDE, because the ODE leaves stray coloured pixels where the first noise is extreme: so small a decoder, so
-    # briefly trained, doesn't take all of it away, and the SDE draws new noise on the way. Its last steps are short.
+    # The SDE, because the ODE leaves stray coloured pixels where the initial noise is extreme: a decoder this small,
+    # trained this briefly, doesn't remove all of it, and the SDE adds new noise along the way. Its last steps are
+    # short.
     config.sample.sampler, config.sample.num_steps, config.sample.shift = "sde", 40, 0.5
     config.sample.guidance = 3.0
     config.evaluate.batch_size = 2

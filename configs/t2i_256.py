@@ -7,13 +7,13 @@
     python -m deco_jax.main --config=configs/t2i_256.py:smoke --workdir=/tmp/smoke      # seconds, two cores
 
 1,133,759,395 parameters. Data: WebDataset tars (`webdataset`), or a folder of images with a .txt beside each
-(`captioned_folder`). Text: the folder of huggingface.co/Qwen/Qwen3-1.7B (config.json, tokenizer.json, *.safetensors),
-and pip install tokenizers; captions are encoded in each step, or once, by the same command with --mode=encode and
---config.text.features=FOLDER, which training then reads (512 KiB a caption). Half of those under 30 words are trained
-with "A photo of " before them (config.text.prefix).
+(`captioned_folder`). Text: the folder of huggingface.co/Qwen/Qwen3-1.7B (config.json, tokenizer.json, *.safetensors)
+and pip install tokenizers. Captions are encoded in each step. To encode them only once, run the same command with
+--mode=encode and --config.text.features=FOLDER, and train with that setting (512 KiB per caption). Half of the captions
+under 30 words get the prefix "A photo of " (config.text.prefix).
 
-Hardware and time: 200k steps at batch 1536; this code's time and memory: not measured yet. Expected: the paper gives
-figures for the last stage alone, see t2i_finetune.py.
+Hardware and time: 200k steps at batch 1536; this code's time and memory: not measured yet. Expected: the paper only
+gives figures for the last stage, see t2i_finetune.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from deco_jax.config import default_config
 
 
 def get_config(variant: str = "XXL") -> ml_collections.ConfigDict:
-    """Variants: XXL (default), smoke."""
+    """Return a variant: XXL (default), smoke."""
     if variant not in ("XXL", "smoke"):
         raise ValueError(f"there is no variant {variant!r}; choose XXL or smoke")
     config = default_config()
@@ -49,7 +49,7 @@ def get_config(variant: str = "XXL") -> ml_collections.ConfigDict:
 
 
 def sampler(config: ml_collections.ConfigDict) -> None:
-    """The paper's: second-order Adams, 25 steps, shift 3, guidance 4."""
+    """Set the paper's sampler: second-order Adams, 25 steps, shift 3, guidance 4."""
     config.sample.sampler = "adams2"
     config.sample.num_steps = 25
     config.sample.shift = 3.0
@@ -59,9 +59,9 @@ def sampler(config: ml_collections.ConfigDict) -> None:
 
 
 def smoke(config: ml_collections.ConfigDict) -> None:
-    """The same program, tiny and without files: digits with captions, whose letters stand in for Qwen3's features."""
+    """Make it tiny and independent of files: digits with captions, whose letters stand in for Qwen3's features."""
     imagenet256.smoke(config)
     config.model.num_classes = 0
     config.model.text_width, config.model.text_length, config.model.text_depth = 257, 24, 1
     config.data.source = "captioned_digits"
-    config.text.encoder, config.text.prefix = "bytes", "A "  # a longer one would push the digit out
+    config.text.encoder, config.text.prefix = "bytes", "A "  # a longer prefix would push the digit out

@@ -1,4 +1,4 @@
-"""Emoji from their names: small text-to-image models, at 64² for one GPU, at 32² for a patient CPU.
+"""Emoji from their names: small text-to-image models, at 64² for one GPU, at 32² for a CPU and some patience.
 
     python -m deco_jax.main --config=configs/t2i_emoji.py --workdir=runs/emoji --config.data.path=/data/emoji
     python -m deco_jax.main --config=configs/t2i_emoji.py --workdir=runs/emoji --mode=sample \\
@@ -6,15 +6,15 @@
     python -m deco_jax.main --config=configs/t2i_emoji.py:cpu --workdir=runs/emoji_cpu --config.data.path=/data/emoji
     python -m deco_jax.main --config=configs/t2i_emoji.py:smoke --workdir=/tmp/smoke
 
-Data: a folder of images, each with its caption in a .txt beside it (`captioned_folder`); meant for some thousand emoji
-with names such as "grinning face". No text encoder: the letters of a name go into the model as they are, and it learns
-to read with what it draws. With Qwen3 instead: --config.text.encoder=qwen3 --config.text.path=/data/Qwen3-1.7B
+Data: a folder of images, each with its caption in a .txt beside it (`captioned_folder`); meant for a few thousand emoji
+with names such as "grinning face". There is no text encoder: the model gets the letters of a name and learns to read
+them as it learns to draw. To use Qwen3 instead: --config.text.encoder=qwen3 --config.text.path=/data/Qwen3-1.7B
 --config.model.text_width=2048.
 
-Hardware and time: `:cpu` took 6k steps of 32 on two CPU cores, at 48 images/s when they had nothing else to do: 66
-minutes. The default, 60k steps of 64 on one GPU: not measured yet. What `:cpu` draws: docs/emoji.png. Some people
-follow the name, flags and skin tones unreliably; rarer things keep only a shape and a colour, for so few pictures
-teach no words but their own. FID: not measured yet.
+Hardware and time: `:cpu` took 66 minutes for 6k steps of 32 images on two CPU cores, at 48 images/s when they were
+otherwise idle. The default, 60k steps of 64 on one GPU: not measured yet. docs/emoji.png shows what `:cpu` draws. Some
+people match the name, flags and skin tones don't reliably; rarer things only get a shape and a colour, because so few
+pictures teach no words beyond their own. FID: not measured yet.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from deco_jax.config import default_config
 
 
 def get_config(variant: str = "S") -> ml_collections.ConfigDict:
-    """Variants: S (default), cpu, smoke."""
+    """Return a variant: S (default), cpu, smoke."""
     if variant not in ("S", "cpu", "smoke"):
         raise ValueError(f"there is no variant {variant!r}; choose S, cpu or smoke")
     config = default_config()
@@ -59,7 +59,7 @@ def get_config(variant: str = "S") -> ml_collections.ConfigDict:
         config.data.image_size, config.data.batch_size = (32, 32), 32
         config.optimizer.learning_rate, config.optimizer.warmup_steps = 1e-3, 100
         config.optimizer.ema_decay = 0.998
-        # As in configs/quickstart.py: a small decoder, briefly trained, leaves less noise with the SDE.
+        # As in configs/quickstart.py: a small decoder that is trained briefly leaves less noise with the SDE.
         config.sample.sampler, config.sample.num_steps, config.sample.shift = "sde", 40, 0.5
         config.train.num_steps = 6000
         config.train.log_every, config.train.save_every, config.train.sample_every = 50, 500, 1000

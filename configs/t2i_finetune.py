@@ -11,7 +11,7 @@ Data: about 60k images with captions in the paper. Weights, averages and the opt
 `t2i_512.py`.
 
 Hardware and time: 40k steps at batch 512; this code's time and memory: not measured yet.
-Expected, the paper's after this stage: GenEval 0.86, DPG-Bench 81.4. With this code: not measured yet.
+Expected after this stage (the paper's): GenEval 0.86, DPG-Bench 81.4. With this code: not measured yet.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from configs import t2i_512
 
 
 def get_config(variant: str = "XXL") -> ml_collections.ConfigDict:
-    """Variants: XXL (default), smoke."""
+    """Return a variant: XXL (default), smoke."""
     config = t2i_512.get_config(variant)
-    if variant != "smoke":  # which is t2i_512's, to the constant: compiled once
+    if variant != "smoke":  # smoke equals t2i_512's in every constant, so it compiles only once
         config.optimizer.learning_rate = 1e-5
         config.optimizer.b2 = 0.999
         config.train.num_steps = 40_000
