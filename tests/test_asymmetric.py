@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from deco_jax.method import asymmetric
 from deco_jax.method.energy import EnergyPath
 from deco_jax.method.paths import LinearPath
+from deco_jax.method.predictions import asymmetric
 from tests.helpers import golden, relative_error
 
 PATCH = 4

@@ -14,7 +14,7 @@ from PIL import Image
 
 from configs import quickstart
 from deco_jax.errors import UserError
-from deco_jax.evaluation import adm, image_sets
+from deco_jax.evaluation import image_sets, inception_features
 from deco_jax.evaluation.measuring import read
 from deco_jax.evaluation.statistics import NpzImages
 from deco_jax.models.inception import Features
@@ -77,7 +77,7 @@ def state(accumulator):
 
 def measured(images, path=None, extractor=None, num_kept=6):
     extractor = extractor or Projection()
-    return adm.measure(images, extractor, path, "digest", num_kept, 4, quiet=True)
+    return inception_features.measure(images, extractor, path, "digest", num_kept, 4, quiet=True)
 
 
 def test_interrupted_and_continued(tmp_path):
@@ -95,7 +95,7 @@ def test_interrupted_and_continued(tmp_path):
 
 def test_evaluators_of_the_same_features_share_a_reader(tmp_path):
     """ADM's scores and KID take Inception's features of each image once."""
-    features = adm.InceptionFeatures.__new__(adm.InceptionFeatures)
+    features = inception_features.InceptionFeatures.__new__(inception_features.InceptionFeatures)
     features.config, features.folder, features.weights = settings(), tmp_path, "digest"
     features.extractor, features._reader = Projection(7), None
     samples = image_sets.folder_images(as_folder(tmp_path / "images", pictures(7)))
@@ -199,12 +199,12 @@ def test_runs_that_share_a_cache_measure_the_reference_once(tmp_path):
     config = settings(cache=str(tmp_path / "cache"), num_reference=12)
 
     def statistics(run, extractor):
-        reference = adm.open_reference(config)
+        reference = inception_features.open_reference(config)
         found, features = reference.measure(extractor, tmp_path / run, "digest", config)
         return [*found, features]
 
     alone = settings(num_reference=12)
-    expected = adm.open_reference(alone).measure(Projection(), tmp_path / "alone", "digest", alone)
+    expected = inception_features.open_reference(alone).measure(Projection(), tmp_path / "alone", "digest", alone)
     first, second = statistics("first", Projection()), statistics("second", Projection(0))
     for a, b, c in zip(first, second, [*expected[0], expected[1]], strict=True):
         np.testing.assert_array_equal(a, b)

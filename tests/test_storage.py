@@ -22,7 +22,7 @@ from deco_jax.config import saved, to_json
 from deco_jax.data import features as features_lib
 from deco_jax.data import sources
 from deco_jax.errors import UserError
-from deco_jax.run import checksums, lock, storage
+from deco_jax.run import checksums, fetch, lock, storage
 from deco_jax.run import files as files_lib
 from tests.bucket_runs import FOUR_STEPS, RUN, Data, assert_nothing_left_here, killed_and_resumed, same_samples
 from tests.buckets import download, make_images, needs_gcs, upload
@@ -300,20 +300,20 @@ def test_stored_text_features_of_a_bucket(here, tmp_path):
 def test_weights_are_fetched_once_and_checked(here, tmp_path, capsys, monkeypatch):
     here.upload("weights/model.bin", b"first" * 1000)
     here.upload("weights/sub/config.json", b"{}")
-    folder = storage.local("gs://bucket/weights")
+    folder = fetch.local("gs://bucket/weights")
     assert files(folder)["model.bin"] == b"first" * 1000
     assert (folder / "sub" / "config.json").read_text() == "{}"
     assert capsys.readouterr().err.count("as the bucket says") == 2
-    assert storage.local("gs://bucket/weights") == folder
+    assert fetch.local("gs://bucket/weights") == folder
     assert capsys.readouterr().err == ""
     here.upload("weights/model.bin", b"second")
-    assert (storage.local("gs://bucket/weights/model.bin")).read_bytes() == b"second"
+    assert (fetch.local("gs://bucket/weights/model.bin")).read_bytes() == b"second"
     with pytest.raises(UserError, match="no such file"):
-        storage.local("gs://bucket/missing.bin")
+        fetch.local("gs://bucket/missing.bin")
     monkeypatch.setattr(storage, "md5", lambda info: b"0" * 16)
     here.upload("weights/model.bin", b"third")
     with pytest.raises(UserError, match="arrived damaged"):
-        storage.local("gs://bucket/weights/model.bin")
+        fetch.local("gs://bucket/weights/model.bin")
     monkeypatch.undo()
 
 

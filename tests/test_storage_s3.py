@@ -17,7 +17,7 @@ from deco_jax.data import sources
 from deco_jax.errors import UserError
 from deco_jax.evaluation.statistics import Accumulator
 from deco_jax.models import network
-from deco_jax.run import checksums, lock, orbax_s3, sharding, storage
+from deco_jax.run import checksums, fetch, lock, orbax_s3, sharding, storage
 from deco_jax.run.checkpoint import complete_steps, find, load_average
 from tests.bucket_runs import FOUR_STEPS, RUN, Data, assert_nothing_left_here, killed_and_resumed, same_samples
 from tests.buckets import download, make_images, needs_s3, upload
@@ -173,16 +173,16 @@ def test_caches_of_evaluations_in_s3(s3):
 def test_weights_of_s3_are_fetched_once_and_checked(s3, capsys):
     s3.upload("weights/model.bin", b"first" * 1000)
     s3.upload("weights/sub/config.json", b"{}")
-    folder = storage.local("s3://bucket/weights")
+    folder = fetch.local("s3://bucket/weights")
     assert files(folder)["model.bin"] == b"first" * 1000
     assert (folder / "sub" / "config.json").read_text() == "{}"
     assert capsys.readouterr().err.count("as the bucket says") == 2
-    assert storage.local("s3://bucket/weights") == folder
+    assert fetch.local("s3://bucket/weights") == folder
     assert capsys.readouterr().err == ""
     s3.upload("weights/model.bin", b"second")
-    assert storage.local("s3://bucket/weights/model.bin").read_bytes() == b"second"
+    assert fetch.local("s3://bucket/weights/model.bin").read_bytes() == b"second"
     with pytest.raises(UserError, match="no such file"):
-        storage.local("s3://bucket/missing.bin")
+        fetch.local("s3://bucket/missing.bin")
 
 
 def test_one_run_at_a_time_in_s3(s3, monkeypatch):

@@ -67,10 +67,10 @@ def test_evaluating():
     """With the bookkeeping's stand-in for the Inception network, and a name that is longer than the line."""
     program = """
 import numpy as np
-from deco_jax.evaluation import adm, image_sets
+from deco_jax.evaluation import image_sets, inception_features
 from tests.test_evaluate import Projection, pictures
 images = image_sets.drawn_images(lambda first: iter([pictures(12)[first:]]), 12, (16, 16), "drawn from " + 90 * "x")
-adm.measure(images, Projection(), None, "digest", 0, 4)
+inception_features.measure(images, Projection(), None, "digest", 0, 4)
 """
     lines = on_terminal("-c", program)
     assert re.match(r"4 of 12 images measured \(compiled and measured in \d+\.\d s\), drawn from xxx", lines[0])

@@ -28,7 +28,7 @@ from deco_jax.data.features import caption_hash
 from deco_jax.errors import UserError
 from deco_jax.models import qwen3
 from deco_jax.models.network import FrozenNetwork
-from deco_jax.run import storage
+from deco_jax.run import fetch
 
 PADDING_TOKEN = "<|endoftext|>"
 BYTE_PADDING = BYTE_WIDTH - 1
@@ -69,7 +69,7 @@ def open_encoder(config: ml_collections.ConfigDict) -> Encoder:
     length, width, path = (
         config.model.text_length,
         config.model.text_width,
-        os.fspath(storage.local(os.path.expanduser(config.text.path))) if config.text.path else "",
+        os.fspath(fetch.local(os.path.expanduser(config.text.path))) if config.text.path else "",
     )
     if config.text.encoder == "bytes":
         identity = json.dumps(["bytes", length, width])

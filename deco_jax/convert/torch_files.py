@@ -20,7 +20,7 @@ import numpy as np
 from deco_jax.convert import torch_archive
 from deco_jax.convert.mapping import listed
 from deco_jax.errors import UserError, reason
-from deco_jax.run import files, storage
+from deco_jax.run import fetch, files
 
 PREFIXES = {"denoiser": "denoiser.", "ema": "ema_denoiser.", "projector": "diffusion_trainer.proj."}
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -387,12 +387,12 @@ class _Renamed(Mapping[str, np.ndarray]):
 
 
 def read_weights(path: str | os.PathLike[str] | None, what: str, remedy: str) -> Mapping[str, np.ndarray]:
-    """Read a frozen network's weights by `read_tensors`; remote ones are fetched once (`storage.local`).
+    """Read a frozen network's weights by `read_tensors`; remote ones are fetched once (`fetch.local`).
 
     Raises:
         UserError: nothing is there or no path is given ("no WHAT weights there; REMEDY"), or as `read_tensors`.
     """
-    here = storage.local(path) if path else None
+    here = fetch.local(path) if path else None
     if here is None or not here.exists():
         raise UserError(f"{path or 'no path'}: no {what} weights there; {remedy}")
     return read_tensors(here)

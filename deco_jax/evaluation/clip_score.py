@@ -15,13 +15,12 @@ import numpy as np
 
 from deco_jax.errors import UserError
 from deco_jax.evaluation import TITLES
-from deco_jax.evaluation.adm import FOLDER
 from deco_jax.evaluation.evaluator import Scores, Setup, Subject
 from deco_jax.evaluation.image_sets import ImageSet, digest
-from deco_jax.evaluation.measuring import Extractor, Reader, Rows, file_identity, fingerprint_of, read
+from deco_jax.evaluation.measuring import FOLDER, Extractor, Reader, Rows, file_identity, fingerprint_of, read
 from deco_jax.models import clip
 from deco_jax.models.network import Params, functional
-from deco_jax.run import storage
+from deco_jax.run import fetch
 
 
 def cosines(images: jax.Array, texts: jax.Array) -> jax.Array:
@@ -36,7 +35,7 @@ class CLIPScore:
     titles: ClassVar = {"clip_score": TITLES["clip_score"]}
 
     def __init__(self, setup: Setup) -> None:
-        folder = pathlib.Path(storage.local(setup.config.evaluate.clip))
+        folder = pathlib.Path(fetch.local(setup.config.evaluate.clip))
         sizes, image, text = clip.load(folder)
         self._encode = clip.tokenizer(folder, sizes.length)
         self._path = setup.folder / FOLDER / "samples_clip.npz"
@@ -79,7 +78,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     """Raise UserError, with where to get them, if CLIP's files are missing."""
     if not config.evaluate.clip:
         raise UserError(f"config.evaluate.clip is empty; {clip.WHERE}, or leave out clip_score")
-    clip.read_sizes(pathlib.Path(storage.local(config.evaluate.clip)))
+    clip.read_sizes(pathlib.Path(fetch.local(config.evaluate.clip)))
 
 
 def make(setup: Setup) -> CLIPScore:

@@ -15,12 +15,12 @@ from jax.sharding import Mesh
 
 from deco_jax.evaluation import EVALUATORS
 from deco_jax.evaluation.image_sets import ImageSet
+from deco_jax.evaluation.inception_features import InceptionFeatures
 from deco_jax.evaluation.measuring import Reader
 from deco_jax.models.network import Params
 
 if TYPE_CHECKING:
     from deco_jax.api import Model
-    from deco_jax.evaluation.adm import InceptionFeatures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +101,6 @@ class Setup:
     @functools.cached_property
     def inception(self) -> InceptionFeatures:
         """Inception's features, shared by all metrics that are of them."""
-        from deco_jax.evaluation.adm import InceptionFeatures
-
         return InceptionFeatures(self.config, self.folder, self.mesh, self.most)
 
 

@@ -19,14 +19,14 @@ import numpy as np
 
 from deco_jax.errors import UserError
 from deco_jax.evaluation import TITLES
-from deco_jax.evaluation.adm import FOLDER, open_reference
 from deco_jax.evaluation.evaluator import Scores, Setup, Subject
 from deco_jax.evaluation.fid import frechet_distance
 from deco_jax.evaluation.image_sets import ImageSet, digest
-from deco_jax.evaluation.measuring import Extractor, Reader, Rows, file_identity, fingerprint_of, read
+from deco_jax.evaluation.inception_features import open_reference
+from deco_jax.evaluation.measuring import FOLDER, Extractor, Reader, Rows, file_identity, fingerprint_of, read
 from deco_jax.models.dinov2 import MEAN, META_URL, STD, DINOv2, load_teacher, sizes
 from deco_jax.models.network import Params, View, functional
-from deco_jax.run import storage
+from deco_jax.run import fetch, storage
 
 SIDE = 224  # pixels, 16 × 16 patches
 
@@ -70,7 +70,7 @@ class FDDINOv2:
             )
         self._reference = reference.images
         self._cache, self._save_every = settings.cache, settings.save_every
-        path = storage.local(settings.dinov2)
+        path = fetch.local(settings.dinov2)
         self._weights = f"DINOv2 {settings.dinov2_size} {settings.dinov2_dtype} {file_identity(path)}"
         apply, _ = class_tokens(settings.dinov2_size, settings.dinov2_dtype)
         params = load_teacher(path, settings.dinov2_size)
@@ -112,7 +112,7 @@ class FDDINOv2:
 def check(config: ml_collections.ConfigDict) -> None:
     """Raise UserError, with where to get them, if the weights are missing."""
     path, size = config.evaluate.dinov2, config.evaluate.dinov2_size
-    if not path or not storage.local(path).exists():
+    if not path or not fetch.local(path).exists():
         what = f"no weights at {path} (config.evaluate.dinov2)" if path else "config.evaluate.dinov2 is empty"
         raise UserError(f"{what}; download DINOv2's, {META_URL.format(size.lower(), '')}, or leave out fd_dinov2")
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from deco_jax.errors import UserError
 from deco_jax.evaluation import TITLES
-from deco_jax.evaluation.adm import InceptionFeatures, inception_path
 from deco_jax.evaluation.evaluator import Scores, Setup, Subject
 from deco_jax.evaluation.image_sets import ImageSet
+from deco_jax.evaluation.inception_features import InceptionFeatures, inception_path
 from deco_jax.evaluation.measuring import Reader
 
 

@@ -19,15 +19,14 @@ from deco_jax.data import pipeline, sources
 from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
 from deco_jax.evaluation import TITLES
-from deco_jax.evaluation.adm import FOLDER
 from deco_jax.evaluation.evaluator import Scores, Setup, Subject
 from deco_jax.evaluation.image_sets import ImageSet
-from deco_jax.evaluation.measuring import Extractor, Reader, Rows, file_identity, fingerprint_of, read
+from deco_jax.evaluation.measuring import FOLDER, Extractor, Reader, Rows, file_identity, fingerprint_of, read
 from deco_jax.images import to_float
 from deco_jax.method.paths import make_path
 from deco_jax.models import vgg
 from deco_jax.models.network import Params
-from deco_jax.run import storage
+from deco_jax.run import fetch
 from deco_jax.sampling.generate import noise_of
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ class LPIPS:
     def __init__(self, setup: Setup) -> None:
         files, self._config = setup.config.lpips, setup.config
         network = vgg.frozen_lpips(files.vgg, files.linear, files.dtype, setup.config.model.patch_size)
-        paths = [storage.local(path) for path in (files.vgg, files.linear)]
+        paths = [fetch.local(path) for path in (files.vgg, files.linear)]
         self._weights = f"LPIPS {files.dtype} {' '.join(map(file_identity, paths))}"
         self._path, self._batch_size = setup.folder / FOLDER / "samples_lpips.npz", setup.batch_size
 
@@ -131,7 +130,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     """Raise UserError, with where to get them, if the weights are missing."""
     for name, url in (("vgg", vgg.VGG_URL), ("linear", vgg.LPIPS_URL)):
         path = config.lpips[name]
-        if not path or not os.path.isfile(storage.local(path)):
+        if not path or not os.path.isfile(fetch.local(path)):
             what = f"no weights at {path} (config.lpips.{name})" if path else f"config.lpips.{name} is empty"
             raise UserError(f"{what}; download {url}, or leave lpips out of config.evaluate.metrics")
 

@@ -25,6 +25,7 @@ from deco_jax.evaluation.statistics import NPZ_ERRORS, save_npz
 from deco_jax.run import distributed, sharding, storage
 from deco_jax.run.progress import Progress
 
+FOLDER = "evaluation"  # in a run: what is measured of it
 SECONDS_BETWEEN_LINES = 10.0
 
 

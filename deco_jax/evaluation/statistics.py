@@ -17,7 +17,7 @@ import numpy as np
 from deco_jax.errors import UserError
 from deco_jax.evaluation.fid import SPLIT, InceptionScore
 from deco_jax.models.inception import NUM_CLASSES, POOL3_WIDTH, SPATIAL_WIDTH, Features, check_images
-from deco_jax.run import files, storage
+from deco_jax.run import fetch, files, storage
 
 FORMAT = 1
 
@@ -195,7 +195,7 @@ class NpzImages:
     """The uint8 images [n, height, width, 3] of an .npz in ADM's layout, read in batches: 50,000 at 512² are 39 GB."""
 
     def __init__(self, path: str | os.PathLike, key: str = "arr_0"):
-        self.path, self.key = storage.local(path), key
+        self.path, self.key = fetch.local(path), key
         with _open_npz(self.path) as file:
             names = _keys(file)
             if key not in names:
@@ -243,7 +243,7 @@ def read_reference(path: str | os.PathLike) -> Reference:
     Either half may lack: without statistics take them from the images, without images there is no precision or recall,
     without mu_s and sigma_s no sFID (said in `warnings`). UserError for anything else.
     """
-    path = storage.local(path)
+    path = fetch.local(path)
     with _open_npz(path) as file:
         names = _keys(file)
     known = {"arr_0", "mu", "sigma", "mu_s", "sigma_s"}

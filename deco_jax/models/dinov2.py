@@ -27,7 +27,7 @@ from deco_jax.models.network import FrozenNetwork, Params, View, functional
 from deco_jax.models.official_names import linear_rows
 from deco_jax.models.vit import FIRST, MEAN, PLAIN, STD, Block, BlockStyle, joined_rows, norm_rows
 from deco_jax.resize import resize_bicubic
-from deco_jax.run import storage
+from deco_jax.run import fetch
 from deco_jax.shapes import Maps
 
 # The size's letter → width, depth, heads.
@@ -288,7 +288,7 @@ def check_teacher(path: str | os.PathLike[str] | None, size: str, registers: int
     where = f"download {url} or huggingface.co/{name} (model.safetensors)"
     if not path:
         raise UserError(f"REPA needs the weights of DINOv2 ViT-{size}/14, and no path to them is set; {where}")
-    path = storage.local(path)
+    path = fetch.local(path)
     if not path.exists():
         raise UserError(f"{path}: no DINOv2 weights there; {where}")
     return path

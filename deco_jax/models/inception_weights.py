@@ -15,7 +15,7 @@ from deco_jax.convert.mapping import flatten, unflatten
 from deco_jax.convert.torch_files import read_tensors
 from deco_jax.errors import UserError
 from deco_jax.models.inception import NUM_CLASSES, POOL3_WIDTH, Inception
-from deco_jax.run import storage
+from deco_jax.run import fetch
 
 BATCH_NORM_EPSILON = 1e-3
 
@@ -96,7 +96,7 @@ def load_inception(path: str | pathlib.Path) -> dict:
     Batch-norm (eps 1e-3) is folded into kernel and bias in float64. The dict has "classifier" [2048, 1008] only if the
     file has one. Raises UserError for a missing, damaged or different file, naming keys that lack or are left over.
     """
-    path = storage.local(path)
+    path = fetch.local(path)
     if not path.is_file():
         raise UserError(f"no Inception weights at {path}; {WHERE}")
     tensors = _read(path)

@@ -26,7 +26,7 @@ from deco_jax.convert.torch_files import read_safetensors, with_prefix_removed
 from deco_jax.errors import UserError
 from deco_jax.models.layers import Dtype, Linear, RMSNorm, SwiGLU, run_stack, stack
 from deco_jax.models.network import FrozenNetwork, Params, functional
-from deco_jax.run import storage
+from deco_jax.run import fetch
 
 
 @dataclass(frozen=True)
@@ -291,9 +291,9 @@ def check_encoder(folder: str | os.PathLike[str] | None) -> Sizes:
     """
     if not folder:
         raise UserError(f"text-to-image needs Qwen3's folder, and config.text.path is empty; {WHERE}")
-    if not storage.local(folder).is_dir():
+    if not fetch.local(folder).is_dir():
         raise UserError(f"{folder}: no such folder, and Qwen3's weights should be there; {WHERE}")
-    return read_sizes(storage.local(folder))
+    return read_sizes(fetch.local(folder))
 
 
 def load_encoder(folder: str | os.PathLike[str] | None, *, dtype: Any = None) -> tuple[Sizes, dict[str, Any]]:
@@ -310,4 +310,4 @@ def load_encoder(folder: str | os.PathLike[str] | None, *, dtype: Any = None) ->
     """
     sizes = check_encoder(folder)
     assert folder is not None
-    return sizes, from_torch(sizes, read_safetensors(storage.local(folder)), dtype=dtype, what=str(folder))
+    return sizes, from_torch(sizes, read_safetensors(fetch.local(folder)), dtype=dtype, what=str(folder))

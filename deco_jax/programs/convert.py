@@ -21,7 +21,7 @@ from deco_jax.method.averages import EMA, parse_averages
 from deco_jax.method.losses.repa import projector_of
 from deco_jax.method.predictions import make_prediction
 from deco_jax.models import network
-from deco_jax.run import checkpoint, sharding, storage
+from deco_jax.run import checkpoint, fetch, sharding, storage
 from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import write_json
 
@@ -49,7 +49,7 @@ def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: s
             f"config.model.prediction={config.model.prediction} goes by what a run measured of its data, which no "
             "official checkpoint holds; import with the prediction that the file was trained with"
         )
-    file = jit_files.read_official(storage.local(source))
+    file = jit_files.read_official(fetch.local(source))
     for tensors in (file.denoiser, file.ema, file.second_ema):
         deco.check_fixed(config.model, image_sides(config.data.image_size), tensors, source)
     like = network.build(config.model.to_dict()).shapes

@@ -18,7 +18,7 @@ from deco_jax.conditioning.texts import Texts
 from deco_jax.config import to_json
 from deco_jax.data import sources
 from deco_jax.errors import UserError
-from deco_jax.evaluation.adm import FOLDER, open_reference, warnings_about
+from deco_jax.evaluation.adm import warnings_about
 from deco_jax.evaluation.evaluator import (
     Evaluator,
     Scores,
@@ -29,10 +29,11 @@ from deco_jax.evaluation.evaluator import (
     metric_names,
 )
 from deco_jax.evaluation.image_sets import ImageSet, drawn_images, folder_images, npz_images
-from deco_jax.evaluation.measuring import read
+from deco_jax.evaluation.inception_features import open_reference
+from deco_jax.evaluation.measuring import FOLDER, read
 from deco_jax.evaluation.statistics import NpzImages
 from deco_jax.programs import best_of
-from deco_jax.run import checkpoint, distributed, sharding, storage, tracking
+from deco_jax.run import checkpoint, distributed, fetch, sharding, storage, tracking
 from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import write_json
 from deco_jax.sampling import generate
@@ -136,7 +137,7 @@ def open_samples(config: ml_collections.ConfigDict, checkpoint_path: str) -> Ima
     path = config.evaluate.samples
     if checkpoint_path:
         raise UserError("--checkpoint draws samples and config.evaluate.samples names others; give one of them")
-    path = os.fspath(storage.local(path))
+    path = os.fspath(fetch.local(path))
     if os.path.isdir(path):
         return folder_images(pathlib.Path(path))
     if not os.path.isfile(path):

@@ -146,7 +146,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     if best:
         best.read(folder, start)
     if adaptation and not checkpoints.steps():
-        adapted.save_base(folder, adaptation.base)
+        checkpoint.save_base(folder, adaptation.base)
     if main_host and (start < config.train.num_steps or not (folder / "config.json").exists()):
         settings.record(folder, config, start)
     if main_host:

@@ -1,112 +1,28 @@
-"""What a low-rank adaptation (`method.lora`) keeps and reads: the frozen parameters, once for all checkpoints of a run.
-
-WORKDIR/base/{parameters, checksums.json}     beside WORKDIR/checkpoints, whose steps hold what trains
-"""
+"""What a low-rank adaptation (`method.lora`) starts from: frozen parameters, and what of the trained ones is given."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from deco_jax.data import imagenet
-from deco_jax.errors import UserError, reason
+from deco_jax.errors import UserError
 from deco_jax.method.averages import EMA
-from deco_jax.method.lora import BASE, Adapter, adapter_of
+from deco_jax.method.lora import BASE, adapter_of
 from deco_jax.method.objective import make_method
 from deco_jax.models import network as network_lib
 from deco_jax.models.network import Params
-from deco_jax.run import checksums, distributed, orbax_s3, sharding, storage
+from deco_jax.run import checkpoint as checkpoint_lib
+from deco_jax.run import sharding
+from deco_jax.run.checkpoint.base import merger
 from deco_jax.run.state import State
-
-PARAMETERS = "parameters"
-
-
-def merger(adapter: Adapter, mesh: Mesh, shapes: Params) -> Callable[[Params, Params], Params]:
-    """`adapter.merge` on the mesh, (frozen, trained) → parameters of these shapes, each where its rule has it."""
-    return jax.jit(adapter.merge, out_shardings=sharding.state_shardings(mesh, shapes))
-
-
-def save_base(workdir: pathlib.Path, base: Params) -> None:
-    """Write the frozen parameters of a run that begins, whole or not at all, in the place of what is there.
-
-    Raises:
-        UserError: they can't be written.
-    """
-    folder = storage.absolute(workdir) / BASE
-    with _readable(folder, "written", "free space there"):
-        distributed.on_main_host(lambda: storage.remove_tree(folder))
-        whole = orbax_s3.atomicity() if storage.is_remote(folder) else None
-        with ocp.StandardCheckpointer(atomicity_options=whole) as writer:
-            writer.save(folder / PARAMETERS, base)
-            writer.wait_until_finished()
-        # The checksums come last: they say that all is there.
-        distributed.on_main_host(lambda: checksums.write(folder))
-
-
-def has_base(workdir: pathlib.Path) -> bool:
-    """Whether a run has its frozen parameters."""
-    return (storage.absolute(workdir) / BASE / checksums.FILE).exists()
-
-
-def load_base(workdir: pathlib.Path, shapes: Params, mesh: Mesh) -> Params:
-    """The frozen parameters of a run, on the mesh.
-
-    Args:
-        shapes: of what is frozen.
-
-    Raises:
-        UserError: they are missing or damaged.
-    """
-    folder = storage.absolute(workdir) / BASE
-    if not has_base(workdir):
-        raise UserError(
-            f"{folder} is missing, which has the frozen weights that the factors in {workdir} belong to; copy a run's "
-            "whole folder, not its checkpoints alone"
-        )
-    with _readable(folder, "read", "copy it again"):
-        checksums.check(folder)
-        with ocp.StandardCheckpointer() as reader:
-            return reader.restore(folder / PARAMETERS, sharding.placed_shapes(mesh, {BASE: shapes})[BASE])
-
-
-@contextlib.contextmanager
-def _readable(folder: pathlib.Path, what: str, remedy: str) -> Iterator[None]:
-    if orbax_s3.stands_for(folder):
-        orbax_s3.enable()
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # Orbax and TensorStore raise many kinds
-        raise UserError(f"{folder} can't be {what}: {reason(error)}; {remedy}") from error
-
-
-def read_merged(
-    where: pathlib.Path, shapes: Params, stored: Mapping[str, Any], mesh: Mesh, read: Callable[[Params], Params]
-) -> Params:
-    """Parameters of a checkpoint with what is frozen and what is trained put together.
-
-    Args:
-        where: a step's folder of an adapted run.
-        shapes: of the whole denoiser.
-        stored: the checkpoint's config.
-        read: (shapes with shardings of what trains) → the same from the checkpoint.
-    """
-    adapter = adapter_of(stored)
-    assert adapter is not None
-    trained = read(sharding.placed_shapes(mesh, {EMA: adapter.trained_shapes(shapes)})[EMA])
-    base = load_base(where.parent.parent, adapter.base_shapes(shapes), mesh)
-    return merger(adapter, mesh, shapes)(base, trained)
 
 
 class Adaptation:
@@ -124,9 +40,7 @@ class Adaptation:
     started: Params
 
     def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path, checkpoint: str, mesh: Mesh) -> None:
-        from deco_jax.run import checkpoint as checkpoint_lib  # which reads by this module
-
-        self._config, self._mesh, self._lib = config, mesh, checkpoint_lib
+        self._config, self._mesh = config, mesh
         adapter = adapter_of(config)
         assert adapter is not None
         self.adapter, self._network = adapter, network_lib.build(config.model.to_dict())
@@ -166,14 +80,14 @@ class Adaptation:
         shapes = self.adapter.base_shapes(self._network.shapes)
         self.started = {}
         if self._run is not None:
-            self.base = load_base(self._run, shapes, self._mesh)
+            self.base = checkpoint_lib.load_base(self._run, shapes, self._mesh)
         elif self._from is None:
             placed = sharding.state_shardings(self._mesh, {BASE: shapes})[BASE]
             draw = jax.jit(lambda key: self.adapter.base_shapes(self._network.init(key)), out_shardings=placed)
             self.base = draw(jax.random.key(self._config.seed))
         else:
             whole = network_lib.build(self._like.model.to_dict()).shapes
-            params = self._lib.load_average(self._from, whole, self._like, self._mesh, EMA)
+            params = checkpoint_lib.load_average(self._from, whole, self._like, self._mesh, EMA)
             self.base = self.adapter.base_shapes(params)
             self.started = {name: params[name] for name in self.adapter.whole}
             if self._like.model.num_classes != self._config.model.num_classes:

@@ -18,15 +18,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import io
 import logging
 import os
 import pathlib
 import shutil
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -40,7 +37,6 @@ PACKAGES = {"gs://": "gcsfs", "s3://": "s3fs"}
 CHECKPOINT_RETRIES = 6
 # Large enough for several small images of a tar at once, small enough to pass over large ones.
 INDEX_BLOCK = 2**18
-PROGRESS_SECONDS = 5.0
 TEMPORARY = "deco_jax_of_"  # then the process
 PUT_SECONDS = 30.0  # between two puts of what grows
 
@@ -147,12 +143,12 @@ def tree(root: str) -> dict[str, str]:
     """Relative path → a stamp that changes when the object does, of all objects under `root`, in sorted order."""
     found = system(root).find(root, detail=True)
     prefix = root.rstrip("/").removeprefix(root[:5]) + "/"
-    return {name.removeprefix(prefix): _stamp(info) for name, info in sorted(found.items()) if name != prefix}
+    return {name.removeprefix(prefix): stamp_of(info) for name, info in sorted(found.items()) if name != prefix}
 
 
 def stamp(name: str) -> str:
     """What tells an object from a later one of the same name."""
-    return _stamp(system(name).info(name))
+    return stamp_of(system(name).info(name))
 
 
 def modified(name: str | os.PathLike[str]) -> float:
@@ -160,7 +156,7 @@ def modified(name: str | os.PathLike[str]) -> float:
     return system(name).modified(os.fspath(name)).timestamp()
 
 
-def _stamp(info: dict[str, Any]) -> str:
+def stamp_of(info: dict[str, Any]) -> str:
     return f"{info['size']} {info.get('generation') or info.get('ETag') or info.get('mtime')}"
 
 
@@ -208,63 +204,6 @@ class ArrayRows:
         return np.frombuffer(data, self.dtype).reshape(self.shape[1:])
 
 
-# ---------------------------------------------------------------------------------------- weights
-
-
-def cache_folder() -> pathlib.Path:
-    """Where copies of remote weights are kept: $DECO_JAX_CACHE, else deco_jax in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return pathlib.Path(os.environ.get("DECO_JAX_CACHE") or os.path.join(home, "deco_jax", "fetched"))
-
-
-def local(name: str | os.PathLike[str]) -> pathlib.Path:
-    """A file or folder of weights on this machine: `name` itself, or a copy of the remote one, fetched once.
-
-    A copy is checked by its MD5 where the bucket tells it, and fetched anew when the object changes.
-
-    Raises:
-        UserError: there is no such object, or what arrived is damaged.
-    """
-    if not is_remote(name):
-        return pathlib.Path(name)
-    name = os.fspath(name).rstrip("/")
-    found = system(name).find(name, detail=True)
-    if not found:
-        raise UserError(f"{name}: no such file or folder; check the path")
-    single = name[5:] in found
-    target = cache_folder() / hashlib.sha256(name.encode()).hexdigest()[:16] / name.rpartition("/")[2]
-    for key, info in sorted(found.items()):
-        relative = "" if single else key.removeprefix(name[5:] + "/")
-        _fetch(f"{name[:5]}{key}", info, target / relative if relative else target)
-    return target
-
-
-def _fetch(name: str, info: dict[str, Any], target: pathlib.Path) -> None:
-    from deco_jax.run import files
-
-    note, expected = target.with_name(f".{target.name}.stamp"), _stamp(info)
-    if target.exists() and note.exists() and note.read_text() == expected:
-        return
-    digest, began, size, done, said = hashlib.md5(), time.monotonic(), int(info["size"]), 0, 0.0
-    with files.whole(target, shared=True) as part, part.open("wb") as file:
-        with system(name).open(name, "rb", block_size=2**24, cache_type="readahead") as source:
-            while data := source.read(2**24):
-                file.write(data)
-                digest.update(data)
-                done += len(data)
-                spent = time.monotonic() - began
-                if spent - said > PROGRESS_SECONDS:
-                    said = spent
-                    _say(f"fetching {name}: {done / 2**20:,.0f} of {size / 2**20:,.0f} MiB, {spent:.0f} s")
-        wanted = md5(info)
-        if done != size or (wanted and wanted != digest.digest()):
-            raise UserError(f"{name} arrived damaged ({done:,} of {size:,} bytes, MD5 {digest.hexdigest()}); try again")
-    with files.whole(note, shared=True) as part:
-        part.write_text(expected)
-    checked = f"MD5 {digest.hexdigest()}, {'as the bucket says' if wanted else 'the bucket tells none'}"
-    _say(f"fetched {name} to {target}: {size / 2**20:,.1f} MiB in {time.monotonic() - began:.1f} s; {checked}")
-
-
 def md5(info: dict[str, Any]) -> bytes | None:
     """The MD5 of an object, by what its service tells of it; None if it tells none."""
     import base64
@@ -273,10 +212,6 @@ def md5(info: dict[str, Any]) -> bytes | None:
         return base64.b64decode(info["md5Hash"])
     etag = str(info.get("ETag", "")).strip('"')  # of an object put in one part, without a key of its own
     return bytes.fromhex(etag) if len(etag) == 32 and "SSEKMSKeyId" not in info else None
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------- writing

@@ -7,6 +7,7 @@ Sampling reads one average alone. A checkpoint imported from the official code h
 dictionaries of arrays, readable without this package.
 """
 
+from deco_jax.run.checkpoint.base import load_base, save_base
 from deco_jax.run.checkpoint.folder import (
     AVERAGE_ITEM,
     COMMITTED,
@@ -45,6 +46,7 @@ __all__ = [
     "complete_steps",
     "find",
     "load_average",
+    "load_base",
     "load_config",
     "load_measured",
     "load_optimizer",
@@ -52,5 +54,6 @@ __all__ = [
     "load_state",
     "load_step",
     "num_classes",
+    "save_base",
     "written",
 ]

@@ -19,7 +19,8 @@ from jax.sharding import Mesh
 from deco_jax.errors import UserError
 from deco_jax.method.averages import EMA
 from deco_jax.method.lora import adapter_of
-from deco_jax.run import adapted, checksums, orbax_s3
+from deco_jax.run import checksums, orbax_s3
+from deco_jax.run.checkpoint.base import read_merged
 from deco_jax.run.checkpoint.folder import (
     MEASURED_ITEM,
     average_item,
@@ -105,12 +106,12 @@ def _load(path: pathlib.Path, item: str, shapes: Any, config: ml_collections.Con
         stored = load_config(path)
         if adapter_of(stored) is not None:
             if item != "params":
-                return adapted.read_merged(path, shapes, stored, mesh, lambda placed: _read(path / item, placed))
+                return read_merged(path, shapes, stored, mesh, lambda placed: _read(path / item, placed))
 
             def denoiser(placed: Any) -> Any:
                 return _read(path / item, {"denoiser": placed})["denoiser"]
 
-            return {"denoiser": adapted.read_merged(path, shapes["denoiser"], stored, mesh, denoiser)}
+            return {"denoiser": read_merged(path, shapes["denoiser"], stored, mesh, denoiser)}
         placed = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             shapes,

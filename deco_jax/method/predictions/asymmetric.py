@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array
 
 from deco_jax.method.paths import MIN_REMAINING_TIME, Path, Point
-from deco_jax.method.predictions import Prediction
+from deco_jax.method.predictions.prediction import Prediction
 from deco_jax.models.layers import patchify, unpatchify
 from deco_jax.shapes import Basis, Gram, Images, Times, Vectors
 
