@@ -185,7 +185,7 @@ def test_what_cannot_be_searched(run, tmp_path):
     weights = str(run / "inception.pth")
     cases = [
         ({"averages": ("ema", "long")}, "has no average 'long'; it has ema, short"),
-        ({"samples": str(tmp_path / "images.npz"), "steps": (1, 2)}, "nothing of how they were drawn can be searched"),
+        ({"samples": str(tmp_path / "images.npz"), "steps": (1, 2)}, "so there is no choice of how to draw them"),
         ({"steps": (1, 2), "best_by": "kid"}, "best_by=kid is not measured by config.evaluate.metrics=adm"),
         ({"metrics": "fd_dinov2"}, "config.evaluate.dinov2 is empty; download DINOv2's.*dinov2_vitl14_pretrain.pth"),
     ]

@@ -100,7 +100,7 @@ def served(*arguments: object):
         assert process.stdout is not None
         for line in process.stdout:
             said += line
-            if match := re.search(r"the demo is at (http://127\.0\.0\.1:\d+); Ctrl-C ends it", line):
+            if match := re.search(r"the demo is at (http://127\.0\.0\.1:\d+); press Ctrl-C to stop it", line):
                 yield match[1]
                 break
         else:
@@ -209,7 +209,7 @@ def test_requests_that_cannot_be(digits):
         ({"guidance": float("nan")}, "guidance=nan"),
         ({"shift": 0.0}, "shift=0.0 must be above 0"),
         ({"seed": 2**31}, "seed 2147483648 is too large"),
-        ({"count": 17}, "17 images at once can't be on the page; ask for 1 to 16"),
+        ({"count": 17}, "the page can't show 17 images at once; ask for 1 to 16"),
         ({"count": 0}, "0 images at once"),
     ]:
         with pytest.raises(UserError, match=says) as error:
@@ -240,7 +240,7 @@ def test_fields_of_the_page():
     }
     assert demo.read_request(fields) == asked(count=1, num_steps=5, sampler="heun", guidance=3.0, seed=7)
     for empty in (None, "", float("inf")):
-        with pytest.raises(UserError, match=r"num steps: .* won't do"):
+        with pytest.raises(UserError, match=r"num steps: .* is not valid"):
             demo.read_request({**fields, "num_steps": empty})
 
 
@@ -287,6 +287,6 @@ def test_port():
         other.bind((demo.HOST, 0))
         other.listen()
         taken = other.getsockname()[1]
-        with pytest.raises(UserError, match=rf"--port={taken} can't be had on 127.0.0.1"):
+        with pytest.raises(UserError, match=rf"--port={taken} is not available on 127.0.0.1"):
             demo.free_port(taken)
     assert demo.free_port(0) > 0

@@ -205,7 +205,7 @@ def test_scores_and_what_is_missing(full):
     assert page.row("samples") == [f"1,234 (drawn from {EVIL})"]
     assert page.row("sampling")[0].startswith("sampler heun, num steps 9, guidance 1.5")
     assert page.row("lowest FID while training") == ["no FID was measured"] * 2
-    assert page.row("peak memory of a device") == ["the device did not say"] * 2
+    assert page.row("peak memory per device") == ["not reported by the device"] * 2
     assert "b: no evaluation.json" in page.text
 
 

@@ -1,6 +1,6 @@
-"""What a training does every so many steps: log, save, evaluate, draw a grid.
+"""The periodic actions of training: log, save, evaluate, draw a grid.
 
-An action is called after a step; which it is due at is its own affair. `TrainingRun` is what they have in common.
+An action is called after a step and decides itself at which steps it is due. `TrainingRun` is what actions share.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from deco_jax.sampling.weaker import Guide
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRun:
-    """What the actions of a training share.
+    """What the actions of a training run share.
 
     folder: the workdir.
-    frozen: arrays that never train, by name, on the mesh.
-    merge: what trains of a low-rank adaptation → the denoiser's parameters.
-    best: which checkpoint is kept for its score.
+    frozen: arrays that aren't trained, by name, on the mesh.
+    merge: turns the trained part of a low-rank adaptation into the denoiser's parameters.
+    best: keeps the checkpoint with the best score.
     """
 
     config: ml_collections.ConfigDict
@@ -60,36 +60,36 @@ class TrainingRun:
     best: Best | None = None
 
     def at(self, step: int, every: int, last: bool = False) -> bool:
-        """Whether a step is one of every so many (0: none), or, if asked, the last of the training."""
+        """Return whether a step is a multiple of `every` (0: none is), or, with `last`, the last of the training."""
         return bool(every) and (step % every == 0 or (last and step == self.config.train.num_steps))
 
     def averaged(self, state: State) -> Any:
-        """The average of the weights that images are drawn from; of an adaptation, merged with what is frozen."""
+        """Return the averaged weights that draw images; those of an adaptation are merged with the frozen ones."""
         average = state["averages"][self.config.sample.average]
         return average if self.merge is None else self.merge(average)
 
     def subject(self, state: State) -> Subject:
-        """The averaged weights, to be scored by themselves."""
+        """Return the averaged weights as a subject without samples."""
         return Subject(None, self.averaged(state), self.frozen | {"measured": state.get("measured", {})})
 
     def sampling(self, state: State) -> Sampling:
-        """How images are drawn, with the weaker model that guidance leads away from if there is one."""
+        """Return how images are drawn, including the weaker model that guidance leads away from, if there is one."""
         return self.guide(Sampling.of(self.config), state["averages"].__getitem__)
 
 
 class Action(Protocol):
-    """Something that is done every so many steps.
+    """Something to do every so many steps.
 
     Attributes:
-        hurried: also done when the run has been asked to stop, which doesn't wait for anything else.
-        spends: what the time that the devices wait for it is called.
+        hurried: also done when the run was asked to stop; a stop doesn't wait for the other actions.
+        spends: the name in the goodput of the time that the devices wait for it.
     """
 
     hurried: bool
     spends: str
 
     def due(self, step: int, stopping: bool) -> bool:
-        """Whether it is to be done after a step; `stopping`: the last one before the run stops."""
+        """Return whether to do it after a step; `stopping`: it is the last step before the run stops."""
         ...
 
     def __call__(self, step: int, state: State) -> None:
@@ -98,7 +98,7 @@ class Action(Protocol):
 
 
 class Reader:
-    """Batches on the mesh, and how many images so far could not be read."""
+    """Reads batches onto the mesh, and counts the images that could not be read so far."""
 
     def __init__(self, run: TrainingRun, batches: pipeline.Batches) -> None:
         self._run, self._batches = run, batches
@@ -113,7 +113,7 @@ class Reader:
         return sharding.place_batch(self._run.mesh, {name: batch[name] for name in names})
 
     def used(self) -> None:
-        """The batch that was read last has been trained on: what it replaced counts."""
+        """Note that the last batch was trained on, so that its unreadable images count."""
         self._here += self._ahead
         self._ahead = 0
 
@@ -123,7 +123,7 @@ class Reader:
 
 
 class Log:
-    """Writes a line of metrics, and stops a run that diverges. Steps come in by `add`, still on the device."""
+    """Writes lines of metrics, and stops a run that diverges. `add` takes metrics that are still on the device."""
 
     hurried = True
     spends = "logging"
@@ -133,13 +133,13 @@ class Log:
         self._rate = learning_rate(run.config.optimizer)
         self._pending: list[Metrics] = []
         self._since = time.monotonic()
-        self.blocked = 0.0  # seconds that the longest save since the last line took from the steps
+        self.blocked = 0.0  # seconds for which the longest save since the last line held up the steps
 
     def add(self, metrics: Metrics) -> None:
         self._pending.append(metrics)
 
     def restart_clock(self) -> None:
-        """What has been done since the last step doesn't count as time of the next."""
+        """Don't count the time since the last step as part of the next one."""
         self._since = time.monotonic()
 
     def due(self, step: int, stopping: bool) -> bool:
@@ -160,7 +160,7 @@ class Log:
         self._run.writer.write(step, {**values, "unreadable_images": self._unreadable()})
 
     def check(self, step: int) -> list[dict[str, np.ndarray]]:
-        """Wait for the steps since the last look; UserError if too many of them were not finite."""
+        """Wait for the steps since the last check; raise UserError if too many of them were not finite."""
         history = jax.device_get(self._pending)
         self._pending = []
         check_finite(history, step, self._run.config.train.max_skipped_steps, self._run.checkpoints)
@@ -168,11 +168,11 @@ class Log:
 
 
 class Save:
-    """Writes a checkpoint, of a state that is known to be good.
+    """Writes a checkpoint of a state that is known to be good.
 
-    Steps wait while the state is copied to the host; it is written in the background. Where the one before is still
-    being written after config.train.save_wait seconds, this one comes at the next line of metrics instead. A milestone
-    and the save at a stop or the end wait as long as it takes.
+    Steps only wait while the state is copied to the host; it is written in the background. If the previous checkpoint
+    is still being written after config.train.save_wait seconds, this one is postponed to the next line of metrics.
+    Milestones and the save at a stop or at the end wait as long as they have to.
     """
 
     hurried = True
@@ -196,7 +196,7 @@ class Save:
         began = time.monotonic()
         if not self._must and not run.checkpoints.free(run.config.train.save_wait):
             if not self._postponed:
-                logging.warning("step %d: the last checkpoint is still being written; this one comes later", step)
+                logging.warning("step %d: the last checkpoint is still being written; this one is postponed", step)
             self._postponed = True
             return
         self._postponed = False
@@ -226,7 +226,7 @@ class CopyLocally:
 
 
 class Evaluate:
-    """Scores the averaged weights, into the step's line of metrics.
+    """Adds scores of the averaged weights to the step's line of metrics.
 
     Args:
         every: steps.
@@ -247,11 +247,11 @@ class Evaluate:
         for name, value in scores.items():
             run.writer.add(step, name, value)
         if run.best and run.best.add(step, scores, {*run.checkpoints.steps(), step}):
-            run.writer.say(f"step {step} is the best so far by {run.best.name}, and kept")
+            run.writer.say(f"step {step} is the best so far by {run.best.name}; its checkpoint is kept")
 
 
 class Grid:
-    """Draws samples into one image."""
+    """Draws a grid of samples."""
 
     hurried = False
     spends = "grids"
@@ -276,7 +276,7 @@ def sample_grid(
     config: ml_collections.ConfigDict,
     sampling: Sampling,
 ) -> np.ndarray:
-    """Draw one uint8 image of samples in class order, or with their captions."""
+    """Draw samples, in class order or with their captions, as one uint8 image."""
     samples = generator.images(params, requests, sampling, config.sample.batch_size)
     columns = grid_columns(config.sample, requests.labels)
     return images.sample_grid(np.concatenate(list(samples)), columns, requests.names)
@@ -285,7 +285,7 @@ def sample_grid(
 def check_finite(
     history: list[dict[str, np.ndarray]], last_step: int, allowed: int, checkpoints: checkpoint.Checkpoints
 ) -> None:
-    """Log the steps of `history` that were skipped; UserError once more than `allowed` in a row were."""
+    """Log the skipped steps of `history`; raise UserError if more than `allowed` in a row were skipped."""
     for step, metrics in enumerate(history, start=last_step - len(history) + 1):
         skipped = int(metrics["skipped"])
         if not skipped:
@@ -304,7 +304,7 @@ def check_finite(
 
 
 class FirstTime:
-    """Announces the compilations of an action's first call; later ones are unexpected."""
+    """Marks the compilations in an action's first call as expected; later ones aren't."""
 
     def __init__(self, compilations: monitor.CompileWatch) -> None:
         self._compilations, self._done = compilations, set[int]()

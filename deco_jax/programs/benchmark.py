@@ -1,7 +1,7 @@
-"""--mode=benchmark: seconds of the training step, the forward pass, sampling, the input pipeline and of starting.
+"""--mode=benchmark: times the training step, the forward pass, sampling, the input pipeline and the start.
 
-Steps are timed on random images that lie on the device; the input pipeline reads the configured source by itself,
-so its images/s and the step's say which of the two a run would wait for.
+Steps are timed on random images that are already on the device; the input pipeline reads the configured source
+separately. Comparing the images/s of both shows which of the two a run would wait for.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def benchmark(config: ml_collections.ConfigDict, workdir: str, import_seconds: f
     """Print a table and write WORKDIR/benchmark.json.
 
     Args:
-        import_seconds: from the start of the process to here.
+        import_seconds: time from the start of the process to here.
     """
     began = time.monotonic()
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, slices=config.mesh.slices)
@@ -83,7 +83,7 @@ def benchmark(config: ml_collections.ConfigDict, workdir: str, import_seconds: f
         report["rows"][name] = row(seconds, images, arithmetic, peak)
         say(f"  {line(name, report['rows'][name])}")
 
-    say(f"{config.benchmark.warmup} runs to warm up, {config.benchmark.repeats} timed; median, min, max")
+    say(f"{config.benchmark.warmup} warm-up runs, {config.benchmark.repeats} timed runs; median, min, max")
     say(f"  {HEADER}")
     add("import", [import_seconds])
     config, remat = choose_remat(config, mesh, condition)
@@ -108,23 +108,23 @@ def benchmark(config: ml_collections.ConfigDict, workdir: str, import_seconds: f
         write_json(path, report)
         if "train" in parts:
             sizes = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in report["train_step_bytes"].items())
-            say(f"GiB of a device, by the compiled training step: {sizes}")
+            say(f"GiB per device, according to the compiled training step: {sizes}")
         if memory is not None:
-            say(f"peak memory of a device: {memory / 2**30:.2f} GiB")
+            say(f"peak memory per device: {memory / 2**30:.2f} GiB")
         say(f"wrote {path}")
 
 
 def time_training(
     config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition, add: Callable[..., None], set_up: float
 ) -> dict[str, int]:
-    """Rows: build, compile, first step, train step, and the step's frozen networks by themselves if it has any.
+    """Add rows for build, compile, first step, train step, and for the step's frozen networks alone if it has any.
 
     Returns:
-        Bytes a device of the compiled step, as `monitor.program_bytes`.
+        Bytes per device of the compiled step, as from `monitor.program_bytes`.
     """
     began = time.monotonic() - set_up
     networks, observe, shapes = abstract_networks(config, mesh, condition)
-    # The values of frozen weights cost nothing and change nothing: their files needn't be there.
+    # The values of frozen weights don't affect the time, so their files aren't needed.
     frozen = jax.tree.map(
         lambda leaf: jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)(), shapes
     )
@@ -158,7 +158,7 @@ def time_training(
 
 
 def time_forward(config: ml_collections.ConfigDict, mesh: Mesh, add: Callable[..., None]) -> None:
-    """Rows as config.benchmark.parts says: forward; sample one image, sample a batch; texts are encoded already."""
+    """Add the rows that config.benchmark.parts asks for: forward, one image, a batch; texts are encoded beforehand."""
     network = network_lib.build(config.model.to_dict())
     shardings = sharding.state_shardings(mesh, {"params": network.shapes})["params"]
     params = jax.jit(network.init, out_shardings=shardings)(jax.random.key(config.seed))
@@ -195,7 +195,7 @@ def time_forward(config: ml_collections.ConfigDict, mesh: Mesh, add: Callable[..
 
 
 def time_inception(config: ml_collections.ConfigDict, mesh: Mesh, add: Callable[..., None]) -> None:
-    """Row: the Inception network on a batch of config.evaluate.batch_size images; its weights cost nothing here."""
+    """Add a row for the Inception network on config.evaluate.batch_size images, with arbitrary weights."""
     apply, shapes = inception.make_apply(mesh)
     whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     params = jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes), out_shardings=whole)()
@@ -206,7 +206,7 @@ def time_inception(config: ml_collections.ConfigDict, mesh: Mesh, add: Callable[
 
 
 def any_contexts(config: ml_collections.ConfigDict) -> tuple[Callable[[int], np.ndarray], np.ndarray]:
-    """So many labels or text features, and what stands for none."""
+    """Return a function that makes any number of labels or text features, and the condition that means none."""
     model = config.model
     if not model.text_width:
         return lambda count: even_labels(count, range(model.num_classes)), np.asarray(model.num_classes, np.int32)
@@ -221,7 +221,7 @@ def time_input(
     condition: Condition,
     add: Callable[..., None],
 ) -> None:
-    """Row: one batch of the configured source, read, decoded and put on the devices."""
+    """Add a row for a batch of the configured source: reading, decoding and placing it on the devices."""
     batches = open_batches(config, mesh, source, condition)
 
     def read() -> Any:
@@ -229,7 +229,7 @@ def time_input(
         return sharding.place_batch(mesh, {name: batch[name] for name in ("image", *condition.inputs)})
 
     try:
-        # What the workers had ready before the clock started must not count.
+        # Batches that the workers had finished before the clock started must not count.
         ready = ml_collections.ConfigDict(
             {"warmup": config.benchmark.warmup + 3 * config.data.num_workers + 4, "repeats": config.benchmark.repeats}
         )
@@ -241,7 +241,7 @@ def time_input(
 def input_per_core(
     config: ml_collections.ConfigDict, source: sources.Source, step: Row | None, devices: int
 ) -> dict[str, Any]:
-    """Images per second of one core, how many cores a device needs to be fed, and PyTorch's DataLoader if asked for."""
+    """Measure one core's images per second and the cores that a device needs; with PyTorch's DataLoader if asked."""
     sides, fast = image_sides(config.data.image_size), config.data.fast_crop
     rate = comparison.images_per_core_second(source, sides, fast)
     values: dict[str, Any] = {"images_per_core_second": rate, "fast_crop": fast}
@@ -258,18 +258,18 @@ def input_per_core(
 def describe_input(values: dict[str, Any]) -> str:
     text = f"a core reads {values['images_per_core_second']:.4g} images/s"
     if "cores_per_device" in values:
-        text += f"; a device needs {values['cores_per_device']:.2g} cores to be fed"
+        text += f"; {values['cores_per_device']:.2g} cores keep a device busy"
     if "against_torch" in values:
         rates = values["against_torch"]
         text += (
-            f"; in batches, with a worker, {rates['deco_jax']:.4g} for a second of a core, PyTorch's DataLoader "
+            f"; in batches, with one worker, {rates['deco_jax']:.4g} per core second, PyTorch's DataLoader "
             f"{rates['torch']:.4g}: {rates['ratio']:.2f} x"
         )
     return text
 
 
 def random_batch(config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition) -> dict[str, jax.Array]:
-    """uint8 images made on the devices, and zeros for labels, tokens or features."""
+    """Make random uint8 images on the devices, and zeros for labels, tokens or features."""
     size = config.data.batch_size
     shape = (size, *image_sides(config.data.image_size), 3)
 
@@ -281,7 +281,7 @@ def random_batch(config: ml_collections.ConfigDict, mesh: Mesh, condition: Condi
 
 
 def timed(run: Callable[[], Any], settings: ml_collections.ConfigDict) -> list[float]:
-    """Seconds of settings.repeats runs, each waited for, after settings.warmup runs."""
+    """Time settings.repeats runs, waiting for each, after settings.warmup untimed ones; return seconds."""
     for _ in range(settings.warmup):
         jax.block_until_ready(run())
     seconds = []
@@ -293,11 +293,11 @@ def timed(run: Callable[[], Any], settings: ml_collections.ConfigDict) -> list[f
 
 
 def row(seconds: list[float], images: int, arithmetic: float, peak: float | None) -> Row:
-    """Figures of one thing timed.
+    """Return the figures of one timed thing.
 
     Args:
-        images: in a run; 0: images a second make no sense.
-        arithmetic: FLOPs of a run on all devices; 0: none worth counting.
+        images: per run; 0: images per second make no sense.
+        arithmetic: FLOPs per run on all devices; 0: not counted.
         peak: FLOP/s of all devices together, if known.
     """
     median = statistics.median(seconds)
@@ -315,7 +315,7 @@ HEADER = f"{'':<18}{'seconds':>10}{'min':>10}{'max':>10}{'images/s':>11}{'TFLOP/
 
 
 def line(name: str, values: Row) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     seconds = values["seconds"]
     text = f"{name:<18}" + "".join(f"{seconds[key]:>10.4g}" for key in ("median", "min", "max"))
     text += f"{values['images_per_second']:>11.4g}" if "images_per_second" in values else " " * 11

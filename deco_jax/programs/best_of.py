@@ -1,10 +1,10 @@
-"""The best way to draw from a checkpoint: averages × guidance × interval × steps, each scored by a part of the samples.
+"""Searches the best way to sample from a checkpoint: averages × guidance × interval × steps, with fewer samples each.
 
-What authors do before they report a score. Every combination is measured with config.evaluate.search_images samples,
-against a reference that is measured once; --mode=evaluate then measures the best at config.sample.num_images. Rows are
-written as they come, so a search that was cut off goes on with the combination it was at.
+Authors do this before they report a score. Every combination is measured with config.evaluate.search_images samples,
+against a reference that is measured once; --mode=evaluate then measures the best with config.sample.num_images. Rows
+are written as they are measured, so an interrupted search continues with the combination it was at.
 
-Leaves WORKDIR/best_of.json, best_of.md (the table) and best_of.png.
+Writes WORKDIR/best_of.json, best_of.md (the table) and best_of.png.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from deco_jax.sampling import generate
 
 Row = dict[str, Any]
 NAME = "best_of"
-# Setting of config.evaluate → the one of config.sample that takes its values.
+# Setting of config.evaluate → the setting of config.sample that takes its values.
 VARIED = {
     "averages": "average",
     "guidances": "guidance",
@@ -41,16 +41,16 @@ VARIED = {
 
 
 def wanted(config: ml_collections.ConfigDict) -> bool:
-    """Whether there is anything to search."""
+    """Return whether there is anything to search."""
     return any(config.evaluate[name] for name in VARIED)
 
 
 def check(config: ml_collections.ConfigDict, model: api.Model | None, evaluators: Sequence[Evaluator]) -> None:
-    """Raise UserError if the search can't be made: no model, an average that it hasn't, a score nobody measures."""
+    """Raise UserError if the search can't run: no model, an average that it lacks, or a score that isn't measured."""
     if model is None:
         raise UserError(
-            "config.evaluate.samples names images that are there already, and nothing of how they were drawn can be "
-            f"searched; leave it or {', '.join(f'config.evaluate.{name}' for name in VARIED)} empty"
+            "config.evaluate.samples names existing images, so there is no choice of how to draw them; leave it or "
+            f"{', '.join(f'config.evaluate.{name}' for name in VARIED)} empty"
         )
     there = checkpoint.average_names(pathlib.Path(model.name))
     for average in _averages(config):
@@ -67,7 +67,7 @@ def check(config: ml_collections.ConfigDict, model: api.Model | None, evaluators
 
 
 def candidates(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
-    """Return a config for each combination, averages outermost; without guidance the interval says nothing."""
+    """Return a config for each combination, averages outermost; without guidance, the interval doesn't matter."""
     values = {name: config.evaluate[name] or (config.sample[setting],) for name, setting in VARIED.items()}
     values["averages"] = _averages(config)
     found, seen = [], set()
@@ -95,11 +95,11 @@ def search(
     folder: pathlib.Path,
     scores_of: Callable[[api.Model, ml_collections.ConfigDict], Scores],
 ) -> tuple[ml_collections.ConfigDict, api.Model]:
-    """Score all combinations; the settings of the best, and the model with its average.
+    """Score all combinations; return the settings of the best, and the model with its average.
 
     Args:
         model: with any average of the weights.
-        scores_of: (model, settings) → scores of samples drawn so.
+        scores_of: (model, settings) → scores of samples drawn that way.
     """
     by, path = config.evaluate.best_by, folder / f"{NAME}.json"
     known = {row["key"]: row for row in _read(path)}
@@ -123,13 +123,13 @@ def search(
         min(range(len(rows)), key=lambda i: rows[i]["scores"][by]) if jax.process_index() == 0 else 0
     )
     if jax.process_index() == 0:
-        print(f"best: {_named(rows[best])}; measured at {config.sample.num_images:,} samples now", flush=True)
+        print(f"best: {_named(rows[best])}; now measuring it with {config.sample.num_images:,} samples", flush=True)
         _write(folder, {"best_by": by, "rows": rows, "best": rows[best]["key"]})
     return tried[best], _with_average(model, tried[best])
 
 
 def _with_average(model: api.Model, config: ml_collections.ConfigDict) -> api.Model:
-    """The model with the average that config.sample names; what is compiled serves both."""
+    """Return the model with the average that config.sample names; compiled programs serve both models."""
     if config.sample.average == model.config.sample.average:
         return model
     where = pathlib.Path(model.name)
@@ -140,7 +140,7 @@ def _with_average(model: api.Model, config: ml_collections.ConfigDict) -> api.Mo
 
 
 def _key(config: ml_collections.ConfigDict, name: str) -> str:
-    """Equal for equal scores: digest of how samples are drawn and what they are measured with."""
+    """Return a digest of everything that a score depends on: how samples are drawn and how they are measured."""
     varied = (*VARIED, "search_images", "best_by", "save_every", "cache", "batch_size", "every")
     values = to_json(config)
     measured = {name: value for name, value in values["evaluate"].items() if name not in varied}
@@ -169,13 +169,13 @@ def _named(row: Row) -> str:
 
 
 def _read(path: pathlib.Path) -> list[Row]:
-    """The rows of an earlier search, whatever it was of; their keys say."""
+    """Return the rows of earlier searches; their keys say what each one measured."""
     if not path.exists():
         return []
     try:
         return [row for row in json.loads(path.read_text())["rows"] if {"key", "scores"} <= row.keys()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}); remove it to search anew") from error
+        raise UserError(f"{path} is damaged ({type(error).__name__}); remove it to search again") from error
 
 
 def _write(folder: pathlib.Path, result: dict[str, Any]) -> None:
@@ -185,7 +185,7 @@ def _write(folder: pathlib.Path, result: dict[str, Any]) -> None:
 
 
 def finish(folder: pathlib.Path, evaluation: dict[str, Any]) -> None:
-    """Add the best one's full evaluation to the table."""
+    """Add the full evaluation of the best combination to the table."""
     result = json.loads((folder / f"{NAME}.json").read_text())
     result["evaluation"] = {name: evaluation[name] for name in TITLES if name in evaluation}
     result["evaluation"]["images"] = evaluation["samples"]["images"]
@@ -194,7 +194,7 @@ def finish(folder: pathlib.Path, evaluation: dict[str, Any]) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """All rows as a Markdown table, the best first, and below it what the best one has in full."""
+    """Return all rows as a Markdown table, the best first, followed by the best one's full scores."""
     by, rows = result["best_by"], result["rows"]
     names = [name for name in TITLES if any(name in row["scores"] for row in rows)]
     lines = [_line(["average", "guidance", "interval", "steps", *(TITLES[name] for name in names)])]
@@ -217,7 +217,7 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def draw(result: dict[str, Any], where: pathlib.Path) -> None:
-    """Plot the score over guidance, and against recall where that is measured."""
+    """Plot the score over guidance, and against recall if that is measured."""
     from matplotlib.figure import Figure
 
     by, rows = result["best_by"], result["rows"]

@@ -1,9 +1,10 @@
-"""--mode=compile: compile a program for a machine one may not have; say whether it fits and how fast it would be.
+"""--mode=compile: compiles a program, also for a machine you don't have; says whether it fits and how fast it would be.
 
-Runs nothing. The training step; --what=sample: the sampler; --what=evaluate: the Inception network.
+Nothing is run. The program is the training step, the sampler (--what=sample) or the Inception network
+(--what=evaluate).
 
 --topology=v5e:16x16   a TPU slice, or config.mesh.slices of them, by libtpu's compiler; no TPU is needed
---topology=cpu:8       that many devices made of this CPU: shardings and memory in outline
+--topology=cpu:8       that many devices simulated on this CPU: shardings and approximate memory
 (none)                 this machine's own devices
 """
 
@@ -47,24 +48,24 @@ from deco_jax.sampling import generate
 from deco_jax.sampling.settings import Sampling
 from deco_jax.sampling.weaker import Guide
 
-# A parameter of up to this size may stay whole on every device.
+# Parameters up to this size may stay whole on every device.
 REPLICATED_LIMIT = 10**6
 
 
 def compile_program(
     config: ml_collections.ConfigDict, workdir: str, topology: str = "", what: str = "train", search: bool = False
 ) -> None:
-    """Print and write WORKDIR/compile.json; exit status 1 if the program doesn't fit into a device's memory.
+    """Print a report and write WORKDIR/compile.json; exit status 1 if the program doesn't fit in a device's memory.
 
     Args:
         what: "train" (the step), "sample" (the sampler), or "evaluate" (the Inception network).
-        search: try settings of the training step instead; see `search.py`.
+        search: try different settings of the training step instead; see `search.py`.
     """
     devices = topology_devices(topology, config.mesh.slices)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices, config.mesh.slices)
     check_batch(config, mesh, what)
     make_workdir(storage.path(workdir))
-    # The report names lines of today's code; a program in JAX's cache may carry yesterday's.
+    # The report names source lines; a program from JAX's cache may name those of an earlier version of the code.
     jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
     if search:
         return search_settings(config, storage.path(workdir), devices, topology or "this machine", compile_report)
@@ -80,20 +81,20 @@ def compile_program(
 
 
 def check_batch(config: ml_collections.ConfigDict, mesh: Mesh, what: str) -> None:
-    """UserError if the batch doesn't split over the mesh; samples and evaluations are filled up to where they do."""
+    """Raise UserError if the batch doesn't divide over the mesh; samples and evaluations are padded until it does."""
     if what == "train":
         parts = config.optimizer.accumulate_steps
         sharding.check_batch(mesh, config.data.batch_size, "config.data.batch_size", parts)
 
 
 def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
-    """The devices of a topology; must come before anything that starts JAX's own devices.
+    """Return the devices of a topology. Call it before anything that starts JAX's own devices.
 
     Args:
-        slices: so many TPU slices of that topology.
+        slices: number of TPU slices of that topology.
 
     Raises:
-        UserError: the name is none, or libtpu is missing.
+        UserError: there is no such topology, or libtpu is missing.
     """
     if not topology:
         return jax.devices()
@@ -106,10 +107,10 @@ def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
         return jax.devices()
     chips = math.prod(int(side) for side in match[4].split("x"))
     kind = {"v5e": "v5litepod", "v6e": "v6e"}.get(match[3], match[3])
-    cores = 1 if kind in ("v5litepod", "v6e") else 2  # the older generations are named by their cores
+    cores = 1 if kind in ("v5litepod", "v6e") else 2  # older generations are named after their number of cores
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is touched, so it does not matter who holds one
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used, so other processes may hold them
         "TPU_ACCELERATOR_TYPE": f"{kind}-{cores * chips}",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0",
@@ -124,23 +125,23 @@ def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
     try:
         several = {"num_slices": slices} if slices > 1 else {}
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **several).devices)
-    except Exception as error:  # libtpu answers with runtime errors of its own
+    except Exception as error:  # libtpu raises runtime errors of its own
         raise UserError(f"--topology={topology} is not known to libtpu: {str(error).splitlines()[0][:200]}") from error
 
 
 class Lowered(NamedTuple):
-    """A program to compile, and what is known of it beforehand."""
+    """A program to compile, and what is known about it beforehand."""
 
     program: jax.stages.Lowered
-    batch_size: int  # images in a run
-    flops: float | None  # of a run, on all devices together
-    bytes: dict[str, int]  # that a device holds, by what they are
-    params: Any = None  # shapes with shardings of what is trained, the program's first argument
-    notes: Mapping[str, Any] = MappingProxyType({})  # more lines of the report
+    batch_size: int  # images per run
+    flops: float | None  # per run, on all devices together
+    bytes: dict[str, int]  # on a device, by kind
+    params: Any = None  # shapes and shardings of the trained parameters, the program's first argument
+    notes: Mapping[str, Any] = MappingProxyType({})  # more entries of the report
 
 
 def lower_training(config: ml_collections.ConfigDict, mesh: Mesh) -> Lowered:
-    """The training step, from shapes alone."""
+    """Lower the training step, from shapes alone."""
     condition = abstract_condition(config, mesh)
     networks, observe, frozen = abstract_networks(config, mesh, condition)
     optimizer = make_optimizer(config.optimizer)
@@ -172,7 +173,7 @@ def lower_training(config: ml_collections.ConfigDict, mesh: Mesh) -> Lowered:
 
 
 def lower_sampling(config: ml_collections.ConfigDict, mesh: Mesh) -> Lowered:
-    """The whole sampler of config.sample for one batch; texts are encoded already."""
+    """Lower the whole sampler of config.sample for one batch; texts are encoded beforehand."""
     network = network_lib.build(config.model.to_dict())
     params = sharding.placed_shapes(mesh, {"params": network.shapes})["params"]
     size = -(-config.sample.batch_size // mesh.size) * mesh.size
@@ -185,7 +186,7 @@ def lower_sampling(config: ml_collections.ConfigDict, mesh: Mesh) -> Lowered:
     none = jax.ShapeDtypeStruct(null.shape, null.dtype, sharding=whole)
     if config.sample.guidance_model:
         raise UserError(
-            "config.sample.guidance_model is a checkpoint's model, which isn't read to compile; leave it empty, or set "
+            "config.sample.guidance_model names a checkpoint, and compiling doesn't read any; leave it empty, or set "
             "config.sample.guidance_average=ema for a weaker model of the same size"
         )
     denoiser = generate.make_denoiser(config).with_anything()
@@ -196,7 +197,7 @@ def lower_sampling(config: ml_collections.ConfigDict, mesh: Mesh) -> Lowered:
 
 
 def lower_evaluation(config: ml_collections.ConfigDict, mesh: Mesh) -> Lowered:
-    """The Inception network on a batch of images of config.data's size."""
+    """Lower the Inception network for a batch of images of config.data's size."""
     apply, shapes = inception.make_apply(mesh)
     whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), shapes)
@@ -204,7 +205,7 @@ def lower_evaluation(config: ml_collections.ConfigDict, mesh: Mesh) -> Lowered:
     shape = (size, *image_sides(config.data.image_size), 3)
     images = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows)
     program = apply.lower(params, images)
-    costs: Any = program.cost_analysis() or {}  # it has no loops, so that XLA's count is the whole
+    costs: Any = program.cost_analysis() or {}  # it has no loops, so XLA's count is complete
     held = {name: bytes_per_device(tree) for name, tree in {"parameters": params, "batch": images}.items()}
     return Lowered(program, size, costs.get("flops"), held)
 
@@ -214,17 +215,17 @@ WHAT = {"train": "the training step", "sample": "the sampler", "evaluate": "the 
 
 
 def compile_report(config: ml_collections.ConfigDict, mesh: Mesh, what: str = "train") -> dict[str, Any]:
-    """Compile a program on a mesh and say what can be said without running it.
+    """Compile a program on a mesh and report what can be known without running it.
 
     Returns:
-        "bytes" per device (by name, and "arguments", "temporaries" and "peak" by the compiler), seconds, FLOPs,
-        "replicated" (parameters above REPLICATED_LIMIT that every device keeps), "fits", "advice", and "estimate",
-        see `run.estimate.estimate`; None if the compiler gave up.
+        "bytes" per device (by name, and the compiler's "arguments", "temporaries" and "peak"), seconds, FLOPs,
+        "replicated" (parameters above REPLICATED_LIMIT that every device keeps whole), "fits", "advice", and
+        "estimate", see `run.estimate.estimate`. Figures are None if the compiler gave up.
     """
     device = mesh.devices.flat[0]
     chip = hardware.chip_of(device)
     memory = device_memory(device, mesh)
-    if config.model.remat == AUTO:  # as training chooses it
+    if config.model.remat == AUTO:  # choose it as training does
         found: list[dict[str, Any]] = []
         for policy in policies(memory) if what == "train" else ("none",):
             found.append(compile_report(with_settings(config, {"model.remat": policy}), mesh, what))
@@ -276,7 +277,7 @@ def compile_report(config: ml_collections.ConfigDict, mesh: Mesh, what: str = "t
 
 
 def cycles_of(report: Mapping[str, Any]) -> int | None:
-    """XLA's estimate of a report's program; None if it has none."""
+    """Return XLA's estimate for a report's program; None if it has none."""
     return (report["estimate"] or {}).get("cycles")
 
 
@@ -285,12 +286,12 @@ def num_params(config: ml_collections.ConfigDict) -> int:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes that a device holds of arrays (or their shapes) with shardings."""
+    """Return how many bytes of sharded arrays (or their shapes) a device holds."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def replicated(shardings: Any, params: Any) -> list[str]:
-    """Parameters larger than REPLICATED_LIMIT that the compiled program wants whole on every device."""
+    """Return the parameters above REPLICATED_LIMIT that the compiled program keeps whole on every device."""
     found = []
     placed = jax.tree.leaves(shardings)
     for (path, leaf), where in zip(jax.tree_util.tree_leaves_with_path(params), placed, strict=True):
@@ -301,12 +302,12 @@ def replicated(shardings: Any, params: Any) -> list[str]:
 
 
 def advice(config: ml_collections.ConfigDict, mesh: Mesh, report: dict[str, Any]) -> list[str]:
-    """What to change so that the step fits, the cheapest first."""
+    """Return changes that could make the step fit, the cheapest first."""
     advised, size, parts = [], report["bytes"], config.optimizer.accumulate_steps
     rows = config.data.batch_size // mesh.size
     if mesh.shape["data"] > 1 and size["state"] > 0.25 * report["memory"]:
         advised.append(
-            f"split the state ({size['state'] / 2**30:.1f} GiB a device) over more devices: "
+            f"split the state ({size['state'] / 2**30:.1f} GiB per device) over more devices: "
             f"config.mesh.fsdp={min(mesh.size // config.mesh.slices, mesh.shape['fsdp'] * 8)} config.mesh.data=-1"
         )
     stronger = {"none": "dots", "dots": "full"}.get(config.model.remat)
@@ -316,15 +317,15 @@ def advice(config: ml_collections.ConfigDict, mesh: Mesh, report: dict[str, Any]
         halves = parts * 2
         while rows % halves and halves < rows:
             halves += 1
-        advised.append(f"work through the batch in more parts: config.optimizer.accumulate_steps={halves}")
-        advised.append(f"a smaller batch: config.data.batch_size={max(mesh.size, config.data.batch_size // 2)}")
+        advised.append(f"split the batch into more parts: config.optimizer.accumulate_steps={halves}")
+        advised.append(f"use a smaller batch: config.data.batch_size={max(mesh.size, config.data.batch_size // 2)}")
     if config.model.dtype == "float32":
-        advised.append("compute in half the bytes: config.model.dtype=bfloat16")
-    return advised or ["more devices, or a smaller model"]
+        advised.append("compute with half the bytes: config.model.dtype=bfloat16")
+    return advised or ["use more devices, or a smaller model"]
 
 
 def describe(report: dict[str, Any]) -> str:
-    """The report as lines for people."""
+    """Return the report as readable lines."""
     gib = {name: "?" if value is None else f"{value / 2**30:.2f}" for name, value in report["bytes"].items()}
     mesh = " x ".join(f"{name} {size}" for name, size in report["mesh"].items())
     training = report["what"] == "train"
@@ -339,10 +340,10 @@ def describe(report: dict[str, Any]) -> str:
     ]
     if report["flops_per_step"]:
         lines.append(
-            f"arithmetic  {report['flops_per_step'] / 1e12:.4g} TFLOP a {run}, "
-            f"{report['flops_per_image'] / 1e9:.4g} GFLOP an image"
-            + (", the teacher included" if report.get("teacher") else "")
-            + (", the text encoder included" if report.get("text_encoder") else "")
+            f"arithmetic  {report['flops_per_step'] / 1e12:.4g} TFLOP per {run}, "
+            f"{report['flops_per_image'] / 1e9:.4g} GFLOP per image"
+            + (", including the teacher" if report.get("teacher") else "")
+            + (", including the text encoder" if report.get("text_encoder") else "")
         )
     names = ("frozen", "parameters", "average", "optimizer", "arguments", "temporaries", "peak")
     lines.append("GiB per device: " + ", ".join(f"{name} {gib[name]}" for name in names if name in gib))
@@ -353,7 +354,7 @@ def describe(report: dict[str, Any]) -> str:
         why = "config.mesh.fsdp is 1" if report["mesh"]["fsdp"] == 1 else "no sharding rule splits them"
         lines.append(f"kept whole on every device, {why}: {whole}")
     if report["fits"] is None:
-        lines.append("memory of this device is not known: compare the peak with yours")
+        lines.append("this device doesn't report its memory: compare the peak with what it has")
     else:
         verdict = "fits" if report["fits"] else "does NOT fit"
         lines.append(f"it {verdict} in the {report['memory'] / 2**30:.2f} GiB of a {report['device_kind']}")

@@ -1,9 +1,9 @@
-"""--mode=demo: a page on 127.0.0.1 to draw images from a checkpoint and see them come out of the noise.
+"""--mode=demo: a page on 127.0.0.1 that draws images from a checkpoint and shows how they emerge from the noise.
 
-    the page's fields ─ Request ─ Model.stream ─ a snapshot a step ─ progress, preview; then images and an animation
+    the page's fields ─ Request ─ Model.stream ─ a snapshot per step ─ progress, preview; then images and an animation
 
-The page is Gradio's, an optional package. Nothing leaves this machine: no analytics, no shared link, no fonts or
-scripts from elsewhere.
+The page uses Gradio, an optional package. Nothing leaves this machine: no analytics, no shared link, no external fonts
+or scripts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from deco_jax.sampling.samplers import SAMPLERS
 
 HOST = "127.0.0.1"
 MAX_IMAGES = 16
-MAX_FRAMES = 40  # of an animation
+MAX_FRAMES = 40  # in an animation
 FRAME_SECONDS, LAST_FRAME_SECONDS = 0.1, 2.0
 PREVIEW_SECONDS = 0.2  # between two previews
 SMALLEST_SHOWN = 256  # pixels; smaller images are enlarged
@@ -43,7 +43,7 @@ SMALLEST_SHOWN = 256  # pixels; smaller images are enlarged
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """The page's fields; `label` is of class-to-image, the prompts are of text-to-image models."""
+    """The page's fields; `label` is for class-to-image models, the prompts are for text-to-image models."""
 
     height: int
     width: int
@@ -69,7 +69,7 @@ def demo(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str =
     gradio = import_gradio()
     port = free_port(port)
     model = api.open_model(config, workdir, checkpoint_path)
-    print(f"{config.model.name} from {model.name}; the first image of a size takes compiling", flush=True)
+    print(f"{config.model.name} from {model.name}; the first image of each size waits for compilation", flush=True)
     with tempfile.TemporaryDirectory(prefix="deco_jax_demo_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         page = make_page(gradio, model)
@@ -84,8 +84,8 @@ def demo(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str =
             footer_links=[],
             theme=gradio.themes.Base(font=FONT, font_mono=FONT_MONO),
         )
-        print(f"the demo is at http://{HOST}:{port}; Ctrl-C ends it", flush=True)
-        # Both: a shell that starts a program in the background has it ignore Ctrl-C.
+        print(f"the demo is at http://{HOST}:{port}; press Ctrl-C to stop it", flush=True)
+        # Both signals, because a program that a shell starts in the background ignores Ctrl-C.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
         try:
@@ -97,8 +97,8 @@ def demo(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str =
 
 
 def import_gradio() -> Any:
-    """The package. UserError with the command that installs it."""
-    # Read when it is imported.
+    """Import Gradio; raise UserError with the command that installs it if it is missing."""
+    # Gradio reads this when it is imported.
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
     try:
         import gradio
@@ -108,14 +108,14 @@ def import_gradio() -> Any:
 
 
 def free_port(port: int) -> int:
-    """`port`, or any that is free if it is 0. UserError if it is taken."""
+    """Return `port`, or any free one if it is 0; raise UserError if it is taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError as error:
             raise UserError(
-                f"--port={port} can't be had on {HOST} ({error.strerror}); give another, or 0 for any that is free"
+                f"--port={port} is not available on {HOST} ({error.strerror}); give another, or 0 for any free one"
             ) from error
         return probe.getsockname()[1]
 
@@ -124,9 +124,9 @@ def free_port(port: int) -> int:
 
 
 def draw(model: api.Model, request: Request) -> Iterator[api.Snapshot]:
-    """The noise, then a snapshot after each step. UserError for a request that can't be fulfilled."""
+    """Yield the noise, then a snapshot after each step; raise UserError for an invalid request."""
     if not 1 <= request.count <= MAX_IMAGES:
-        raise UserError(f"{request.count} images at once can't be on the page; ask for 1 to {MAX_IMAGES}")
+        raise UserError(f"the page can't show {request.count} images at once; ask for 1 to {MAX_IMAGES}")
     if request.seed >= 2**31:
         raise UserError(f"the seed {request.seed} is too large; choose one below {2**31:,}")
     settings: api.Settings = {
@@ -144,7 +144,7 @@ def draw(model: api.Model, request: Request) -> Iterator[api.Snapshot]:
 
 
 def class_names(model: api.Model) -> list[str] | None:
-    """Names of the classes as the run noted them, else as its data gives them; None if neither is here."""
+    """Return the class names that the run stored, or else those of its data; None if neither is available."""
     if model.class_names is not None:
         return model.class_names
     try:
@@ -158,13 +158,13 @@ def class_names(model: api.Model) -> list[str] | None:
 
 
 def shown(batch: np.ndarray) -> np.ndarray:
-    """uint8 [count, height, width, 3], enlarged by a whole factor until an image can be seen well."""
+    """Enlarge small images, uint8 [count, height, width, 3], by a whole factor."""
     factor = max(1, SMALLEST_SHOWN // max(batch.shape[1:3]))
     return batch.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def animation(states: Sequence[np.ndarray]) -> bytes:
-    """States [count, height, width, 3] of a trajectory as one animated WebP of grids, the last held longer."""
+    """Return a trajectory's states [count, height, width, 3] as an animated WebP of grids; the last stays longer."""
     places = np.unique(np.linspace(0, len(states) - 1, min(MAX_FRAMES, len(states))).round().astype(int))
     frames = [Image.fromarray(images.grid(shown(states[i]))) for i in places]
     milliseconds = [round(1000 * FRAME_SECONDS)] * (len(frames) - 1) + [round(1000 * LAST_FRAME_SECONDS)]
@@ -183,7 +183,7 @@ def animation(states: Sequence[np.ndarray]) -> bytes:
 
 
 def figure(data: bytes, kind: str, caption: str) -> str:
-    """HTML of a picture that carries its own bytes."""
+    """Return HTML of a picture with embedded data."""
     uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     style, text = "max-width: 100%; max-height: 70vh; border-radius: 8px", html.escape(caption)
     image = f'<img src="{uri}" alt="{text}" style="{style}">'
@@ -191,7 +191,7 @@ def figure(data: bytes, kind: str, caption: str) -> str:
 
 
 def preview(batch: np.ndarray, caption: str) -> str:
-    """HTML of the images as they are now."""
+    """Return HTML of the images in their current state."""
     data = io.BytesIO()
     Image.fromarray(images.grid(shown(batch))).save(data, format="webp", quality=75, method=0)
     return figure(data.getvalue(), "webp", caption)
@@ -199,13 +199,13 @@ def preview(batch: np.ndarray, caption: str) -> str:
 
 # ---------------------------------------------------------------------------------------- the page
 
-# Names of what every system has; Gradio's own would be files that it serves.
+# System fonts; Gradio's own would be files that it has to serve.
 FONT = ("system-ui", "sans-serif")
 FONT_MONO = ("ui-monospace", "monospace")
 
 
 def make_page(gradio: Any, model: api.Model) -> Any:
-    """The page: fields on the left, what is drawn on the right."""
+    """Build the page: fields on the left, images on the right."""
     config, sample = model.config, model.config.sample
     height, width = model.image_size
     names = class_names(model) if model.num_classes else None
@@ -244,7 +244,7 @@ def make_page(gradio: Any, model: api.Model) -> Any:
                         max(10, sample.shift),
                         value=sample.shift,
                         step=0.1,
-                        label="Time shift (more: longer in the noise)",
+                        label="Time shift (higher: more steps near the noise)",
                     )
                     asked["height"], asked["width"] = side("Height", height), side("Width", width)
                 with gradio.Row():
@@ -285,14 +285,14 @@ def make_page(gradio: Any, model: api.Model) -> Any:
 
 
 def describe(config: ml_collections.ConfigDict) -> str:
-    """The model in a line."""
+    """Describe the model in a line."""
     model, (height, width) = config.model, image_sides(config.data.image_size)
     kind = "text to image" if model.text_width else f"{model.num_classes} classes"
     return f"{model.name}, {kind}, trained at {height}×{width}: width {model.width}, {model.depth} blocks."
 
 
 def read_request(values: dict[str, Any]) -> Request:
-    """The page's fields. UserError for one that is empty or no number."""
+    """Read the page's fields; raise UserError for one that is empty or not a number."""
     kinds = {"int": int, "float": float, "str": str}
     found: dict[str, Any] = {}
     for field in dataclasses.fields(Request):
@@ -301,12 +301,14 @@ def read_request(values: dict[str, Any]) -> Request:
         try:
             found[field.name] = kinds[str(field.type)](values[field.name])
         except (TypeError, ValueError, OverflowError):
-            raise UserError(f"{field.name.replace('_', ' ')}: {values[field.name]!r} won't do; fill it in") from None
+            raise UserError(
+                f"{field.name.replace('_', ' ')}: {values[field.name]!r} is not valid; fill it in"
+            ) from None
     return Request(**found)
 
 
 def fulfil(model: api.Model, request: Request, progress: Any) -> Iterator[tuple[Any, Any]]:
-    """What the page shows, from the noise to the images: (gallery, view) again and again."""
+    """Yield what the page shows, from the noise to the images, as (gallery, view)."""
     states: list[np.ndarray] = []
     began = spoke = time.monotonic()
     first = 0.0
@@ -324,7 +326,7 @@ def fulfil(model: api.Model, request: Request, progress: Any) -> Iterator[tuple[
     caption = (
         f"From noise to image in {request.num_steps} steps of {request.sampler}, guidance {request.guidance:g}, "
         f"shift {request.shift:g}, seed {request.seed}: {took:.1f} s, "
-        f"{first:.1f} s of them until the first step was done"
+        f"{first:.1f} s of that until the first step was done"
     )
     pictures = [Image.fromarray(image) for image in shown(states[-1])]
     yield pictures, figure(animation(states), "webp", caption)

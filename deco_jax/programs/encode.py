@@ -1,6 +1,6 @@
-"""--mode=encode: the features of all captions of config.data, kept in config.text.features for training to read.
+"""--mode=encode: computes the features of all captions of config.data into config.text.features, for training to read.
 
-Finished files stay, so a run that was cut off continues; `data/features.py` has their layout.
+Finished files stay, so an interrupted run continues; `data/features.py` describes their layout.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def encode(config: ml_collections.ConfigDict, workdir: str) -> None:
     """Fill config.text.features.
 
     Raises:
-        UserError: the model takes no text, no folder is named, it holds other features, the encoder is missing.
+        UserError: the model takes no text, no folder is given, it holds other features, or the encoder is missing.
     """
-    del workdir  # nothing of it belongs to one run
+    del workdir  # the features don't belong to a run
     settings = config.text
     if not config.model.text_width:
         raise UserError("--mode=encode is for text-to-image models, but config.model.text_width is 0; nothing to do")
@@ -53,7 +53,7 @@ def encode(config: ml_collections.ConfigDict, workdir: str) -> None:
     store = features_lib.Features(folder, key)
 
     main_host = jax.process_index() == 0
-    # The first host decides what is left: another may see its files later, and all encode together.
+    # The first host decides what is left: others may see new files later, and all hosts encode together.
     left = [shard for shard in range(store.num_shards) if not distributed.from_main_host(store.has(shard))]
     total, done = store.count, store.count - sum(len(store.indices(shard)) for shard in left)
     if main_host:
@@ -67,7 +67,7 @@ def encode(config: ml_collections.ConfigDict, workdir: str) -> None:
         indices, parts, hashes = store.indices(shard), [], []
         for start in range(0, len(indices), size):
             captions = [features_lib.caption_of_number(source, i) for i in indices[start : start + size]]
-            # Filled up, so that one compilation serves all.
+            # Padded, so that one compilation serves all batches.
             filled = [encoders.prefixed(caption, settings.prefix) for caption in captions] + [""] * (
                 size - len(captions)
             )

@@ -1,4 +1,4 @@
-"""What a new run measures of its data before the first step, for a prediction that goes by it."""
+"""Measures what a prediction needs to know about the data, before a new run's first step."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from deco_jax.run import distributed, sharding
 def measure(
     config: ml_collections.ConfigDict, mesh: Mesh, source: sources.Source, prediction: Prediction
 ) -> dict[str, jax.Array]:
-    """Measure the arrays of `prediction.measured`, whole on every device; nothing is read if there are none.
+    """Measure the arrays of `prediction.measured`, whole on every device; if it has none, read nothing.
 
-    The first host reads the first config.data.measured_images images of the order that training has, cropped as for
-    training, without mirroring: the result depends on the seed and the data alone, not on hosts or devices.
+    The first host reads the first config.data.measured_images images in training's order, cropped as for training,
+    without mirroring. So the result depends only on the seed and the data, not on hosts or devices.
 
     Raises:
         UserError: too many images can't be read.
@@ -40,12 +40,12 @@ def measure(
 
 
 def place(arrays: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """Arrays that every host has, whole on every device."""
+    """Place arrays that every host has whole on every device."""
     return {name: sharding.place(np.asarray(array), sharding.replicated(mesh)) for name, array in arrays.items()}
 
 
 def first_images(config: ml_collections.ConfigDict, source: sources.Source) -> Iterator[np.ndarray]:
-    """Batches of images in ±1, float32 [batch, height, width, 3]; each image at most once."""
+    """Yield batches of images in ±1, float32 [batch, height, width, 3]; each image at most once."""
     data = config.data
     left = min(data.measured_images, len(source))
     size = min(left, 64)

@@ -1,7 +1,7 @@
-"""--mode=prepare: config.data as ArrayRecord shards in WORKDIR, from which a pod reads at full speed.
+"""--mode=prepare: writes config.data as ArrayRecord shards to WORKDIR, from which a pod reads at full speed.
 
-Train on them with --config.data.source=prepared --config.data.path=WORKDIR. Hosts take turns with the shards; a run
-that was cut off goes on with those that are missing.
+Train on them with --config.data.source=prepared --config.data.path=WORKDIR. Hosts take turns with the shards; an
+interrupted run continues with the missing ones.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: str) -> None:
-    """Write all shards that are missing, then what makes them a data set.
+    """Write all missing shards, then the files that make them a dataset.
 
     Raises:
         UserError: WORKDIR holds the shards of another source, or too many images can't be read.
     """
     data, folder = config.data, storage.path(workdir)
     if workdir.startswith("s3://"):
-        raise UserError(f"--workdir={workdir}: ArrayRecord's reader opens disks and gs://; give one of these")
+        raise UserError(f"--workdir={workdir}: ArrayRecord's reader only opens disks and gs://; give one of these")
     if data.random_crop and data.prepared_images != "files":
         raise UserError(
-            f"config.data.random_crop needs whole images and config.data.prepared_images={data.prepared_images} stores "
-            "cropped ones; prepare with config.data.prepared_images=files"
+            f"config.data.random_crop needs whole images, but config.data.prepared_images={data.prepared_images} "
+            "stores cropped ones; prepare with config.data.prepared_images=files"
         )
     source = sources.open_source(data)
     distributed.check_same_data(source)
@@ -62,7 +62,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> None:
     shards = [range(start, min(start + SHARD_IMAGES, len(source))) for start in range(0, len(source), SHARD_IMAGES)]
     mine = range(jax.process_index(), len(shards), jax.process_count())
     left = [number for number in mine if not (folder / f"{number:05d}.json").exists()]
-    print(f"{len(source):,} images in {len(shards):,} shards; to do here: {len(left):,}", flush=True)
+    print(f"{len(source):,} images in {len(shards):,} shards; {len(left):,} to write here", flush=True)
     began = spoke = time.monotonic()
     done = 0
     with worker_pool(data.num_workers) as pool:
@@ -75,8 +75,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> None:
             done += len(shards[jobs[job]])
             if time.monotonic() - spoke > SECONDS_BETWEEN_LINES or done == sum(len(shards[n]) for n in left):
                 spoke = time.monotonic()
-                print(f"{done:,} images, {done / (spoke - began):.3g} a second", flush=True)
-    # The others' shards are there when all have come here.
+                print(f"{done:,} images, {done / (spoke - began):.3g} per second", flush=True)
+    # Once all hosts have reached this point, the other hosts' shards exist.
     distributed.all_hosts(True)
     distributed.on_main_host(lambda: _finish(folder, made_of, source, len(shards), data.max_unreadable))
 
@@ -90,7 +90,7 @@ def _check_same(path: Any, made_of: dict[str, Any]) -> None:
                 for key in made_of
                 if before.get(key) != made_of[key]
             )
-            raise UserError(f"{path.parent} was begun from something else ({different}); give another --workdir")
+            raise UserError(f"{path.parent} was prepared from something else ({different}); give another --workdir")
     else:
         write_json(path, made_of)
 

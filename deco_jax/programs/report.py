@@ -1,4 +1,4 @@
-"""--mode=report: one HTML file of a run, or of several side by side, that opens without a network."""
+"""--mode=report: writes one HTML file about a run, or about several side by side, that opens without a network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def report(config: ml_collections.ConfigDict, workdir: str) -> None:
     settings, folder = config.report, storage.path(workdir)
     folders = listed(settings.workdirs) or [folder]
     if len({storage.absolute(path) for path in folders}) < len(folders):
-        raise UserError(f"config.report.workdirs={settings.workdirs} names a workdir twice; give each once")
+        raise UserError(f"config.report.workdirs={settings.workdirs} names a workdir twice; give each only once")
     runs = [
         read_run(path, name, settings.grids, settings.grid_pixels)
         for path, name in zip(folders, short_names(folders), strict=True)
@@ -29,4 +29,4 @@ def report(config: ml_collections.ConfigDict, workdir: str) -> None:
     where = folder / "report.html"
     text = page(runs).encode()
     write_atomically(where, text)
-    print(f"wrote {where} ({len(text) / 2**20:.1f} MiB) of {len(runs)} run{'s' if len(runs) > 1 else ''}")
+    print(f"wrote {where} ({len(text) / 2**20:.1f} MiB) about {len(runs)} run{'s' if len(runs) > 1 else ''}")

@@ -1,8 +1,8 @@
-"""--mode=sample: images from a checkpoint's EMA weights, as a grid and, if asked, as the ADM suite's npz.
+"""--mode=sample: draws images from a checkpoint's averaged weights, as a grid and, if asked, as the ADM suite's npz.
 
-Of all classes in their order, or of config.sample.classes; or, text-to-image, of config.sample.prompts, or without them
-of the data's captions. Finished batches are kept in samples/parts until all are there, so a run that was cut off
-continues. What an earlier request left is kept in samples/earlier.
+Class-to-image models draw all classes in order, or config.sample.classes. Text-to-image models draw
+config.sample.prompts, or without them the data's captions. Finished batches are kept in samples/parts until all are
+done, so an interrupted run continues. Images of an earlier request are kept in samples/earlier.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import save_png, write_atomically, write_json
 from deco_jax.sampling import generate
 
-REQUEST = "request.json"  # beside the images: what they are of
+REQUEST = "request.json"  # beside the images: the request that they belong to
 
 
 def sample(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str = "") -> None:
@@ -52,7 +52,7 @@ def sample(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str
             parts.add(batch, write=main_host)
             progress(parts.count)
     request = {"fingerprint": fingerprint, "checkpoint": model.name, "sample": to_json(config)["sample"]}
-    # The others wait: a host that ends early is taken for lost.
+    # The other hosts wait: one that ends early counts as lost.
     distributed.on_main_host(lambda: write_all(config, folder, parts, requests, prompts, request))
 
 
@@ -64,7 +64,7 @@ def write_all(
     prompts: Prompts | None,
     request: dict[str, Any],
 ) -> None:
-    """Write what is asked for of the finished images into `folder`, of which another request's move away first."""
+    """Write the finished images into `folder` in the formats asked for; move an earlier request's images away first."""
     settings, paths = config.sample, [folder / "grid.png"]
     keep_earlier(folder, request["fingerprint"])
     write_json(folder / REQUEST, request)
@@ -87,7 +87,7 @@ def write_all(
 
 
 def keep_earlier(folder: pathlib.Path, fingerprint: str) -> None:
-    """Move what another request left in `folder` to folder/earlier/NUMBER, counted from 1."""
+    """Move what another request left in `folder` to folder/earlier/NUMBER, counting from 1."""
     found = [folder / name for name in (REQUEST, "grid.png", "samples.npz", "images") if (folder / name).exists()]
     note = folder / REQUEST
     if not found or (note.exists() and json.loads(note.read_text())["fingerprint"] == fingerprint):
@@ -102,7 +102,7 @@ def keep_earlier(folder: pathlib.Path, fingerprint: str) -> None:
 
 
 def write_images(folder: pathlib.Path, parts: Parts, labels: np.ndarray | None) -> None:
-    """All images as INDEX.png, of classes as INDEX_class_LABEL.png; the folder appears when it is complete."""
+    """Write all images as INDEX.png, with classes as INDEX_class_LABEL.png; the folder appears when complete."""
     with storage.replaced_folder(folder) as part:
         for index in range(parts.count):
             name = f"{index:06d}" + ("" if labels is None else f"_class_{labels[index]}")
@@ -110,7 +110,7 @@ def write_images(folder: pathlib.Path, parts: Parts, labels: np.ndarray | None) 
 
 
 def write_prompted(folder: pathlib.Path, prompts: Prompts, parts: Parts) -> None:
-    """All images in their benchmark's layout; the folder appears when it is complete."""
+    """Write all images in their benchmark's layout; the folder appears when it is complete."""
     each = prompts.images_each
     with storage.replaced_folder(folder) as part:
         for i in range(len(prompts.set)):
@@ -118,7 +118,7 @@ def write_prompted(folder: pathlib.Path, prompts: Prompts, parts: Parts) -> None
 
 
 class Parts:
-    """Finished batches of images as files FIRST_INDEX.npy, for one request; another request's are deleted."""
+    """Finished batches of images of one request, as files FIRST_INDEX.npy; those of another request are deleted."""
 
     def __init__(self, folder: pathlib.Path, request: str) -> None:
         self.folder = folder
@@ -141,14 +141,14 @@ class Parts:
         self.count += len(batch)
 
     def arrays(self) -> list[np.ndarray]:
-        """All batches, memory-mapped, in order."""
+        """Return all batches, memory-mapped, in order."""
         return [storage.load_array(path) for path in sorted(self.folder.glob("*.npy"))]
 
     def take(self, indices: np.ndarray) -> np.ndarray:
-        """Images by index, uint8 [len(indices), height, width, 3]."""
+        """Return images by index, uint8 [len(indices), height, width, 3]."""
         paths = sorted(self.folder.glob("*.npy"))
         firsts = np.asarray([int(path.stem) for path in paths])
-        holding = np.searchsorted(firsts, indices, side="right") - 1  # of each image, the file that it is in
+        holding = np.searchsorted(firsts, indices, side="right") - 1  # the file of each image
         arrays = {k: storage.load_array(paths[k]) for k in np.unique(holding)}
         return np.stack([arrays[k][i - firsts[k]] for i, k in zip(indices, holding, strict=True)])
 
@@ -157,7 +157,7 @@ class Parts:
 
 
 def write_npz(path: pathlib.Path, parts: Parts) -> None:
-    """arr_0 uint8 [images, height, width, 3], written batch by batch so that memory stays small."""
+    """Write arr_0, uint8 [images, height, width, 3], batch by batch to keep memory small."""
     arrays = parts.arrays()
     header = {"descr": "|u1", "fortran_order": False, "shape": (parts.count, *arrays[0].shape[1:])}
     with (

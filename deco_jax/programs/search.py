@@ -1,10 +1,10 @@
-"""--mode=compile --search: which mesh, rematerialisation, unrolling and batch make the training step fastest.
+"""--mode=compile --search: finds the mesh, rematerialisation, unrolling and batch with the fastest training step.
 
-One setting after the other, each time going on from the best so far that fits: the mesh's data × fsdp, then remat and
-unroll, then the batch per device, and the remat policies once more for that batch. Every row is a compilation; it is
-written to WORKDIR/search.jsonl as it comes, and not compiled again when the same command is started again.
+It varies one setting after the other, always starting from the best so far that fits: the mesh's data × fsdp, then
+remat and unroll, then the batch per device, then the remat policies again for that batch. Every row is a compilation.
+It is written to WORKDIR/search.jsonl at once, and isn't compiled again when the same command is restarted.
 
-The order is by XLA's model of the chip, which knows TPUs alone; elsewhere it is by memory.
+Rows are ranked by XLA's model of the chip, which only covers TPUs; elsewhere by memory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def search_settings(
     topology: str,
     compile_report: Report,
 ) -> None:
-    """Print rows as they come, and at the end the table, the fastest that fits first, and its settings.
+    """Print rows as they are compiled, and at the end the table, the fastest that fits first, and its settings.
 
     Args:
         compile_report: (config, mesh) → the figures of a compiled program.
@@ -47,7 +47,7 @@ def search_settings(
     rows: dict[str, Row] = {}
     if file.exists():
         text = file.read_text()
-        if not text.endswith("\n"):  # cut off while a line was written
+        if not text.endswith("\n"):  # interrupted while a line was written
             text = text[: text.rfind("\n") + 1]
             file.write_text(text)
         for line in text.splitlines():
@@ -56,7 +56,7 @@ def search_settings(
                 rows[row["settings"]] = row
     print(HEADER, flush=True)
 
-    shown: dict[str, Row] = {}  # what this search has come to, read or compiled
+    shown: dict[str, Row] = {}  # the rows of this search so far, read or compiled
 
     def measure(candidates: Iterable[dict[str, Any]]) -> None:
         for values in candidates:
@@ -95,14 +95,14 @@ def search_settings(
 
 
 def resolved(values: dict[str, Any], devices: int) -> dict[str, Any]:
-    """The mesh with its −1 replaced."""
+    """Return the settings with the mesh's −1 replaced."""
     data, fsdp = values["mesh.data"], values["mesh.fsdp"]
     data, fsdp = (devices // fsdp if data == -1 else data), (devices // data if fsdp == -1 else fsdp)
     return {"mesh.data": data, "mesh.fsdp": fsdp}
 
 
 def meshes(start: dict[str, Any], devices: int) -> Iterator[dict[str, Any]]:
-    """The start itself, then every data × fsdp that uses all devices, FSDP over the most first."""
+    """Yield the start itself, then every data × fsdp that uses all devices, the largest fsdp first."""
     yield start
     for data in range(1, devices + 1):
         if devices % data == 0:
@@ -116,7 +116,7 @@ def policies(start: dict[str, Any], _: int) -> Iterator[dict[str, Any]]:
 
 
 def batches(start: dict[str, Any], devices: int) -> Iterator[dict[str, Any]]:
-    """Half, twice and four times the batch."""
+    """Yield half, twice and four times the batch."""
     for factor in (0.5, 2, 4):
         size = int(start["data.batch_size"] * factor) // devices * devices
         if size and size != start["data.batch_size"]:
@@ -124,7 +124,7 @@ def batches(start: dict[str, Any], devices: int) -> Iterator[dict[str, Any]]:
 
 
 def with_settings(config: ml_collections.ConfigDict, values: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """A copy with some settings, by dotted key, replaced."""
+    """Return a copy with some settings replaced, given by dotted keys."""
     changed = config.copy_and_resolve_references()
     changed.update_from_flattened_dict(dict(values))
     return changed
@@ -133,11 +133,11 @@ def with_settings(config: ml_collections.ConfigDict, values: Mapping[str, Any]) 
 def compiled(
     config: ml_collections.ConfigDict, values: dict[str, Any], devices: list[jax.Device], compile_report: Report
 ) -> Row:
-    """The report's figures with some settings replaced; "error" where the program can't be made."""
+    """Return the report's figures with some settings replaced, or "error" if the program can't be compiled."""
     tried = with_settings(config, values)
     try:
         report = compile_report(tried, sharding.make_mesh(tried.mesh.data, tried.mesh.fsdp, devices, tried.mesh.slices))
-    except Exception as error:  # one combination that some layer can't do is a row, and not the end of the search
+    except Exception as error:  # a combination that fails is a row, not the end of the search
         return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}", "fits": False}
     finally:
         jax.clear_caches()
@@ -155,7 +155,7 @@ def compiled(
 
 
 def rank(row: Row) -> tuple[bool, float, float]:
-    """Sorts what fits first, then by images per second, then by memory."""
+    """Return a sort key: what fits comes first, then images per second, then memory."""
     speed, peak = row.get("images_per_second_per_device"), row.get("peak")
     return row["fits"] is False, -(speed or 0.0), float("inf") if peak is None else peak
 
@@ -166,7 +166,7 @@ def best(rows: Iterable[Row]) -> Row | None:
 
 
 def fingerprint(config: ml_collections.ConfigDict, topology: str) -> str:
-    """Names everything that the rows depend on besides what they say themselves, this package's code included."""
+    """Return a digest of everything else that the rows depend on, including this package's code."""
     values = to_json(config)
     for name in TRIED:
         section, key = name.split(".")
@@ -183,7 +183,7 @@ HEADER = (
 
 
 def line_of(row: Row) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
 
     def cell(name: str, width: int, form: str, scale: float = 1.0) -> str:
         value = row.get(name)

@@ -1,7 +1,7 @@
-"""--mode=spectrum: the paper's Fig. 4, energy over frequency of what the transformer and the whole model put out.
+"""--mode=spectrum: the paper's Fig. 4, the energy by frequency in the outputs of the transformer and the whole model.
 
 For every checkpoint, over images and all sampling steps: the DiT's output map (its tokens laid out as in the image,
-channels averaged) and the predicted velocity; beside them the data, and the weights of the frequency loss.
+channels averaged) and the predicted velocity; for comparison the data and the weights of the frequency loss.
 Writes WORKDIR/spectrum.json and WORKDIR/spectrum.png.
 """
 
@@ -34,7 +34,7 @@ from deco_jax.run.writer import write_json
 
 
 def spectrum(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str = "") -> None:
-    """Measure, print what stands at the high end, write the JSON and the picture."""
+    """Measure, print the values at the highest frequency, and write the JSON and the picture."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -57,7 +57,7 @@ def spectrum(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: s
         energies = model_energies(theirs, where)
         block = len(energies["dit"])
         if block < BLOCK:
-            say(f"{name}: a token grid this small has no {BLOCK}x{BLOCK} block; its map's is {block}x{block}")
+            say(f"{name}: its token grid is smaller than a {BLOCK}x{BLOCK} block; its map uses {block}x{block}")
         curves.append(
             {
                 "name": name,
@@ -102,30 +102,30 @@ def _curve(energy: np.ndarray) -> dict[str, list[float]]:
 
 
 def stored_config(where: pathlib.Path, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """`config` with the model and the image size that a checkpoint was trained with, computed as `config` says."""
+    """Return `config` with a checkpoint's model and image size; how it is computed stays as `config` says."""
     stored = checkpoint.load_config(where)
     theirs = ml_collections.ConfigDict(config.to_dict())
     computed = {key: config.model[key] for key in COMPUTED if key in config.model and key in stored["model"]}
     theirs.model = ml_collections.ConfigDict(stored["model"] | computed)
     height, width = theirs.data.image_size = tuple(stored["data"]["image_size"])
     if theirs.model.get("class_token"):
-        raise UserError(f"{where} denoises a class token too; the spectrum is measured of models without")
+        raise UserError(f"{where} also denoises a class token; the spectrum only supports models without one")
     if theirs.model.text_width:
-        raise UserError(f"{where} is a text-to-image model; the spectrum is measured with class labels")
+        raise UserError(f"{where} is a text-to-image model; the spectrum only supports class-to-image models")
     if min(height, width) // theirs.model.patch_size < 2:
-        raise UserError(f"{where}: {height}x{width} in patches of {theirs.model.patch_size} leaves no map of tokens")
+        raise UserError(f"{where}: {height}x{width} in patches of {theirs.model.patch_size} gives no map of tokens")
     return theirs
 
 
 def model_energies(config: ml_collections.ConfigDict, where: pathlib.Path) -> dict[str, np.ndarray]:
-    """Mean energies of a checkpoint's EMA over config.spectrum.num_images images, as `ModelSpectrum.energies`."""
+    """Return a checkpoint's mean energies over config.spectrum.num_images images, as `ModelSpectrum.energies` does."""
     model = api.open_model(config, str(where))
     requests = data_requests(config.sample, model.condition, config.spectrum.num_images)
     return ModelSpectrum(model.generator, requests, model.sampling(config), config, model.mesh).energies(model.params)
 
 
 def data_energy(config: ml_collections.ConfigDict, source: sources.Source) -> np.ndarray:
-    """Mean energy [8, 8] of config.spectrum.num_images images of the data in ±1, evenly spread, without flips."""
+    """Return the mean energy [8, 8] of config.spectrum.num_images evenly spaced images in ±1, without flips."""
     count = min(config.spectrum.num_images, len(source))
     batches = pipeline.epoch(
         source,
@@ -145,7 +145,7 @@ def data_energy(config: ml_collections.ConfigDict, source: sources.Source) -> np
 
 
 def draw(result: dict[str, Any], where: pathlib.Path) -> None:
-    """The picture: the DiT's outputs on the left, velocities, data and loss weights on the right."""
+    """Draw the DiT's outputs on the left, and velocities, data and loss weights on the right."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

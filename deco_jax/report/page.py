@@ -320,7 +320,7 @@ def _speed(runs: list[Run]) -> str:
     rows: list[tuple[str, Callable[[Run], str | None], str]] = [
         ("images per second, median", lambda run: _median(run, "images_per_second"), "not logged"),
         ("seconds per step, median", seconds, "not known"),
-        ("peak memory of a device", memory, "the device did not say"),
+        ("peak memory per device", memory, "not reported by the device"),
         ("unreadable images", unreadable, "not logged"),
     ]
     cells = [(title, [(value(run), why) for run in runs]) for title, value, why in rows]
