@@ -164,7 +164,7 @@ def test_as_a_command(tmp_path, weights):
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "statistics.npz", mu=np.zeros(2048), sigma=np.diag(rng.uniform(0, 1, 2048)))
     said = succeed(*common, f"--config.evaluate.reference={tmp_path / 'statistics.npz'}").stdout
-    assert "8 of 8 images are measured already" in said
+    assert "8 of 8 images are already measured" in said
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert result["fid"] > 0
     assert result["sfid"] is result["precision"] is result["recall"] is None
@@ -257,7 +257,7 @@ def test_devices_and_interruptions_change_nothing(tmp_path, weights):
     code, _ = signal_when(signal.SIGKILL, lambda said: saved.exists(), *arguments)
     assert code == -signal.SIGKILL
     assert not (cut / "evaluation.json").exists()
-    match = re.search(r"(\d+) of 16 images are measured already", succeed(*arguments).stdout)
+    match = re.search(r"(\d+) of 16 images are already measured", succeed(*arguments).stdout)
     assert match
     assert 0 < int(match[1]) < 16
     assert scores("cut") == scores("one")
@@ -287,7 +287,7 @@ def test_during_training(tmp_path, weights):
     metrics = rows(run)
     assert "fid" not in metrics[3]
     said = succeed(*common, "--mode=evaluate").stdout
-    assert "data digits: 8 of 8 images are measured already" in said
+    assert "data digits: 8 of 8 images are already measured" in said
     result = json.loads((run / "evaluation.json").read_text())
     assert metrics[4]["fid"] == pytest.approx(result["fid"], rel=1e-4)
     assert result["samples"]["from"].endswith("checkpoints/4")
@@ -319,10 +319,10 @@ def test_bad_input(tmp_path, weights):
         ({"samples": keys}, "has no images 'arr_0'.*it holds 'images'"),
         ({"samples": str(tmp_path / "empty")}, "holds no images"),
         ({"samples": str(broken)}, "0000.png can't be read"),
-        ({"samples": str(mixed)}, "z.png is 8x8 pixels and 0000.png 16x16; samples must be of one size"),
-        ({"samples": bad(tmp_path, "none", arr_0=pictures(4)[:0])}, "samples: 0; a FID needs at least 2"),
-        ({"samples": bad(tmp_path, "one", arr_0=pictures(1))}, "samples: 1; a FID needs at least 2"),
-        ({"reference": keys}, "is no reference file: it holds 'images'"),
+        ({"samples": str(mixed)}, "z.png has 8x8 pixels and 0000.png has 16x16; all samples must have the same size"),
+        ({"samples": bad(tmp_path, "none", arr_0=pictures(4)[:0])}, "samples: 0; an FID needs at least 2"),
+        ({"samples": bad(tmp_path, "one", arr_0=pictures(1))}, "samples: 1; an FID needs at least 2"),
+        ({"reference": keys}, "is not a reference file: it holds 'images'"),
         ({"reference": floats}, "float64 values"),
     ]
     for changes, says in cases:

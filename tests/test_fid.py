@@ -84,7 +84,7 @@ def test_statistics_that_cannot_be_compared():
     for wrong in ((np.zeros(4), np.eye(4)), (mu, np.eye(4)), (mu, np.zeros((3, 4)))):
         with pytest.raises(UserError, match="different features"):
             frechet_distance(mu, sigma, *wrong)
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="non-finite"):
         frechet_distance(mu, sigma, mu, sigma * np.nan)
 
 
@@ -188,7 +188,7 @@ def test_no_classifier_no_score(tmp_path):
         accumulator.add(features)
     assert accumulator.inception_score() is None
     accumulator.save(tmp_path / "a.npz")
-    with pytest.raises(UserError, match="without a classifier; go on with the same file"):
+    with pytest.raises(UserError, match="without a classifier; use the same file"):
         Accumulator.load(tmp_path / "a.npz").add(next(batches()))
 
 
@@ -199,7 +199,7 @@ def test_too_few_for_a_covariance():
 
 def test_damaged_state(tmp_path):
     path = tmp_path / "a.npz"
-    with pytest.raises(UserError, match="delete it to start anew"):
+    with pytest.raises(UserError, match="delete it to start again"):
         Accumulator.load(path)
     Accumulator(keep_features=False).save(path)
     whole = path.read_bytes()
@@ -280,7 +280,7 @@ def test_reference(tmp_path, adm):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"keep": ["x"], "x": np.zeros(3)}, "is no reference file: it holds 'x', expected 'arr_0', 'mu', 'mu_s'"),
+        ({"keep": ["x"], "x": np.zeros(3)}, "is not a reference file: it holds 'x', expected 'arr_0', 'mu', 'mu_s'"),
         ({"keep": []}, "it holds nothing"),
         ({"keep": ["mu", "mu_s", "sigma_s"]}, "has 'mu' without the other of 'mu' and 'sigma'"),
         ({"keep": ["mu", "sigma", "sigma_s"]}, "has 'sigma_s' without the other"),
@@ -288,7 +288,7 @@ def test_reference(tmp_path, adm):
         ({"mu": np.zeros(192)}, "mu: float64 (192,); expected floating point (2048,)"),
         ({"sigma_s": np.eye(2048)}, "sigma_s: float64 (2048, 2048); expected floating point (2023, 2023)"),
         ({"mu": np.zeros(2048, int)}, "mu: int64 (2048,)"),
-        ({"mu": np.full(2048, np.inf)}, "mu: holds values that are not finite"),
+        ({"mu": np.full(2048, np.inf)}, "mu: holds non-finite values"),
         ({"mu": np.array([None])}, "is damaged"),
         ({"arr_0": np.zeros((7, 4, 5, 3), np.float32)}, "arr_0: float32 values; the Inception network takes uint8"),
         ({"arr_0": np.zeros((7, 3, 4, 5), np.uint8)}, "arr_0: shape (7, 3, 4, 5); expected [images, height, width, 3]"),
@@ -313,7 +313,7 @@ def test_bad_files(tmp_path, adm):
             function(path)
     path.write_bytes(b"nonsense")
     for function in (read_reference, NpzImages):
-        with pytest.raises(UserError, match=r"damaged or no \.npz"):
+        with pytest.raises(UserError, match=r"damaged or not an \.npz"):
             function(path)
     np.savez(path, images=adm["arr_0"])
     with pytest.raises(UserError, match=re.escape("no images 'arr_0' (uint8 [n, h, w, 3]): it holds 'images'")):

@@ -143,5 +143,5 @@ def test_other_files_are_refused(jit_file, tmp_path, change, words):
 def test_an_asymmetric_run_can_t_be_imported(jit_file, tmp_path):
     config = config_of("bottleneck")
     config.model.prediction = "asymmetric"
-    with pytest.raises(UserError, match="which no official checkpoint holds"):
+    with pytest.raises(UserError, match="which official checkpoints don't have"):
         convert.import_checkpoint(config, str(tmp_path / "run"), str(jit_file))

@@ -275,7 +275,7 @@ def test_resumed_on_eight_devices_as_on_one(tmp_path):
     succeed(*plain, NO_SAMPLES, "--config.train.num_steps=2")
     command = ["--config=configs/meanflow256.py:deco-smoke", f"--config.init_from={tmp_path / 'plain'}"]
     said = succeed(*command, NO_SAMPLES, f"--workdir={tmp_path / 'one'}").stdout
-    assert "learnt the velocity; what MeanFlow adds to it starts anew" in said
+    assert "learnt the velocity; what MeanFlow adds to it starts from scratch" in said
     eight = [*command, NO_SAMPLES, f"--workdir={tmp_path / 'eight'}", "--config.mesh.data=4", "--config.mesh.fsdp=2"]
     succeed(*eight, "--config.train.num_steps=2", env=fake_devices(8))
     assert "resumed at step 2" in succeed(*eight, env=fake_devices(8)).stdout

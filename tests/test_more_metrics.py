@@ -88,7 +88,7 @@ def test_pairs_of_a_folder(tmp_path, files):
     assert scores.values["lpips_pairs"] == pytest.approx(float(expected[0]), rel=1e-4)
     assert scores.missing == {"lpips_reconstruction": "there is no model, only samples"}
     nameless = samples._replace(labels=None, identity="another")
-    assert "one class" in lpips.make(setup_of(tmp_path, files))(Subject(nameless)).missing["lpips_pairs"]
+    assert "the same class" in lpips.make(setup_of(tmp_path, files))(Subject(nameless)).missing["lpips_pairs"]
 
 
 def test_reconstruction(tmp_path, files):

@@ -77,7 +77,7 @@ def test_asked_to_stop(tmp_path, undisturbed):
         code, said = signal_when(number, functools.partial(lambda line, said: line in said, line), *command)
         assert code == expected_code, said
         assert "Traceback" not in said
-        saved = re.search(r"saved step (\d+); the same command goes on", said)
+        saved = re.search(r"saved step (\d+); the same command continues", said)
         assert saved, said
         assert before < int(saved[1]) < TOTAL
         assert steps(tmp_path)[-1] == saved[1]
@@ -117,11 +117,11 @@ def test_goes_on_from_another_runs_checkpoint(tmp_path, undisturbed):
     assert "resumed at step 3" in said
     assert losses(tmp_path / "fork") == {step: undisturbed[step] for step in range(2, 6)}
     refused = run_main(*command, f"--config.init_from={source}")
-    assert (refused.returncode, "give one of them" in refused.stderr) == (1, True)
+    assert (refused.returncode, "give only one of them" in refused.stderr) == (1, True)
 
 
 def test_a_model_of_ten_classes_learns_two_of_ones_own(tmp_path):
-    """init_from with other classes: the label table, and only it, starts anew, which is said."""
+    """init_from with other classes: the label table, and only it, starts from scratch, and a message says so."""
     source, chance = two_steps(tmp_path), np.random.default_rng(0)
     for name in ("cats", "dogs"):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -132,7 +132,7 @@ def test_a_model_of_ten_classes_learns_two_of_ones_own(tmp_path):
     command += ["--config.data.split=", "--config.model.num_classes=2", f"--config.init_from={source}"]
     command += ["--config.optimizer.learning_rate=1e-12", "--config.data.batch_size=8", "--config.train.num_steps=1"]
     said = succeed(*command, f"--workdir={tmp_path / 'own'}").stdout
-    assert "the label table starts anew, for 2 classes instead of the 10 of" in said
+    assert "the label table starts from scratch, with 2 classes instead of the 10 of" in said
     with ocp.StandardCheckpointer() as reader:
         before = reader.restore(source / "checkpoints" / "2" / "params")["denoiser"]
         after = reader.restore(tmp_path / "own" / "checkpoints" / "1" / "params")["denoiser"]

@@ -145,7 +145,7 @@ def test_while_training(folder, tmp_path):
 
 def test_of_given_samples(folder):
     evaluator, _ = make(config_for(folder))
-    with pytest.raises(UserError, match=r"is of weights, and config\.evaluate\.samples has none"):
+    with pytest.raises(UserError, match=r"needs weights, and config\.evaluate\.samples has none"):
         evaluator(Subject(None))
 
 

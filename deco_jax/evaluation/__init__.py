@@ -1,7 +1,7 @@
-"""Scores of models and samples: one file for each family of metrics, one interface (`evaluator.Evaluator`)."""
+"""Scores of models and samples: one file per family of metrics, one interface (`evaluator.Evaluator`)."""
 
-# Names in config.evaluate.metrics → their modules, which have `check(config)`, that all files are there, and
-# `make(setup)`, the evaluator. By name, because the settings list them and the modules read settings.
+# Names in config.evaluate.metrics → modules with `check(config)`, which makes sure that all files exist, and
+# `make(setup)`, which makes the evaluator. Modules are given by name because they read the settings that list them.
 EVALUATORS = {
     "adm": "deco_jax.evaluation.adm",  # FID, sFID, Inception Score, precision and recall
     "kid": "deco_jax.evaluation.kid",
@@ -11,7 +11,7 @@ EVALUATORS = {
     "validation_loss": "deco_jax.evaluation.validation_loss",
 }
 
-# The scores' names in evaluation.json → in tables.
+# The scores' names in evaluation.json → their names in tables.
 ADM_TITLES = {
     "fid": "FID",
     "sfid": "sFID",
@@ -27,5 +27,5 @@ TITLES = {
     "lpips_pairs": "LPIPS of pairs",
     "clip_score": "CLIP score",
 }
-# Those of which less is better, and which a search over samplers can go by.
+# Scores of which lower is better; a search over samplers can use them.
 DISTANCES = ("fid", "sfid", "kid", "fd_dinov2")

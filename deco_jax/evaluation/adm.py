@@ -1,11 +1,11 @@
 """FID, sFID, Inception Score, precision and recall, as the ADM suite defines them.
 
-    samples (drawn on the way, an .npz, a folder)       ─┐
+    samples (drawn when needed, an .npz, a folder)      ─┐
                                                          ├─ Inception ─ Accumulator ─ scores
     reference (an ADM .npz, or the images of the data)  ─┘
 
-Images are read in batches and only their statistics are kept, in a folder from where a run that was cut off goes on.
-Runs that share config.evaluate.cache, a folder, use the reference that the first of them to end measured.
+Images are read in batches, and only their statistics are kept, in a folder from which an interrupted run continues.
+Runs that share the folder config.evaluate.cache use the reference statistics of the first run that finished them.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ NEIGHBOURS = 3
 
 
 class ADM:
-    """The evaluator of these scores.
+    """Scores samples by these metrics.
 
     Args:
         features: of samples and of the reference.
-        quick: FID alone, of samples whose statistics aren't kept; as on the way of a training.
+        quick: only FID, and without keeping the samples' statistics; for use during training.
     """
 
     def __init__(self, features: InceptionFeatures, mesh: Mesh, quick: bool = False) -> None:
@@ -46,10 +46,10 @@ class ADM:
         return [self._features.reader(samples)]
 
     def __call__(self, subject: Subject) -> Scores:
-        """Scores of a subject's samples. The reference is measured at the first call."""
+        """Return the scores of a subject's samples. The first call measures the reference."""
         samples, features = subject.samples, self._features
         if samples is None:
-            raise UserError("FID and its companions are of samples, and there are none; give a checkpoint or samples")
+            raise UserError("FID and the other ADM scores need samples; give a checkpoint or samples")
         if self._quick:
             return Scores({"fid": self._quick_fid(samples)})
         ours = features.of_samples(samples)
@@ -89,9 +89,9 @@ def make(setup: Setup) -> ADM:
 
 
 def make_quick_fid(config: ml_collections.ConfigDict, folder: pathlib.Path, mesh: Mesh) -> ADM:
-    """FID of a few samples every config.evaluate.every steps, on the way of a training.
+    """Make the FID of a few samples that training measures every config.evaluate.every steps.
 
-    Its number is comparable along a run only: few samples give a higher FID than the usual 50,000. The reference's
+    It is only comparable within a run, because few samples give a higher FID than the usual 50,000. The reference's
     statistics are kept in WORKDIR/evaluation, or in config.evaluate.cache.
     """
     most = config.evaluate.during_training_images
@@ -99,17 +99,17 @@ def make_quick_fid(config: ml_collections.ConfigDict, folder: pathlib.Path, mesh
 
 
 def warnings_about(samples: ImageSet, reference: ReferenceSet) -> list[str]:
-    """What makes the scores less than comparable. UserError for sets too small to have any."""
+    """Return what limits the comparability of the scores; raise UserError for sets that are too small for any."""
     lines = []
     for count, what in ((samples.total, "samples"), (reference.num_images, "reference images")):
         if count is not None and count < 2:
-            raise UserError(f"{what}: {count}; a FID needs at least 2 (50,000 is usual)")
+            raise UserError(f"{what}: {count}; an FID needs at least 2 (50,000 is usual)")
         if count is not None:
             lines.append(small_sample_warning(count, what))
     if reference.size and reference.size != samples.size:
         lines.append(
             f"samples of {sides(samples.size)} against reference images of {sides(reference.size)}: "
-            "a FID across sizes also counts what resizing does"
+            "an FID across sizes also includes the effect of resizing"
         )
     return [line for line in lines if line] + reference.notes
 
@@ -117,7 +117,7 @@ def warnings_about(samples: ImageSet, reference: ReferenceSet) -> list[str]:
 def score(
     samples: Accumulator, reference: Statistics, features: np.ndarray | None, settings: Any, mesh: Mesh
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """The scores that can be had, and why the others can't.
+    """Return the scores that can be computed, and the reasons why the others can't.
 
     Args:
         features: the reference's pool3 [n, 2048] for precision and recall, if there are any.

@@ -1,6 +1,6 @@
-"""CLIP score: how well images show what their captions say (Hessel et al. 2021), 100 · max(cosine, 0) on average.
+"""CLIP score: how well images match their captions (Hessel et al. 2021), 100 · max(cosine, 0) on average.
 
-Of text-to-image samples the captions are the data's; of classes they are "a photo of a NAME".
+Text-to-image samples have the data's captions; samples of classes have "a photo of a NAME".
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from deco_jax.run import fetch
 
 
 def cosines(images: jax.Array, texts: jax.Array) -> jax.Array:
-    """Return the cosine of each image's and its text's features, [n, width] both: float32 [n]."""
+    """Return the cosine between the features of each image and its text, [n, width] each: float32 [n]."""
     units = [a / jnp.maximum(jnp.linalg.norm(a, axis=1, keepdims=True), 1e-12) for a in (images, texts)]
     return jnp.sum(units[0] * units[1], axis=1)
 
 
 class CLIPScore:
-    """Scores samples by their captions."""
+    """Scores samples by how well they match their captions."""
 
     titles: ClassVar = {"clip_score": TITLES["clip_score"]}
 
@@ -65,10 +65,10 @@ class CLIPScore:
         """Return the mean over a subject's samples."""
         samples = subject.samples
         if samples is None:
-            raise UserError("the CLIP score is of samples, and there are none; give a checkpoint or samples")
+            raise UserError("the CLIP score needs samples; give a checkpoint or samples")
         readers = self.readers(samples)
         if not readers:
-            return Scores({}, {"clip_score": "nothing says what the samples are to show"})
+            return Scores({}, {"clip_score": "the samples have neither captions nor class names"})
         read(samples, readers, self._extractor.batch_size)
         rows = readers[0].state.array()
         return Scores({"clip_score": float(rows.mean(dtype=np.float64))}, notes={"clip_of": {"weights": self._weights}})

@@ -1,4 +1,4 @@
-"""The one interface of everything that scores a model or its samples, in training and in --mode=evaluate."""
+"""The common interface of everything that scores a model or its samples, in training and in --mode=evaluate."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What is evaluated: samples, and the weights that draw them where there is a model.
+    """What is evaluated: samples, and the weights that draw them if there is a model.
 
     samples: drawn from the weights batch by batch when an evaluator asks for them, or read from files.
-    params: one average of the denoiser's weights, on the mesh; None where only samples are given.
-    frozen: arrays that never train (teacher, text encoder, null features), by name, on the mesh.
-    model: the weights with what it takes to apply them, in --mode=evaluate; None on the way of a training.
+    params: one average of the denoiser's weights, on the mesh; None if there are only samples.
+    frozen: arrays that aren't trained (teacher, text encoder, null features), by name, on the mesh.
+    model: in --mode=evaluate, the weights with everything needed to apply them; None during training.
     """
 
     samples: ImageSet | None = None
@@ -43,9 +43,9 @@ class Subject:
 class Scores:
     """What an evaluator found.
 
-    values: scores by name, as they stand in metrics.jsonl and evaluation.json.
-    missing: for each score that can't be had, why not.
-    notes: whatever else belongs in evaluation.json, such as how many images there were.
+    values: scores by name, as in metrics.jsonl and evaluation.json.
+    missing: for each score that couldn't be computed, the reason.
+    notes: anything else that belongs in evaluation.json, such as the number of images.
     """
 
     values: dict[str, float]
@@ -54,27 +54,27 @@ class Scores:
 
 
 class Evaluator(Protocol):
-    """One family of metrics, made once from the config and called with one subject after another.
+    """A family of metrics, made once from the config and called with one subject after another.
 
-    Whatever a call needs besides the subject (the network, held-out batches, reference statistics) is given when the
-    evaluator is made, which also checks that all of it is there, so that nothing is found missing after an hour.
-    A compiled function is made once, so that only the first call compiles.
+    Everything else that a call needs (the network, held-out batches, reference statistics) is given when the evaluator
+    is made. That is also when it checks that everything exists, so that nothing turns out to be missing after an hour.
+    Compiled functions are made once, so only the first call compiles.
     """
 
     titles: Mapping[str, str]  # name of a score in files → its name in tables
 
     def readers(self, samples: ImageSet) -> Sequence[Reader]:
-        """Return what reads samples for these metrics, so that several evaluators can share one pass over them.
+        """Return the readers of samples for these metrics, so that several evaluators can share one pass over them.
 
-        A call with samples that its readers have read doesn't read them again.
+        A later call of the evaluator doesn't read samples again that its readers have already read.
         """
         ...
 
     def __call__(self, subject: Subject) -> Scores:
-        """Scores of one subject.
+        """Return the scores of one subject.
 
         Raises:
-            UserError: the subject has not what these metrics need, such as weights or enough images.
+            UserError: the subject lacks what these metrics need, such as weights or enough images.
         """
         ...
 
@@ -83,8 +83,8 @@ class Evaluator(Protocol):
 class Setup:
     """What evaluators are made from.
 
-    folder: a run's, below which measurements are kept.
-    most: samples that a subject will have, at most.
+    folder: the run's folder, below which measurements are kept.
+    most: the largest number of samples that a subject will have.
     """
 
     config: ml_collections.ConfigDict
@@ -94,18 +94,18 @@ class Setup:
 
     @property
     def batch_size(self) -> int:
-        """Images that networks take at once: an even number that the devices divide."""
+        """Images per batch of the networks: an even number that the number of devices divides."""
         size, unit = min(self.config.evaluate.batch_size, self.most), math.lcm(2, self.mesh.size)
         return -(-size // unit) * unit
 
     @functools.cached_property
     def inception(self) -> InceptionFeatures:
-        """Inception's features, shared by all metrics that are of them."""
+        """Inception's features, shared by all metrics that use them."""
         return InceptionFeatures(self.config, self.folder, self.mesh, self.most)
 
 
 def check_evaluators(config: ml_collections.ConfigDict) -> None:
-    """Raise UserError if files that config.evaluate.metrics need are missing, with where to get them."""
+    """Raise UserError, with where to get them, if files that config.evaluate.metrics needs are missing."""
     for name in metric_names(config):
         importlib.import_module(EVALUATORS[name]).check(config)
 
@@ -114,11 +114,11 @@ def make_evaluators(setup: Setup) -> list[Evaluator]:
     """Make the evaluators of config.evaluate.metrics, in their order.
 
     Raises:
-        UserError: what one of them needs is missing.
+        UserError: something that one of them needs is missing.
     """
     return [importlib.import_module(EVALUATORS[name]).make(setup) for name in metric_names(setup.config)]
 
 
 def metric_names(config: ml_collections.ConfigDict) -> list[str]:
-    """The names in config.evaluate.metrics, each once."""
+    """Return the names in config.evaluate.metrics, each only once."""
     return list(dict.fromkeys(config.evaluate.metrics.split(",")))

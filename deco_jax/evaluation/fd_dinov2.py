@@ -1,9 +1,9 @@
-"""FD-DINOv2: the Fréchet distance of DINOv2's class tokens (Stein et al. 2023), which follows people's eyes better.
+"""FD-DINOv2: the Fréchet distance of DINOv2's class tokens, closer to human judgement (Stein et al. 2023).
 
     images ─ 224² ─ DINOv2 ViT-L/14 ─ class token [1024] ─ mean, covariance ─ Fréchet distance
 
-Samples and the reference's images go the same way. Images are resized by antialiased bicubic interpolation in float32;
-the published suite rounds to whole levels after it.
+Samples and the reference's images are processed in the same way. Images are resized by antialiased bicubic
+interpolation in float32; the published suite rounds the result to whole levels.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def class_tokens(size: str, dtype: str) -> tuple[jax.stages.Wrapped, Params]:
 
 
 def frechet(x: np.ndarray, y: np.ndarray) -> float:
-    """Return the Fréchet distance of two sets of features [n, width] and [m, width], by float64 statistics."""
+    """Return the Fréchet distance between two sets of features, [n, width] and [m, width], with float64 statistics."""
     statistics = [
         (a.mean(0), np.cov(a, rowvar=False).reshape(a.shape[1], -1))
         for a in (np.asarray(x, float), np.asarray(y, float))
@@ -65,7 +65,7 @@ class FDDINOv2:
         reference = open_reference(setup.config)
         if reference.images is None:
             raise UserError(
-                f"FD-DINOv2 needs the reference's images, and {reference.name} has none ('arr_0'); take another "
+                f"FD-DINOv2 needs the reference's images, but {reference.name} has none ('arr_0'); use another "
                 "reference, or leave fd_dinov2 out of config.evaluate.metrics"
             )
         self._reference = reference.images
@@ -100,7 +100,7 @@ class FDDINOv2:
         """Return the distance of a subject's samples."""
         samples = subject.samples
         if samples is None:
-            raise UserError("FD-DINOv2 is of samples, and there are none; give a checkpoint or samples")
+            raise UserError("FD-DINOv2 needs samples; give a checkpoint or samples")
         (reader,) = self.readers(samples)
         ours, theirs = self._read(reader, samples), self._theirs
         return Scores(

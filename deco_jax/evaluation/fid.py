@@ -10,11 +10,12 @@ SPLIT = 5000
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
-    """|mu1 - mu2|² + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^½): FID of pool3, sFID of spatial (arXiv 1706.08500).
+    """Return |mu1 - mu2|² + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^½) (arXiv 1706.08500).
 
-    mu: [features]; sigma: [features, features], symmetric and positive semi-definite, of any rank. The trace of the
-    root is taken as the nuclear norm of sigma1^½ sigma2^½: the same number, but an eigenvalue that rounding left at
-    1e-16 adds 1e-16 and not its root, so that fewer images than features need no offset on the diagonal.
+    This is FID for pool3 features and sFID for spatial ones. mu: [features]; sigma: [features, features], symmetric and
+    positive semi-definite, of any rank. The trace of the root is computed as the nuclear norm of sigma1^½ sigma2^½.
+    That is the same number, but an eigenvalue that rounding left at 1e-16 adds 1e-16 instead of its root, so no offset
+    on the diagonal is needed when there are fewer images than features.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(a, np.float64) for a in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or sigma1.shape != 2 * mu1.shape:
@@ -23,14 +24,14 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
             f"covariance {sigma1.shape} and {sigma2.shape}"
         )
     if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
-        raise UserError("statistics hold values that are not finite; the covariance needs at least 2 images")
+        raise UserError("the statistics hold non-finite values; the covariance needs at least 2 images")
     product = _half(sigma1).T @ _half(sigma2)
     root_trace = np.linalg.svd(product, compute_uv=False).sum() if product.size else 0.0
     return float(np.sum((mu1 - mu2) ** 2) + np.trace(sigma1) + np.trace(sigma2) - 2.0 * root_trace)
 
 
 def _half(sigma: np.ndarray) -> np.ndarray:
-    """H [features, rank] with H Hᵀ = sigma, rounding's directions left out."""
+    """Return H [features, rank] with H Hᵀ = sigma, without directions that only come from rounding."""
     values, vectors = np.linalg.eigh((sigma + sigma.T) / 2)
     keep = values > max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps
     return vectors[:, keep] * np.sqrt(values[keep])
@@ -39,20 +40,20 @@ def _half(sigma: np.ndarray) -> np.ndarray:
 class InceptionScore:
     """exp(mean KL(p(y|x) ‖ p(y))) of every `split` images in file order, averaged over the splits (arXiv 1606.03498).
 
-    Streams: of each split it keeps the sum of probabilities, the sum of p log p, and the count. The last split may be
-    shorter, as in the ADM suite.
+    It is computed as a stream: for each split it keeps the sum of probabilities, the sum of p log p, and the count. The
+    last split may be shorter, as in the ADM suite.
     """
 
     def __init__(self, num_classes: int, split: int = SPLIT):
         if split < 1:
-            raise UserError(f"Inception Score in splits of {split} images; it must be at least 1")
+            raise UserError(f"Inception Score in splits of {split} images; splits need at least 1 image")
         self.split = split
         self.probabilities = np.zeros((0, num_classes))
         self.negative_entropy = np.zeros(0)
         self.counts = np.zeros(0, np.int64)
 
     def add(self, log_softmax: np.ndarray) -> None:
-        """log_softmax: [n, num_classes], the next n images'."""
+        """Add the log probabilities [n, num_classes] of the next n images."""
         while len(log_softmax):
             if not len(self.counts) or self.counts[-1] == self.split:
                 self.probabilities = np.vstack([self.probabilities, np.zeros(self.probabilities.shape[1])])
@@ -62,12 +63,12 @@ class InceptionScore:
             part, log_softmax = np.asarray(log_softmax[:room], np.float64), log_softmax[room:]
             p = np.exp(part)
             self.probabilities[-1] += p.sum(0)
-            # p log p is 0 where p underflows, whatever the logarithm
+            # p log p is 0 where p underflows, whatever the logarithm is
             self.negative_entropy[-1] += np.sum(p * np.where(p > 0, part, 0.0))
             self.counts[-1] += len(part)
 
     def score(self) -> float:
-        """Between 1 and num_classes. UserError without images."""
+        """Return the score, between 1 and num_classes; raise UserError without images."""
         if not len(self.counts):
             raise UserError("no images to take an Inception Score of")
         marginal = self.probabilities / self.counts[:, None]
@@ -76,7 +77,7 @@ class InceptionScore:
 
 
 def inception_score(softmax: np.ndarray, split: int = SPLIT) -> float:
-    """The same from probabilities [n, classes] in file order, all at once."""
+    """Return the Inception Score from probabilities [n, classes] in file order, all at once."""
     with np.errstate(divide="ignore"):
         logarithms = np.log(np.asarray(softmax, np.float64))
     scorer = InceptionScore(softmax.shape[1], split)

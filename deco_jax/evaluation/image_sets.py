@@ -1,4 +1,4 @@
-"""Sets of images to measure, in a fixed order and read in batches: an .npz, a folder, the data, or drawn by a model."""
+"""Sets of images to measure, in a fixed order and read in batches: from an .npz, a folder, the data, or a model."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from deco_jax.evaluation.statistics import NpzImages
 
 
 class ImageSet(NamedTuple):
-    """Images to measure: as many as `total`, in a fixed order."""
+    """`total` images to measure, in a fixed order."""
 
     name: str  # for people
     identity: str  # equal for equal images
     total: int
     size: tuple[int, int]  # (height, width)
     batches: Callable[[int, int], Iterator[np.ndarray]]  # (batch size, first) → uint8 [n, height, width, 3]
-    parameters: int | None = None  # of the model that draws them
-    labels: np.ndarray | None = None  # of classes, int [total]
-    captions: Sequence[str] | None = None  # what they are to show
+    parameters: int | None = None  # number of parameters of the model that draws them
+    labels: np.ndarray | None = None  # class labels, int [total]
+    captions: Sequence[str] | None = None  # what the images should show
 
 
 def drawn_images(
     draw: Callable[..., Iterator[np.ndarray]], count: int, size: tuple[int, int], name: str = "samples"
 ) -> ImageSet:
-    """Images that are drawn when they are measured, and not kept.
+    """Return a set of images that are drawn when they are measured, and not kept.
 
     Args:
         draw: (first=) → images first..count − 1, batch by batch.
@@ -46,7 +46,7 @@ def drawn_images(
 
 
 def npz_images(images: NpzImages) -> ImageSet:
-    """The images of an .npz."""
+    """Return the images of an .npz as a set."""
     status = images.path.stat()
     identity = f"{images.path.absolute()} {images.key} {status.st_size} {status.st_mtime_ns}"
     _, height, width, _ = images.shape
@@ -54,10 +54,10 @@ def npz_images(images: NpzImages) -> ImageSet:
 
 
 def folder_images(folder: pathlib.Path) -> ImageSet:
-    """All images under a folder, by path; their classes if the names say them, as those of --mode=sample do.
+    """Return all images under a folder, sorted by path, with classes if the names have them as --mode=sample's do.
 
     Raises:
-        UserError: there are none, or they are not of one size.
+        UserError: there are none, or they differ in size.
     """
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in sources.IMAGE_SUFFIXES and p.is_file())
     if not files:
@@ -67,8 +67,8 @@ def folder_images(folder: pathlib.Path) -> ImageSet:
     for path in files:
         if _header(path) != size:
             raise UserError(
-                f"{path} is {sides(_header(path))} pixels and {files[0].name} {sides(size)}; "
-                "samples must be of one size"
+                f"{path} has {sides(_header(path))} pixels and {files[0].name} has {sides(size)}; "
+                "all samples must have the same size"
             )
 
     def batches(batch_size: int, start: int) -> Iterator[np.ndarray]:
@@ -84,7 +84,7 @@ def folder_images(folder: pathlib.Path) -> ImageSet:
 
 
 def _header(path: pathlib.Path) -> tuple[int, int]:
-    """(height, width) as the file's beginning says."""
+    """Return (height, width) from the file's header."""
     with _readable(path), Image.open(path) as picture:
         return picture.height, picture.width
 
@@ -98,12 +98,12 @@ def _pixels(path: pathlib.Path) -> np.ndarray:
 def _readable(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # on a damaged file PIL raises nearly anything
+    except Exception as error:  # PIL may raise nearly anything on a damaged file
         raise UserError(f"the image {path} can't be read ({error}); remove or replace it") from error
 
 
 def source_images(config: ml_collections.ConfigDict) -> ImageSet:
-    """config.evaluate.num_reference images of config.data, evenly spread, prepared as for training but not mirrored."""
+    """Return config.evaluate.num_reference evenly spaced images of config.data, as in training but not mirrored."""
     data, wanted = config.data, config.evaluate.num_reference
     source = sources.open_source(data)
     count = min(wanted, len(source)) if wanted else len(source)
@@ -141,18 +141,18 @@ def source_images(config: ml_collections.ConfigDict) -> ImageSet:
 
 
 def _contents(source: sources.Source, indices: np.ndarray) -> str:
-    """Digest of the names and bytes of up to 200 of the images, evenly spread: all would take as long as measuring."""
+    """Digest the names and bytes of up to 200 evenly spaced images; all of them would take as long as measuring."""
     digest = hashlib.sha256()
     for i in indices[np.linspace(0, len(indices) - 1, min(len(indices), 200)).astype(int)]:
         digest.update(source.name(int(i)).encode())
-        with contextlib.suppress(Exception):  # unreadable images are counted where they are measured
+        with contextlib.suppress(Exception):  # measuring counts unreadable images
             image = source[int(i)]["image"]
             digest.update(pathlib.Path(image).read_bytes() if isinstance(image, str) else bytes(image))
     return digest.hexdigest()
 
 
 def rebatched(batches: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """The same images in batches of `size`, however many each of `batches` brings; the last may be smaller."""
+    """Yield the same images in batches of `size`, whatever the sizes of `batches`; the last one may be smaller."""
     waiting: list[np.ndarray] = []
     for batch in batches:
         waiting.append(batch)
@@ -170,5 +170,5 @@ def digest(data: bytes) -> str:
 
 
 def sides(size: tuple[int, ...]) -> str:
-    """(height, width) for people."""
+    """Return (height, width) as text."""
     return f"{size[0]}x{size[1]}"

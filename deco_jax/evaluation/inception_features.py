@@ -1,4 +1,4 @@
-"""Inception's features of samples and of the reference, measured once for all metrics that are of them."""
+"""Inception's features of samples and of the reference, computed once for all metrics that use them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from deco_jax.run import fetch, storage
 
 
 class InceptionFeatures:
-    """Statistics of Inception's features, of samples and of the reference, for all evaluators that want them.
+    """Statistics of Inception's features of samples and of the reference, for all evaluators that use them.
 
     Args:
-        folder: a run's, below which they are kept.
-        most: samples that a subject will have, at most.
+        folder: the run's folder, below which they are kept.
+        most: the largest number of samples that a subject will have.
 
     Raises:
         UserError: there are no weights, or no reference.
@@ -40,7 +40,11 @@ class InceptionFeatures:
         self._reader: Reader[Accumulator] | None = None
 
     def reader(self, samples: ImageSet, kept: bool = True) -> Reader[Accumulator]:
-        """Measure samples; `kept`: in the folder, from where it goes on, and one reader for all who ask."""
+        """Return the reader that measures samples.
+
+        Args:
+            kept: keep the statistics in the folder, to continue from there, and share one reader between all callers.
+        """
         settings, path = self.config.evaluate, self.folder / "samples.npz"
         if not kept:
             return inception_reader(samples, self.extractor, None, self.weights, 0, 1)
@@ -52,7 +56,7 @@ class InceptionFeatures:
         return self._reader
 
     def of_samples(self, samples: ImageSet) -> Accumulator:
-        """Return what there is to know of samples; those that are measured already aren't drawn again."""
+        """Return the statistics of samples; samples that are already measured aren't drawn again."""
         reader = self.reader(samples)
         read(samples, [reader], self.extractor.batch_size)
         return reader.state
@@ -64,7 +68,7 @@ class InceptionFeatures:
 
 
 def inception_path(config: ml_collections.ConfigDict) -> pathlib.Path:
-    """Where the weights are. UserError, with where to get them, if they aren't."""
+    """Return the path of the weights; raise UserError, with where to get them, if they are missing."""
     path = config.evaluate.inception
     if not path:
         raise UserError(f"config.evaluate.inception is empty; give the path of the Inception weights: {WHERE}")
@@ -82,12 +86,12 @@ def inception_reader(
     num_kept: int,
     save_every: int,
 ) -> Reader[Accumulator]:
-    """Measure all statistics of a set.
+    """Make the reader that measures all statistics of a set.
 
     Args:
         path, save_every: see `measuring.Reader`.
         weights: digest of the Inception weights.
-        num_kept: how many images' pool3 to keep, evenly spread over the set; 0: none.
+        num_kept: number of images whose pool3 to keep, evenly spread over the set; 0: none.
     """
     num_kept, total = min(num_kept, images.total), images.total
 
@@ -107,19 +111,19 @@ def measure(
     save_every: int,
     quiet: bool = False,
 ) -> Accumulator:
-    """Read a set alone; arguments as of `inception_reader`."""
+    """Measure a set by itself; arguments as for `inception_reader`."""
     reader = inception_reader(images, extractor, path, weights, num_kept, save_every)
     read(images, [reader], extractor.batch_size, quiet)
     return reader.state
 
 
 def measured_from(images: ImageSet, weights: str, num_kept: int) -> str:
-    """Names everything that the statistics of a set depend on, as `measure` takes it."""
+    """Return a text that names everything that the statistics of a set depend on; arguments as for `measure`."""
     return fingerprint_of(images, f"weights {weights}", f"{min(num_kept, images.total)} kept")
 
 
 class ReferenceSet(NamedTuple):
-    """What samples are compared with: statistics that are known, images, or both."""
+    """What samples are compared with: known statistics, images, or both."""
 
     name: str
     statistics: Statistics | None
@@ -128,7 +132,7 @@ class ReferenceSet(NamedTuple):
 
     @property
     def num_images(self) -> int | None:
-        """Images behind its statistics; None where a file doesn't say."""
+        """The number of images behind its statistics; None if a file doesn't say."""
         if self.statistics is not None:
             return self.statistics.num_images
         return self.images.total if self.images else None
@@ -140,16 +144,16 @@ class ReferenceSet(NamedTuple):
     def measure(
         self, extractor: FeatureExtractor, folder: pathlib.Path, weights: str, config: ml_collections.ConfigDict
     ) -> tuple[Statistics, np.ndarray | None]:
-        """Its statistics, and the pool3 features for precision and recall (None without images).
+        """Return its statistics, and the pool3 features for precision and recall (None without images).
 
         Args:
-            folder: where what is measured is kept, unless config.evaluate.cache names another.
+            folder: where measurements are kept, unless config.evaluate.cache names another folder.
         """
         settings, measured = config.evaluate, None
         num_kept = settings.precision_recall_reference if settings.precision_recall_samples else 0
         if self.images is not None and (self.statistics is None or num_kept):
             path = folder / "reference.npz"
-            if settings.cache:  # where several may lie
+            if settings.cache:  # which may hold several references
                 named = digest(measured_from(self.images, weights, num_kept).encode())
                 path = storage.path(settings.cache) / f"reference_{named[:16]}.npz"
             measured = measure(self.images, extractor, path, weights, num_kept, settings.save_every)
@@ -161,7 +165,7 @@ class ReferenceSet(NamedTuple):
 
 
 def open_reference(config: ml_collections.ConfigDict) -> ReferenceSet:
-    """The ADM .npz of config.evaluate.reference, else the images of config.data."""
+    """Open the ADM .npz of config.evaluate.reference, or else the images of config.data."""
     path = config.evaluate.reference
     if not path:
         images = source_images(config)

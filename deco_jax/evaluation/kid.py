@@ -1,7 +1,7 @@
 """Kernel Inception Distance: the squared maximum mean discrepancy of Inception's features (arXiv 1801.01401).
 
-Unlike FID its expectation does not depend on the number of images. It is of the pool3 features that precision and
-recall are of, so with those it costs no second look at the images.
+Unlike FID, its expectation doesn't depend on the number of images. It uses the same pool3 features as precision and
+recall, so together with those it needs no second pass over the images.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def kernel_distances(x: np.ndarray, y: np.ndarray, subsets: int, size: int, seed
     """Return `squared_mmd` of random subsets, drawn without replacement: float64 [subsets].
 
     Args:
-        size: images in a subset; all of the smaller set, where it has fewer.
+        size: images per subset; if the smaller set has fewer, all of it.
     """
     size, random = min(size, len(x), len(y)), np.random.default_rng(seed)
     if size < 2:
-        raise UserError(f"KID needs at least 2 images on both sides, and there are {len(x)} and {len(y)}")
+        raise UserError(f"KID needs at least 2 images on both sides, but there are {len(x)} and {len(y)}")
     return np.array(
         [
             squared_mmd(*(points[random.choice(len(points), size, replace=False)] for points in (x, y)))
@@ -55,7 +55,7 @@ def kernel_distances(x: np.ndarray, y: np.ndarray, subsets: int, size: int, seed
 
 
 class KID:
-    """Scores samples by the mean over subsets, as Inception's features are."""
+    """Scores samples by the mean over subsets of Inception's features."""
 
     titles: ClassVar = {"kid": TITLES["kid"]}
 
@@ -68,14 +68,14 @@ class KID:
     def __call__(self, subject: Subject) -> Scores:
         """Return KID, in evaluation.json with the spread over the subsets."""
         if subject.samples is None:
-            raise UserError("KID is of samples, and there are none; give a checkpoint or samples")
+            raise UserError("KID needs samples; give a checkpoint or samples")
         settings = self._features.config.evaluate
         ours = self._features.of_samples(subject.samples).pool3()
         _, theirs = self._features.of_reference
         if ours is None or theirs is None:
             reason = (
                 "the reference has no images ('arr_0'), or config.evaluate.precision_recall_samples or "
-                "precision_recall_reference, whose features it takes, is 0"
+                "precision_recall_reference, whose features it uses, is 0"
             )
             return Scores({}, {"kid": reason})
         found = kernel_distances(theirs, ours, settings.kid_subsets, settings.kid_subset_size)

@@ -1,8 +1,8 @@
-"""LPIPS as a score: how near denoised images are to the true ones, and how far samples of a class are from each other.
+"""LPIPS as a score: how close denoised images are to the true ones, and how different samples of a class are.
 
 Reconstruction: images of the data are noised to config.evaluate.lpips_time, each with its own noise, and one evaluation
-of the network, with their class or caption, leads to x̂. Pairs: two samples of a class that stand side by side; more is
-more diverse. Distances are those of the perceptual loss, with its rule for patches of other sizes than 16.
+of the network, with their class or caption, gives x̂. Pairs: distances between consecutive samples of the same class;
+higher means more diverse. Distances are those of the perceptual loss, including its rule for patch sizes other than 16.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class LPIPS:
             return []
 
         def add(rows: Rows, batch: np.ndarray, index: np.ndarray) -> None:
-            # Batches begin with an even image: they hold an even number, except for the last.
+            # Batches begin with an even index, because all but the last hold an even number of images.
             found = np.full((len(batch), 1), np.nan, np.float32)
             second = np.arange(1, len(batch), 2)
             second = second[labels[index[second]] == labels[index[second - 1]]]
@@ -69,7 +69,7 @@ class LPIPS:
         return [Reader(empty, add, self._path, self._config.evaluate.save_every)]
 
     def __call__(self, subject: Subject) -> Scores:
-        """Return both; what a subject has not the means for is missing."""
+        """Return both scores; those that the subject doesn't allow are missing."""
         scores = Scores({})
         if subject.samples is not None:
             readers = self.readers(subject.samples)
@@ -81,7 +81,7 @@ class LPIPS:
             if len(pairs):
                 scores.values["lpips_pairs"] = float(pairs.mean())
             else:
-                scores.missing["lpips_pairs"] = "no two samples are known to be of one class"
+                scores.missing["lpips_pairs"] = "no two samples are known to have the same class"
         if subject.model is None:
             scores.missing["lpips_reconstruction"] = "there is no model, only samples"
         elif jax.process_count() > 1:
@@ -92,7 +92,7 @@ class LPIPS:
         return scores
 
     def _reconstruction(self, model: Model) -> float:
-        """Mean distance of x̂ from the image, over config.evaluate.lpips_images images of config.data."""
+        """Return the mean distance of x̂ from the image, over config.evaluate.lpips_images images of config.data."""
         data, t = self._config.data, self._config.evaluate.lpips_time
         source = sources.open_source(data)
         count = min(self._config.evaluate.lpips_images, len(source))

@@ -1,11 +1,11 @@
-"""Reads a set of images once for everything that is measured of it, and goes on where it was cut off.
+"""Reads a set of images once for all measurements, and continues where it was interrupted.
 
     images ─ batches ─┬─ Inception ─ Accumulator ─ FID, KID, …
                       ├─ DINOv2 ──── Rows ──────── FD-DINOv2
                       └─ …
 
-What is measured is kept in a file a reader, with a fingerprint of all that it depends on, so that an evaluator finds it
-done when it asks for it, and nothing is drawn twice.
+Each reader keeps its measurements in a file, with a fingerprint of everything that they depend on. So an evaluator
+finds them finished when it asks for them, and nothing is drawn twice.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from deco_jax.evaluation.statistics import NPZ_ERRORS, save_npz
 from deco_jax.run import distributed, sharding, storage
 from deco_jax.run.progress import Progress
 
-FOLDER = "evaluation"  # in a run: what is measured of it
+FOLDER = "evaluation"  # in a run's folder, for its measurements
 SECONDS_BETWEEN_LINES = 10.0
 
 
 class State(Protocol):
-    """What is known of the first `count` images of a set."""
+    """Measurements of the first `count` images of a set."""
 
     fingerprint: str
 
@@ -47,11 +47,11 @@ S = TypeVar("S", bound=State)
 
 
 class Reader(Generic[S]):
-    """Measures the images of a set as they come.
+    """Measures the images of a set as they arrive.
 
     Args:
-        empty: the state before the first image; its fingerprint says what is measured, with what.
-        add: (state, uint8 [n, height, width, 3], their places in the set int [n]) → None; measures the next images.
+        empty: the state before the first image; its fingerprint says what is measured, and how.
+        add: (state, uint8 [n, height, width, 3], their indices in the set int [n]) → None; measures the next images.
         path: where the state is kept; None: nowhere.
         save_every: images between two saves.
     """
@@ -72,7 +72,7 @@ class Reader(Generic[S]):
         return self.state.count
 
     def __call__(self, batch: np.ndarray, first: int, total: int) -> None:
-        """Measure those of a batch, which begins with image `first`, that come next."""
+        """Measure those images of a batch, which begins with image `first`, that aren't measured yet."""
         batch = batch[max(self.count - first, 0) :]
         if not len(batch):
             return
@@ -85,7 +85,7 @@ class Reader(Generic[S]):
 
 
 def _load(empty: S, path: pathlib.Path | None) -> S | None:
-    """What was measured before, if it is of the same; on several hosts, if all of them can read it."""
+    """Load earlier measurements of the same thing, if there are any; with several hosts, if all of them can read it."""
     state: Any = type(empty).load(path) if path is not None and path.exists() else None
     if state is not None and state.fingerprint != empty.fingerprint:
         state = None
@@ -94,16 +94,16 @@ def _load(empty: S, path: pathlib.Path | None) -> S | None:
 
 
 def read(images: ImageSet, readers: Sequence[Reader], batch_size: int, quiet: bool = False) -> None:
-    """Let the readers measure what is left of a set, in batches of `batch_size` images; the last may be smaller.
+    """Let the readers measure the rest of a set, in batches of `batch_size` images; the last one may be smaller.
 
     Args:
-        quiet: say nothing of it.
+        quiet: print nothing.
     """
     speaks = jax.process_index() == 0 and not quiet
     waiting = [reader for reader in dict.fromkeys(readers) if reader.count < images.total]
     first = min((reader.count for reader in waiting), default=images.total)
     if first and speaks:
-        print(f"{images.name}: {first:,} of {images.total:,} images are measured already", flush=True)
+        print(f"{images.name}: {first:,} of {images.total:,} images are already measured", flush=True)
     if not waiting:
         return
     done, after = first, f", {images.name}"
@@ -132,7 +132,7 @@ class Rows:
         self._parts.append(np.asarray(rows, np.float32))
 
     def array(self) -> np.ndarray:
-        """All of them."""
+        """Return all rows."""
         self._parts = [np.concatenate(self._parts)]
         return self._parts[0]
 
@@ -142,7 +142,7 @@ class Rows:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Rows:
-        """Read what `save` wrote. UserError if it is damaged."""
+        """Read what `save` wrote; raise UserError if it is damaged."""
         try:
             with storage.path(path).open("rb") as handle, np.load(handle) as file:
                 rows, fingerprint = file["rows"], str(file["fingerprint"])
@@ -150,7 +150,7 @@ class Rows:
                 raise ValueError(f"rows of shape {rows.shape}")
         except NPZ_ERRORS as error:
             raise UserError(
-                f"{path}: damaged, or not ours ({type(error).__name__}); delete it to start anew"
+                f"{path}: damaged, or not ours ({type(error).__name__}); delete it to start again"
             ) from error
         self = cls(rows.shape[1], fingerprint)
         self.add(rows)
@@ -158,10 +158,10 @@ class Rows:
 
 
 class Extractor:
-    """A frozen network on batches of images, which are split over the devices.
+    """Applies a frozen network to batches of images, split over the devices.
 
     Args:
-        apply: (params, uint8 [n, height, width, 3], …) → float32 [n, width]; further arguments have a row an image too.
+        apply: (params, uint8 [n, height, width, 3], …) → float32 [n, width]; further arguments have a row per image.
         params: on the host; every device gets all of them.
         batch_size: a multiple of the number of devices.
     """
@@ -186,7 +186,7 @@ class Extractor:
         for start in range(0, len(images), self.batch_size):
             parts = [np.asarray(a[start : start + self.batch_size]) for a in (images, *more)]
             used = len(parts[0])
-            # A short batch would compile anew.
+            # A shorter batch would need another compilation.
             parts = [np.concatenate([a, np.repeat(a[:1], self.batch_size - used, 0)]) for a in parts]
             images_there, *more_there = (sharding.place(a, self._rows) for a in parts)
             found.append(np.asarray(self._run(self._params, images_there, tuple(more_there)))[:used])
@@ -194,12 +194,12 @@ class Extractor:
 
 
 def fingerprint_of(images: ImageSet, *what: Any) -> str:
-    """Name everything that a measurement depends on: the images, and with what they are measured."""
+    """Return a text that names everything a measurement depends on: the images, and how they are measured."""
     return ", ".join([f"{images.identity} x {images.total}", *map(str, what)])
 
 
 def file_identity(path: pathlib.Path) -> str:
-    """Return what is equal for equal weights: a file's place, size and time, or those of a folder's safetensors."""
+    """Return a text that changes with the weights: path, size and time of a file, or of a folder's safetensors."""
     if path.is_dir():
         return " ".join(file_identity(each) for each in sorted(path.glob("*.safetensors")))
     status = path.stat()

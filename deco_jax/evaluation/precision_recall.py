@@ -1,8 +1,9 @@
 """Improved precision and recall (arXiv 1904.06991): do samples lie on the data's manifold, and data on the samples'?
 
-A manifold is the union of balls around its points, each as wide as the distance to the point's k-th nearest neighbour.
-Distances are float32, taken block against block on the accelerator, so memory is bounded by the features themselves:
-by one matrix product for points that lie apart, and from the differences for near ones, down to 0 for equal ones.
+A manifold is the union of balls around its points; a ball's radius is the distance to the point's k-th nearest
+neighbour. Distances are float32 and computed block by block on the accelerator, so the features themselves bound the
+memory. One matrix product gives the distances of points that are far apart; for close points, they are summed from the
+differences, so that equal points have distance 0.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from deco_jax.errors import UserError
 from deco_jax.run.sharding import place
 
-# Below this share of the squared norms, |a|² + |b|² − 2ab in float32 has lost too many digits of a squared distance:
-# there, and only there, it is summed from the differences. Above it its error is below 1e-4 of it.
+# Squared distances below this share of the squared norms have lost too many digits in |a|² + |b|² − 2ab in float32, so
+# they (and only they) are summed from the differences. Above it, the relative error is below 1e-4.
 _NEAR = 1e-2
 
 
@@ -31,10 +32,11 @@ def precision_recall(
     column_block: int = 8192,
     mesh: Mesh | None = None,
 ) -> tuple[float, float]:
-    """Precision and recall in [0, 1] of samples [m, features] against reference [n, features] (float32 pool3).
+    """Return precision and recall in [0, 1] of samples [m, features] against reference [n, features] (float32 pool3).
 
-    Precision: the share of samples inside some reference ball; recall: the share of references inside some sample's
-    ball; a point on the rim is inside. mesh: rows of a block are split over all its axes.
+    Precision is the share of samples inside the ball of some reference image, recall the share of reference images
+    inside the ball of some sample. Points on the boundary are inside. mesh: rows of a block are split over all of its
+    axes.
     """
     if reference.ndim != 2 or samples.ndim != 2 or reference.shape[1] != samples.shape[1]:
         raise UserError(f"features of shapes {reference.shape} and {samples.shape} can't be compared")
@@ -47,7 +49,7 @@ def precision_recall(
 
 
 class _Points:
-    """A set of points, whole on each device as padded blocks of columns, and readable in blocks of rows."""
+    """A set of points, stored whole on each device as padded blocks of columns, and readable in blocks of rows."""
 
     def __init__(
         self, features: np.ndarray, centre: np.ndarray, row_block: int, column_block: int, mesh: Mesh | None
@@ -75,7 +77,7 @@ class _Points:
         return self._by_rows(functools.partial(_squared_radii, k=k), self.columns, np.int32(len(self)))
 
     def inside(self, manifold: _Points, squared_radii: np.ndarray) -> np.ndarray:
-        """bool [n]: which of these points lie in the other's manifold."""
+        """Return which of these points lie in the other set's manifold, bool [n]."""
         blocks, size, _ = manifold.columns.shape
         padded = np.full(blocks * size, -1.0, np.float32)  # no distance is below a padded column's radius
         padded[: len(manifold)] = squared_radii
@@ -103,13 +105,13 @@ class _Points:
 def _squared_distances(
     rows: jax.Array, columns: jax.Array, centre: jax.Array, counted: jax.Array, slices: int
 ) -> jax.Array:
-    """[r, features], [c, features] -> [r, c]; exact zero for equal points.
+    """Return squared distances, [r, features], [c, features] -> [r, c]; exactly zero for equal points.
 
     Args:
         counted: bool [r, c], the pairs whose distance matters.
-        slices: a divisor of r: rows that are looked at together for near pairs, one a device.
+        slices: a divisor of r: the number of rows, one per device, that are checked together for close pairs.
     """
-    # Distances don't change under a shift, and cancel less around a centre.
+    # A shift doesn't change distances, and centring reduces cancellation.
     a, b = rows - centre, columns - centre
     norms = jnp.sum(a**2, axis=1)[:, None] + jnp.sum(b**2, axis=1)[None, :]
     distances = norms - 2.0 * jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
@@ -120,7 +122,7 @@ def _squared_distances(
             row, distance, near = part  # [slices, features], [slices, c], [slices, c]
             return jax.lax.cond(
                 jnp.any(near),
-                # The points themselves: their difference is exact where it is small, that of the centred ones isn't.
+                # Use the points themselves: where the difference is small it is exact; that of centred points isn't.
                 lambda: jnp.where(near, jnp.sum((row[:, None] - columns[None]) ** 2, axis=-1), distance),
                 lambda: distance,
             )
@@ -146,7 +148,7 @@ def _squared_radii(
     k: int,
     slices: int,
 ) -> jax.Array:
-    """Squared distance of each row to its k-th nearest column that is neither itself nor padding."""
+    """Return each row's squared distance to its k-th nearest column, except itself and padding."""
 
     def body(nearest: jax.Array, block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         points, number = block

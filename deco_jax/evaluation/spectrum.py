@@ -23,11 +23,11 @@ BLOCK = 8
 
 
 def block_energy(maps: jax.Array, block: int = BLOCK) -> jax.Array:
-    """Mean squared coefficient of the orthonormal DCT-II of each block × block tile.
+    """Return the mean squared coefficients of the orthonormal DCT-II of each block × block tile.
 
     Args:
-        maps: [batch, height, width, channels], any range. Sides that `block` does not divide are reflect-padded at the
-            bottom and on the right.
+        maps: [batch, height, width, channels], any range. Sides that aren't multiples of `block` are reflect-padded at
+            the bottom and on the right.
         block: side of a tile.
 
     Returns:
@@ -37,7 +37,7 @@ def block_energy(maps: jax.Array, block: int = BLOCK) -> jax.Array:
 
 
 def normalised_spectrum(energy: np.ndarray) -> np.ndarray:
-    """log(1 + energy) over its maximum, in zigzag order: [block, block] → float64 [block · block], lowest first.
+    """Return log(1 + energy) over its maximum, in zigzag order: [block, block] → float64 [block · block], lowest first.
 
     A map without any energy stays zero.
     """
@@ -46,13 +46,13 @@ def normalised_spectrum(energy: np.ndarray) -> np.ndarray:
 
 
 class ModelSpectrum:
-    """The evaluator of a denoiser's two halves: energies of the DiT's output map and of the velocity.
+    """Evaluates a denoiser's two halves: the energies of the DiT's output map and of the velocity.
 
-    Taken at the states on the way of sampling, guided as the settings say, of the class-conditional outputs.
+    They are measured on the class-conditional outputs, at all states of sampling with the guidance of the settings.
 
     Args:
         requests: the images to draw.
-        config: read are config.model.patch_size and config.spectrum.batch_size, the images drawn at once.
+        config: only config.model.patch_size and config.spectrum.batch_size (images drawn at a time) are read.
     """
 
     titles = {"spectrum_dit": "DiT, highest frequency", "spectrum_velocity": "velocity, highest frequency"}  # noqa: RUF012
@@ -87,12 +87,12 @@ class ModelSpectrum:
         self._measure = jax.jit(measure, out_shardings=sharding.replicated(mesh))
 
     def energies(self, params: Params) -> dict[str, np.ndarray]:
-        """Mean energies over images and sampling steps: {"dit": [block, block], "velocity": [8, 8]}, float64."""
+        """Return mean energies over images and sampling steps: {"dit": [block, block], "velocity": [8, 8]}, float64."""
         count, times = self._requests.count, self._sampling.times[:-1]
         measured = []
         for first in range(0, count, self._batch_size):
             batch = sharding.place_everywhere(self._mesh, self._requests.batch(first, self._batch_size))
-            # The last batch is filled up with images that count nothing.
+            # The last batch is padded with images that don't count.
             counts = (np.arange(first, first + self._batch_size) < count).astype(np.float32)
             weight = sharding.place_everywhere(self._mesh, {"weight": counts})["weight"]
             states = self._generator.states(params, batch, self._requests.null, self._sampling)
@@ -102,8 +102,8 @@ class ModelSpectrum:
         return {name: total / (count * len(times)) for name, total in totals.items()}
 
     def __call__(self, subject: Subject) -> Scores:
-        """What stands at the highest frequency of both normalised spectra."""
+        """Return the values of both normalised spectra at the highest frequency."""
         if subject.params is None:
-            raise UserError("the spectrum is of a model's outputs; give a checkpoint, not samples")
+            raise UserError("the spectrum needs a model's outputs; give a checkpoint, not samples")
         spectra = {name: normalised_spectrum(energy) for name, energy in self.energies(subject.params).items()}
         return Scores({f"spectrum_{name}": float(values[-1]) for name, values in spectra.items()})

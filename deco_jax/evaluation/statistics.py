@@ -1,4 +1,4 @@
-"""Statistics of Inception features: gathered batch by batch, kept on disk between runs, read from ADM's files.
+"""Statistics of Inception features: collected batch by batch, kept on disk between runs, or read from ADM's files.
 
 features -> Accumulator.add ... -> .statistics() -> frechet_distance
                                 -> .inception_score(), .pool3() for precision and recall
@@ -23,20 +23,20 @@ FORMAT = 1
 
 
 class Statistics(NamedTuple):
-    """Mean and covariance (divided by n - 1) of pool3, and of the spatial features where known; float64."""
+    """Mean and covariance (divided by n - 1) of pool3, and of the spatial features if known; float64."""
 
     mu: np.ndarray  # [2048]
     sigma: np.ndarray  # [2048, 2048]
     mu_s: np.ndarray | None  # [2023]
     sigma_s: np.ndarray | None  # [2023, 2023]
-    num_images: int | None  # images behind them; None where the file doesn't say
+    num_images: int | None  # number of images behind them; None if the file doesn't say
 
 
 # --- gathering -------------------------------------------------------------------------------------------------------
 
 
 class RunningMoments:
-    """Mean and covariance of a stream of vectors, in float64 about the first batch's mean, so that nothing cancels."""
+    """Mean and covariance of a stream of vectors, in float64 around the first batch's mean to avoid cancellation."""
 
     def __init__(self, width: int):
         self.count = 0
@@ -45,7 +45,7 @@ class RunningMoments:
         self.outer = np.zeros((width, width))
 
     def add(self, vectors: np.ndarray) -> None:
-        """vectors: [n, width]."""
+        """Add vectors [n, width]."""
         if not len(vectors):
             return
         x = np.asarray(vectors, np.float64)
@@ -60,17 +60,19 @@ class RunningMoments:
         return self.origin + self.total / self.count
 
     def covariance(self) -> np.ndarray:
-        """[width, width]; needs two vectors."""
+        """Return the covariance [width, width]; needs two vectors."""
         shift = self.total / self.count
         return (self.outer - self.count * np.outer(shift, shift)) / (self.count - 1)
 
 
 class Accumulator:
-    """Everything that the scores need from a set of images, in file order, in memory that doesn't grow with the images'
-    size: 65 MB of moments, and 8 KB an image of pool3 features if they are kept for precision and recall.
+    """Everything that the scores need from a set of images, in file order.
 
-    fingerprint: the caller's text for what is measured (checkpoint, sampler, seed, data ...), stored beside the state,
-    so that `load` never continues something else.
+    Its memory doesn't depend on the size of the images: 65 MB for moments, and 8 KB per image for pool3 features if
+    they are kept for precision and recall.
+
+    fingerprint: the caller's text for what is measured (checkpoint, sampler, seed, data ...), stored with the state so
+    that `load` never continues something else.
     """
 
     def __init__(self, keep_features: bool = True, split: int = SPLIT, fingerprint: str = ""):
@@ -83,16 +85,16 @@ class Accumulator:
 
     @property
     def count(self) -> int:
-        """Images so far: where to go on after a resume."""
+        """The number of images so far, which is where to continue."""
         return self.moments.count
 
     def add(self, features: Features, keep: np.ndarray | None = None) -> None:
-        """The next images' features, as `FeatureExtractor` returns them; keep: bool [n], whose pool3 to keep (all)."""
+        """Add the next images' features from a `FeatureExtractor`; keep: bool [n], whose pool3 to keep (all)."""
         has_classifier = features.log_softmax is not None
         if self._has_classifier not in (None, has_classifier):
             raise UserError(
                 "these statistics were begun with Inception weights "
-                f"{'with' if self._has_classifier else 'without'} a classifier; go on with the same file, or start anew"
+                f"{'with' if self._has_classifier else 'without'} a classifier; use the same file, or start again"
             )
         self._has_classifier = has_classifier
         self.moments.add(features.pool3)
@@ -104,18 +106,18 @@ class Accumulator:
             self._features.append(np.asarray(kept, np.float32))
 
     def statistics(self) -> Statistics:
-        """UserError below two images."""
+        """Return mean and covariance; raise UserError for fewer than two images."""
         if self.count < 2:
             raise UserError(f"{self.count} images have no covariance; FID needs at least 2 (50,000 is usual)")
         pool3, spatial = self.moments, self.spatial_moments
         return Statistics(pool3.mean(), pool3.covariance(), spatial.mean(), spatial.covariance(), self.count)
 
     def inception_score(self) -> float | None:
-        """None if the weights had no classifier."""
+        """Return the Inception Score; None if the weights had no classifier."""
         return self._scores.score() if self._has_classifier else None
 
     def pool3(self) -> np.ndarray | None:
-        """float32 [kept, 2048] in file order; None if none were to be kept."""
+        """Return the kept features, float32 [kept, 2048] in file order; None if none were to be kept."""
         if self._features is None:
             return None
         self._features = [np.concatenate([np.zeros((0, POOL3_WIDTH), np.float32), *self._features])]
@@ -141,7 +143,7 @@ class Accumulator:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Accumulator:
-        """Read what `save` wrote; compare `.fingerprint` before going on. UserError if missing or damaged."""
+        """Read what `save` wrote; raise UserError if missing or damaged. Compare `.fingerprint` before continuing."""
         try:
             # np.load leaves a damaged file open if it opened it itself
             with storage.path(path).open("rb") as handle, np.load(handle) as file:
@@ -165,7 +167,7 @@ class Accumulator:
                     raise ValueError(f"{len(state['features'])} features of {self.count} images")
             return self
         except NPZ_ERRORS as error:
-            raise UserError(f"{path}: damaged, or not ours ({_brief(error)}); delete it to start anew") from error
+            raise UserError(f"{path}: damaged, or not ours ({_brief(error)}); delete it to start again") from error
 
 
 NPZ_ERRORS = (OSError, ValueError, KeyError, EOFError, SyntaxError, AttributeError, zipfile.BadZipFile)
@@ -177,7 +179,7 @@ def _brief(error: Exception) -> str:
 
 
 def save_npz(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
-    """Write an uncompressed .npz by way of a temporary file in the same folder. UserError if it can't be written."""
+    """Write an uncompressed .npz, through a temporary file in the same folder; raise UserError if that fails."""
     try:
         with files.whole(path, shared=True) as part, part.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
@@ -185,14 +187,14 @@ def save_npz(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"can't write {path}: {reason}; free the disk or choose another folder") from error
+        raise UserError(f"can't write {path}: {reason}; free disk space or choose another folder") from error
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
 class NpzImages:
-    """The uint8 images [n, height, width, 3] of an .npz in ADM's layout, read in batches: 50,000 at 512² are 39 GB."""
+    """The uint8 images [n, height, width, 3] of an .npz in ADM's layout, read in batches (50,000 at 512² are 39 GB)."""
 
     def __init__(self, path: str | os.PathLike, key: str = "arr_0"):
         self.path, self.key = fetch.local(path), key
@@ -213,7 +215,7 @@ class NpzImages:
         return self.shape[0]
 
     def batches(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
-        """Images start, start + 1, ... in arrays of `size`, the last one shorter. UserError for a damaged file."""
+        """Yield images start, start + 1, ... in arrays of `size`, the last one shorter; raise UserError if damaged."""
         image = int(np.prod(self.shape[1:]))
         try:
             with zipfile.ZipFile(self.path) as file, file.open(f"{self.key}.npy") as member:
@@ -230,7 +232,7 @@ class NpzImages:
 
 
 class Reference(NamedTuple):
-    """A reference file: its statistics (None if it carries images only), its images (None if it has none)."""
+    """A reference file: its statistics (None if it only has images), and its images (None if it has none)."""
 
     statistics: Statistics | None
     images: NpzImages | None
@@ -240,15 +242,15 @@ class Reference(NamedTuple):
 def read_reference(path: str | os.PathLike) -> Reference:
     """Read an ADM reference .npz: mu, sigma, mu_s, sigma_s, and arr_0 for precision and recall.
 
-    Either half may lack: without statistics take them from the images, without images there is no precision or recall,
-    without mu_s and sigma_s no sFID (said in `warnings`). UserError for anything else.
+    Either half may be missing: without statistics, take them from the images; without images, there is no precision or
+    recall; without mu_s and sigma_s, there is no sFID (`warnings` says so). Anything else raises UserError.
     """
     path = fetch.local(path)
     with _open_npz(path) as file:
         names = _keys(file)
     known = {"arr_0", "mu", "sigma", "mu_s", "sigma_s"}
     if not names & {"arr_0", "mu", "sigma"}:
-        raise UserError(f"{path} is no reference file: it holds {_listing(names)}, expected {_listing(known)}")
+        raise UserError(f"{path} is not a reference file: it holds {_listing(names)}, expected {_listing(known)}")
     for one, other in (("mu", "sigma"), ("mu_s", "sigma_s")):
         if len(names & {one, other}) == 1:
             raise UserError(f"{path} has {(names & {one, other}).pop()!r} without the other of {one!r} and {other!r}")
@@ -266,12 +268,12 @@ def read_reference(path: str | os.PathLike) -> Reference:
 
 
 def small_sample_warning(count: int, what: str = "samples") -> str | None:
-    """What too few images do to FID, or None from 2048 images on."""
+    """Return a warning about what too few images do to FID; None from 2048 images on."""
     if count >= POOL3_WIDTH:
         return None
     return (
-        f"{count} {what} are fewer than the {POOL3_WIDTH} Inception features: the covariance is singular and FID comes "
-        "out too high, the more so the fewer there are; compare it only with FIDs of equally many (50,000 is usual)"
+        f"{count} {what} are fewer than the {POOL3_WIDTH} Inception features: the covariance is singular and FID is "
+        "too high, the more so the fewer there are; only compare it with FIDs of equally many (50,000 is usual)"
     )
 
 
@@ -281,7 +283,7 @@ def _open_npz(path: pathlib.Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged or no .npz ({_brief(error)}); write or download it again") from error
+        raise UserError(f"{path} is damaged or not an .npz ({_brief(error)}); write or download it again") from error
 
 
 def _keys(file: zipfile.ZipFile) -> set[str]:
@@ -293,7 +295,7 @@ def _listing(names: set[str]) -> str:
 
 
 def _header(member) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, Fortran order and dtype of an .npy stream, which is then at the first value."""
+    """Read the shape, Fortran order and dtype of an .npy stream, which is then at the first value."""
     version = np.lib.format.read_magic(member)
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(member)
@@ -312,5 +314,5 @@ def _moments(path: pathlib.Path, mean_key: str, covariance_key: str, width: int)
         if array.shape != shape or array.dtype.kind != "f":
             raise UserError(f"{path} {key}: {array.dtype} {array.shape}; expected floating point {shape}")
         if not np.isfinite(array).all():
-            raise UserError(f"{path} {key}: holds values that are not finite")
+            raise UserError(f"{path} {key}: holds non-finite values")
     return mean.astype(np.float64), covariance.astype(np.float64)

@@ -1,6 +1,7 @@
-"""The training objective on held-out images, at the same noise and times whenever it is measured.
+"""The training objective on held-out images, always at the same noise and times.
 
-In training every config.train.validate_every steps, in --mode=evaluate by config.evaluate.metrics=validation_loss.
+Training measures it every config.train.validate_every steps, --mode=evaluate with
+config.evaluate.metrics=validation_loss.
 """
 
 from __future__ import annotations
@@ -28,20 +29,21 @@ from deco_jax.method.training import TRAINING, Batch, load_frozen, make_observer
 from deco_jax.models.network import Network, Params, build
 from deco_jax.run import sharding
 
-# Keeps its noise apart from that of training and of samples.
+# Keeps its noise separate from that of training and samples.
 VALIDATION = TRAINING + 1
 
 
 class ValidationLoss:
     """Scores weights by the objective's terms on config.data.validation_images images of config.data.validation_split.
 
-    Terms that need more trained networks than the denoiser, such as REPA with its projector, are left out: an average
-    of the weights has none. Its images, noise, times and dropped conditions are those of every other measurement.
+    Terms that need other trained networks than the denoiser, such as REPA with its projector, are left out, because an
+    average of the weights doesn't include them. Every measurement has the same images, noise, times and dropped
+    conditions.
 
     Args:
-        condition: the training's, or that of the held-out data.
-        class_names: those that are trained on; None where they aren't known.
-        frozen: weights of the losses' frozen networks that subjects don't bring.
+        condition: the one of training, or of the held-out data.
+        class_names: the classes of training; None if they aren't known.
+        frozen: weights of the losses' frozen networks that subjects don't provide.
 
     Raises:
         UserError: there is no such split, it has other classes or captions without features, or too few images for a
@@ -68,15 +70,15 @@ class ValidationLoss:
             self._encode_caption = features
         if class_names is not None and list(self._source.class_names) != list(class_names):
             raise UserError(
-                f"the classes in config.data.validation_split={config.data.validation_split} are not those that are "
-                "trained on; give it a folder of the same classes"
+                f"the classes in config.data.validation_split={config.data.validation_split} differ from those of the "
+                "training images; give it a folder with the same classes"
             )
         size = config.data.batch_size
         count = min(config.data.validation_images, len(self._source)) // size * size
         if not count:
             raise UserError(
                 f"the validation loss is measured on whole batches of {size} images; config.data.validation_images="
-                f"{config.data.validation_images} of {len(self._source):,} make none"
+                f"{config.data.validation_images} of {len(self._source):,} images don't fill one"
             )
         self._indices = np.arange(count, dtype=np.int64) * len(self._source) // count
         method = method_without_trained(config)
@@ -100,7 +102,7 @@ class ValidationLoss:
         def measure(params: Any, batch: Batch, number: jax.Array, frozen: dict[str, Any]) -> dict[str, jax.Array]:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), VALIDATION), number)
             draws = method.draw(key, batch["image"].shape)
-            # The layout of an average is that of the denoiser's parameters.
+            # An average has the same layout as the denoiser's parameters.
             arguments = (sharding.specs(mesh, params), sharding.BATCH, sharding.BATCH, sharding.specs(mesh, frozen))
             return sharding.each_device(of_rows, mesh, arguments, sharding.WHOLE)(params, batch, draws, frozen)
 
@@ -110,11 +112,11 @@ class ValidationLoss:
         return ()
 
     def __call__(self, subject: Subject) -> Scores:
-        """Return the means of the objective and of its terms over the held-out images."""
+        """Return the means of the objective and its terms over the held-out images."""
         if subject.params is None:
             raise UserError(
-                "the validation loss is of weights, and config.evaluate.samples has none; leave it empty, or take "
-                "validation_loss out of config.evaluate.metrics"
+                "the validation loss needs weights, and config.evaluate.samples has none; leave it empty, or remove "
+                "validation_loss from config.evaluate.metrics"
             )
         data, frozen = self._config.data, {**subject.frozen, **self._frozen}
         batches = pipeline.epoch(
@@ -155,16 +157,16 @@ def held_out_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigD
     """
     if not config.data.validation_split or config.data.source in ("digits", "captioned_digits"):
         raise UserError(
-            "the validation loss is measured on images that are not trained on; name them by "
+            "the validation loss is measured on held-out images; give them as "
             "config.data.validation_split, a subfolder of config.data.path or a split of tfds"
         )
     if config.data.prior_path:
-        raise UserError("the held-out images have no prior; leave config.data.prior_path or the validation loss out")
+        raise UserError("the validation loss doesn't support config.data.prior_path; leave one of them out")
     if config.text.features and not config.text.validation_features:
         raise UserError(
-            "config.text.features has the captions that are trained on, not those of config.data.validation_split; "
+            "config.text.features has the captions of training, not those of config.data.validation_split; "
             f"run --mode=encode with --config.data.split={config.data.validation_split} and another "
-            "--config.text.features, and name that folder by config.text.validation_features"
+            "--config.text.features, and give that folder as config.text.validation_features"
         )
     if config.train.validate_every % config.train.log_every:
         raise UserError(
@@ -186,7 +188,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def make(setup: Setup) -> ValidationLoss:
-    """Make the evaluator with the losses' frozen networks; the condition's come with the subject."""
+    """Make the evaluator with the losses' frozen networks; those of the condition come with the subject."""
     config, mesh = setup.config, setup.mesh
     sharding.check_batch(mesh, config.data.batch_size, "config.data.batch_size")
     held_out = held_out_config(config)

@@ -1,6 +1,6 @@
-"""--mode=import and --mode=export: the official code's checkpoints to ours, and back.
+"""--mode=import and --mode=export: converts the official code's checkpoints to ours, and back.
 
-Arrays stay on the host: nothing here needs an accelerator, and a file is read tensor by tensor.
+Arrays stay on the host: nothing here needs an accelerator, and files are read tensor by tensor.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ IMAGENET_CLASSES = 1000
 
 
 def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: str) -> None:
-    """Make WORKDIR a run that continues from an official checkpoint, which every other mode takes too.
+    """Make WORKDIR a run that continues from an official checkpoint; every other mode accepts it.
 
     Args:
         source: a Lightning `.ckpt` of DeCo or PixelGen with `denoiser.*`, `ema_denoiser.*` and, for REPA,
             `diffusion_trainer.proj.*`, or a `.pth` of JiT's code. If one of the two denoisers is missing, the other
-            stands for both.
+            one is used for both.
 
     Raises:
-        UserError: the file can't be read, is of another model, or the workdir holds a run already.
+        UserError: the file can't be read, belongs to another model, or the workdir already holds a run.
     """
     if not source:
         raise UserError("--mode=import needs --source=FILE.ckpt, the checkpoint to import")
     if checkpoint.complete_steps(workdir):
-        raise UserError(f"--workdir={workdir} has checkpoints already; choose an empty folder for the imported one")
+        raise UserError(f"--workdir={workdir} already has checkpoints; choose an empty folder for the imported one")
     prediction = make_prediction(config)
     if prediction.measured:
         raise UserError(
-            f"config.model.prediction={config.model.prediction} goes by what a run measured of its data, which no "
-            "official checkpoint holds; import with the prediction that the file was trained with"
+            f"config.model.prediction={config.model.prediction} depends on measurements of the data, which official "
+            "checkpoints don't have; import with the prediction that the file was trained with"
         )
     file = jit_files.read_official(fetch.local(source))
     for tensors in (file.denoiser, file.ema, file.second_ema):
         deco.check_fixed(config.model, image_sides(config.data.image_size), tensors, source)
     like = network.build(config.model.to_dict()).shapes
-    # Read twice, each parameter by itself: first to know that all of them are good, then to be written.
+    # Read twice, one parameter at a time: first to check all of them, then to write them.
     denoiser, average = (
         deco.unread(config.model, tensors, like=like, dtype=np.float32, what=source)
         for tensors in (file.denoiser or file.ema, file.ema or file.denoiser)
@@ -70,7 +70,7 @@ def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: s
             )
         print(
             f"the second average of {source} is "
-            + (f"called {others[0]!r} here" if others else "left out because config.optimizer.averages names none"),
+            + (f"called {others[0]!r} here" if others else "left out because config.optimizer.averages is empty"),
             flush=True,
         )
     if config.loss.repa_weight:
@@ -81,7 +81,7 @@ def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: s
         shapes = projector_of(config).shapes
         params["projector"] = deco.projector_from_torch(file.projector, like=shapes, dtype=np.float32, what=source)
     elif file.projector:
-        print(f"{source} has a REPA projector, left out because config.loss.repa_weight=0", flush=True)
+        print(f"{source} has a REPA projector, which is left out because config.loss.repa_weight=0", flush=True)
 
     folder = storage.path(workdir)
     make_workdir(folder)
@@ -99,18 +99,18 @@ def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: s
     if config.model.num_classes == IMAGENET_CLASSES:
         write_json(folder / "classes.json", imagenet.class_names())
     moments = "PyTorch's optimizer state in it is not imported" if file.has_optimizer else "it has no optimizer state"
-    print(f"imported {source}: step {file.step}, in {folder}; {moments}, so training goes on with zero moments")
+    print(f"imported {source}: step {file.step}, in {folder}; {moments}, so training continues with zero moments")
 
 
 def export_checkpoint(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str = "") -> None:
     """Write a checkpoint in the official layout, and each average of its weights as safetensors.
 
-    Leaves WORKDIR/export/{deco.ckpt, ema.safetensors and one for each other average, config.json}; the names in the
-    safetensors files are the official ones. deco.ckpt has config.sample.average for its EMA. A JiT with a bottleneck is
-    JiT's own and not PixelGen's: of it checkpoint-last.pth instead of deco.ckpt, with another average as its second.
+    The files are WORKDIR/export/{deco.ckpt, ema.safetensors and one for each other average, config.json}. Names in the
+    safetensors files are the official ones, and deco.ckpt has config.sample.average as its EMA. A JiT with a bottleneck
+    is JiT's, not PixelGen's, so it is written as checkpoint-last.pth instead, with another average as its second EMA.
 
     Raises:
-        UserError: there is no checkpoint, or it is another model's.
+        UserError: there is no checkpoint, or it belongs to another model.
     """
     where = checkpoint.find(workdir, checkpoint_path)
     stored = checkpoint.load_config(where)
@@ -124,7 +124,7 @@ def export_checkpoint(config: ml_collections.ConfigDict, workdir: str, checkpoin
     step = checkpoint.load_step(where)
 
     def read(name: str) -> dict[str, np.ndarray]:
-        # One network in memory at a time, and of it only what isn't converted yet.
+        # Only one network is in memory at a time, without the parameters that are already converted.
         params = checkpoint.load_average(where, denoiser.shapes, config, mesh, name)
         return deco.to_torch(config.model, params, consume=True)
 
@@ -164,7 +164,7 @@ def export_checkpoint(config: ml_collections.ConfigDict, workdir: str, checkpoin
 
 
 def _no_official_projector(config: ml_collections.ConfigDict) -> str:
-    """Why the official code has no such projector; "" if it has."""
+    """Return why the official code has no such projector; "" if it has one."""
     loss = config.loss
     if loss.repa_projector != "mlp" or loss.repa_mask:
         return f"the official one is an mlp that sees all tokens, not {loss.repa_projector} with mask {loss.repa_mask}"
@@ -172,7 +172,7 @@ def _no_official_projector(config: ml_collections.ConfigDict) -> str:
 
 
 def _no_official_module(model: ml_collections.ConfigDict) -> str:
-    """Why no module of the official code can hold the weights; "" if one can."""
+    """Return why no module of the official code can hold the weights; "" if one can."""
     official_values: dict[str, Any] = {
         "decoder_patch_size": 1,
         "decoder_interaction": "adaln",

@@ -1,4 +1,4 @@
-"""--mode=evaluate: scores of a checkpoint's samples, or of given images, in WORKDIR/evaluation.json."""
+"""--mode=evaluate: scores a checkpoint's samples, or given images, into WORKDIR/evaluation.json."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from deco_jax.sampling import generate
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str = "") -> None:
-    """Write WORKDIR/evaluation.json and print it as a table; before that, find the best way to draw if asked to."""
+    """Write WORKDIR/evaluation.json and print it as a table; if asked to, first find the best way to draw."""
     folder, began = storage.path(workdir), time.monotonic()
     if config.train.wandb:
         distributed.on_main_host(lambda: tracking.check(config.train.wandb))
@@ -55,7 +55,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: s
     evaluators = make_evaluators(setup)
     if searching:
         best_of.check(config, model, evaluators)
-    # The shared one first: if it is refused, none has been made in the workdir.
+    # The shared folder first: if it is refused, none has been created in the workdir yet.
     for written in (storage.path(config.evaluate.cache or folder / FOLDER), folder / FOLDER):
         make_workdir(written)
     if jax.process_index() == 0:
@@ -102,7 +102,7 @@ def _track(
     checkpoint_path: str,
     values: Mapping[str, float],
 ) -> None:
-    """Add the scores to the run at Weights & Biases: as its own, and at the checkpoint's step if they are of one."""
+    """Add the scores to the Weights & Biases run, and to the checkpoint's step if they belong to a checkpoint."""
     scores = {f"evaluation/{name}": float(value) for name, value in values.items()}
     with tracking.Tracker(config.train.wandb, folder, {}) as tracker:
         step = "" if config.evaluate.samples else checkpoint.find(workdir, checkpoint_path).name
@@ -112,7 +112,7 @@ def _track(
 
 
 def score(evaluators: Sequence[Evaluator], subject: Subject, setup: Setup) -> Scores:
-    """Scores of a subject by all evaluators, its samples read once for all of them."""
+    """Score a subject with all evaluators, reading its samples once for all of them."""
     assert subject.samples is not None
     readers = [reader for evaluator in evaluators for reader in evaluator.readers(subject.samples)]
     if len(evaluators) > 1:
@@ -127,16 +127,16 @@ def score(evaluators: Sequence[Evaluator], subject: Subject, setup: Setup) -> Sc
 
 
 def open_model(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str) -> api.Model:
-    """The model whose samples are measured."""
+    """Open the model whose samples are measured."""
     source = sources.open_source(config.data) if config.model.text_width else None
     return api.open_model(config, workdir, checkpoint_path, source)
 
 
 def open_samples(config: ml_collections.ConfigDict, checkpoint_path: str) -> ImageSet:
-    """The samples in config.evaluate.samples. UserError for anything that can't be measured."""
+    """Open the samples in config.evaluate.samples; raise UserError for anything that can't be measured."""
     path = config.evaluate.samples
     if checkpoint_path:
-        raise UserError("--checkpoint draws samples and config.evaluate.samples names others; give one of them")
+        raise UserError("--checkpoint draws samples, but config.evaluate.samples names existing ones; give only one")
     path = os.fspath(fetch.local(path))
     if os.path.isdir(path):
         return folder_images(pathlib.Path(path))
@@ -146,14 +146,14 @@ def open_samples(config: ml_collections.ConfigDict, checkpoint_path: str) -> Ima
 
 
 def drawn_samples(config: ml_collections.ConfigDict, model: api.Model) -> ImageSet:
-    """Images of classes or of the data's captions from a model, drawn as config.sample says and measured.
+    """Return the images to measure, which a model draws as config.sample says, for classes or the data's captions.
 
-    Not of config.sample.prompts: what they show needn't be what the reference shows.
+    config.sample.prompts aren't used, because they needn't show what the reference shows.
     """
     sampling, count = model.sampling(config), config.sample.num_images
 
     def draw(first: int) -> Iterator[np.ndarray]:
-        # Here, so that a text encoder is read only where images are still to be drawn.
+        # Done here so that a text encoder is only read if there are still images to draw.
         requests = data_requests(config.sample, model.condition, count)
         return model.images(requests, sampling, config.sample.batch_size, first)
 
@@ -170,12 +170,12 @@ def drawn_samples(config: ml_collections.ConfigDict, model: api.Model) -> ImageS
 
 
 def subject_of(samples: ImageSet, model: api.Model | None) -> Subject:
-    """What evaluators are given: samples, and the weights that drew them."""
+    """Return what evaluators get: samples, and the weights that drew them."""
     return Subject(samples) if model is None else Subject(samples, model.params, model.frozen, model)
 
 
 def table(result: dict[str, Any], titles: Mapping[str, str]) -> str:
-    """The scores as lines for people."""
+    """Return the scores as readable lines."""
     if "samples" in result:
         lines = [f"{result['samples']['images']:,} samples ({result['samples']['from']})"]
     else:

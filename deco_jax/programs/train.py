@@ -1,4 +1,4 @@
-"""The training program: set-up, loop, and what happens every so many steps."""
+"""The training program: set-up, loop, and periodic actions."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ from deco_jax.sampling.weaker import Guide, check_average, load_other
 
 TrainStep = Callable[[State, Batch, dict[str, Any]], tuple[State, Metrics]]
 
-CLASSES = "classes.json"  # their names in the order of the labels
+CLASSES = "classes.json"  # the class names in the order of the labels
 
 
 def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str = "") -> None:
     """Train to config.train.num_steps, from the newest checkpoint in the workdir if there is one.
 
     Args:
-        checkpoint_path: of another run, which a workdir without checkpoints goes on from: step, weights, moments.
+        checkpoint_path: of another run, from which a workdir without checkpoints continues: step, weights, moments.
     """
     folder = storage.path(workdir)
 
-    # Everything that can be wrong is found before anything compiles or is written.
+    # Find everything that can be wrong before anything compiles or is written.
     if config.train.wandb:
         distributed.on_main_host(lambda: tracking.check(config.train.wandb))
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, slices=config.mesh.slices)
@@ -67,7 +67,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     condition = open_condition(config, mesh, source)
     if config.init_from and checkpoint_path:
         raise UserError(
-            "--checkpoint goes on with a run and config.init_from begins one with its weights; give one of them"
+            "--checkpoint continues a run and config.init_from starts a new one with its weights; give only one of them"
         )
     fresh = ""
     adaptation = adapted.Adaptation(config, folder, checkpoint_path, mesh) if adapter_of(config) else None
@@ -76,11 +76,11 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
         checkpoint.check_projector(checkpoint.find(checkpoint_path or config.init_from, config=like), config)
         if like.model.num_classes != config.model.num_classes:
             fresh = (
-                f"the label table starts anew, for {config.model.num_classes:,} classes instead of the "
+                f"the label table starts from scratch, with {config.model.num_classes:,} classes instead of the "
                 f"{like.model.num_classes:,} of {config.init_from}"
             )
         elif like.model.mean_velocity != config.model.mean_velocity:
-            fresh = f"{config.init_from} learnt the velocity; what MeanFlow adds to it starts anew"
+            fresh = f"{config.init_from} learnt the velocity; what MeanFlow adds to it starts from scratch"
         if fresh and config.init_optimizer:
             raise UserError(f"{fresh}, and has no moments there; set config.init_optimizer=False")
     changed = {}
@@ -110,7 +110,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     if adaptation:
         with distributed.stage("reading the pretrained weights"):
             frozen |= adaptation.load(source.class_names)
-    # The shared one first: if it is refused, the workdir has not been made.
+    # The shared folder first: if it is refused, the workdir hasn't been created yet.
     for written in (*([storage.path(config.evaluate.cache)] if quick_fid and config.evaluate.cache else []), folder):
         make_workdir(written)
 
@@ -164,7 +164,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
         if line:
             writer.say(line)
     if start >= config.train.num_steps:
-        writer.say(f"already trained to step {start}; raise config.train.num_steps to go on")
+        writer.say(f"already trained to step {start}; to continue, raise config.train.num_steps")
         writer.close()
         checkpoints.close()
         return
@@ -176,7 +176,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     run = TrainingRun(config, folder, mesh, condition, frozen, checkpoints, writer, goodput, guide, merge, best)
 
     def make_actions(log: Log) -> list[Action]:
-        """In this order: what takes minutes comes after the save, which it must not cost."""
+        """Make the actions in order: what takes minutes comes after the save, so that it can't cost the save."""
         actions: list[Action] = [log, Save(run, log)]
         if copies is not None:
             actions.append(CopyLocally(run, log, copies))
@@ -191,14 +191,14 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
 
     batches = open_batches(config, mesh, source, condition, start)
     try:
-        # From here on, compiling included, a signal asks to save and stop.
+        # From here on, also while compiling, a signal asks to save and stop.
         with preemption.Watch() as watch, distributed.ending_with_the_others():
             reader = Reader(run, batches)
             with distributed.stage("reading the first batch"), goodput.spending("data"):
                 batch = reader()
 
             def compile_step(done: int, state: State, batch: Batch) -> TrainStep:
-                """For the steps after `done`, as long as the same losses hold."""
+                """Compile the step that follows `done` steps, valid as long as the same losses apply."""
                 ended = [loss.name for loss in method.losses if 0 < loss.until_step <= done]
                 if remat and remat.compiled and not ended:
                     return remat.compiled
@@ -226,7 +226,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
 
 
 def check_same_classes(folder: pathlib.Path, names: list[str]) -> None:
-    """UserError if a run that goes on would take its labels for other classes than it was trained on so far."""
+    """Raise UserError if a resumed run's labels would mean other classes than it was trained on so far."""
     path = folder / CLASSES
     if not path.exists() or not checkpoint.complete_steps(folder):
         return
@@ -235,7 +235,7 @@ def check_same_classes(folder: pathlib.Path, names: list[str]) -> None:
     if before != names:
         what = changed[0] if changed else f"there were {len(before):,} and are {len(names):,}"
         raise UserError(
-            f"{folder} was trained on other classes: {what}; give it its data, or another --workdir with "
+            f"{folder} was trained on other classes: {what}; give it the same data, or another --workdir with "
             f"--config.init_from; if only the names changed, remove {path}"
         )
 
@@ -250,11 +250,11 @@ def loop(
     make_actions: Callable[[Log], list[Action]],
     watch: preemption.Watch,
 ) -> None:
-    """Train to config.train.num_steps, from a state and the first batch on.
+    """Train to config.train.num_steps, starting from a state and the first batch.
 
     Args:
-        compile_step: (steps done, state, batch) → the step from there on.
-        ends: steps done after which it is compiled anew, because a loss ends.
+        compile_step: (steps done, state, batch) → the compiled step from there on.
+        ends: numbers of steps after which it is compiled again, because a loss ends.
     """
     train = run.config.train
     start, total = int(state["step"]), train.num_steps
@@ -285,7 +285,7 @@ def loop(
             log.add(metrics)
             if profiler.after(step - start, metrics):
                 run.writer.say(f"wrote a trace of {train.profile_steps} steps to {profiler.folder}")
-            # While the device works on this step, the host brings the next batch.
+            # While the device works on this step, the host fetches the next batch.
             reader.used()
             if step < total:
                 try:
@@ -315,13 +315,13 @@ def loop(
                     log.restart_clock()
             if stopping:
                 with run.goodput.spending("saving"), watchdog.resting():
-                    for action in actions:  # what only a stop makes due: the save
+                    for action in actions:  # what is due only because of the stop: the save
                         if action.hurried and action not in done and action.due(step, stopping):
                             with may_compile(action):
                                 action(step, state)
                     run.checkpoints.wait()
                 run.writer.say(run.goodput.close(step))
-                run.writer.say(f"{watch.reason}: saved step {step}; the same command goes on from here")
+                run.writer.say(f"{watch.reason}: saved step {step}; the same command continues from here")
                 raise SystemExit(watch.exit_code)
         with run.goodput.spending("saving"), watchdog.resting():
             run.checkpoints.wait()
@@ -335,7 +335,7 @@ def loop(
 def open_batches(
     config: ml_collections.ConfigDict, mesh: Mesh, source: sources.Source, condition: Condition, start_step: int = 0
 ) -> pipeline.Batches:
-    """This host's rows of the batches from a step on."""
+    """Open this host's rows of the batches, from a step on."""
     data = config.data
     return pipeline.train_batches(
         source,
@@ -357,7 +357,7 @@ def open_batches(
 def fid_of_samples(
     run: TrainingRun, generator: generate.Generator, quick_fid: ADM
 ) -> Callable[[State], Mapping[str, float]]:
-    """The quick FID of samples of a state's average, of all classes or of the data's captions."""
+    """Make the quick FID: of samples from a state's average, for all classes or the data's captions."""
     config, count = run.config, run.config.evaluate.during_training_images
     requests = functools.cache(lambda: data_requests(config.sample, run.condition, count, run.frozen))
 
@@ -373,7 +373,7 @@ def fid_of_samples(
 def grid_requests(
     config: ml_collections.ConfigDict, condition: Condition, frozen: dict[str, Any], prompts: Prompts | None
 ) -> Requests:
-    """The pictures of the grids on the way: config.sample's, as many as a grid holds, evenly spread."""
+    """Return the requests for the grids during training: config.sample's, as many as a grid holds, evenly spread."""
     requests = sampling_requests(config.sample, condition, prompts, frozen).spread(config.sample.grid_images)
     # Computed once: an encoder that only these prompts need doesn't stay in memory.
     return requests.kept(config.sample.batch_size)
