@@ -222,7 +222,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full)
-    with pytest.raises(UserError, match="No space left on device; free the disk"):
+    with pytest.raises(UserError, match="No space left on device; free disk space"):
         save_npz(path, {"a": np.arange(4)})
     assert [file.name for file in tmp_path.iterdir()] == ["a.npz"]
     assert len(np.load(path)["a"]) == 3

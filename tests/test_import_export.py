@@ -43,7 +43,7 @@ def imported(tmp_path_factory):
     assert result.returncode == 0, result.stderr
     assert "step 1234" in result.stdout
     assert "zero moments" in result.stdout
-    assert "projector, left out" in result.stdout
+    assert "projector, which is left out" in result.stdout
     return folder
 
 
@@ -198,7 +198,7 @@ def test_wrong_files_are_refused(case, tmp_path):
 
 
 def test_a_workdir_with_a_run_is_refused(imported):
-    with pytest.raises(UserError, match="checkpoints already"):
+    with pytest.raises(UserError, match="already has checkpoints"):
         checkpoints.import_checkpoint(golden_config(), str(imported), str(FILE))
 
 

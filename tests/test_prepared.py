@@ -88,7 +88,7 @@ def test_cut_off_it_goes_on_with_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepared, "write_shard", real)
     capsys.readouterr()
     program.prepare(settings, str(tmp_path / "part"))
-    assert "to do here: 1" in capsys.readouterr().out
+    assert "1 to write here" in capsys.readouterr().out
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "part" / path.name).read_bytes() == path.read_bytes()
     with pytest.raises(UserError, match=r"was prepared from something else \(images: pixels there, png here\)"):

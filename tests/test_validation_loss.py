@@ -88,7 +88,7 @@ def test_is_the_objective_at_fixed_noise(folder):
 @pytest.mark.parametrize(
     "settings, said",
     [
-        ({"data.validation_split": ""}, "name them by config.data.validation_split"),
+        ({"data.validation_split": ""}, "give them as config.data.validation_split"),
         ({"data.validation_split": "missing"}, "no such folder"),
         ({"data.batch_size": 8}, "whole batches of 8 images"),
         ({"train.validate_every": 3}, "must be a multiple of config.train.log_every=2"),
