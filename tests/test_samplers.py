@@ -32,9 +32,16 @@ def sample(velocity, noise, *, sampler, times, guided, step_noise=None, return_t
     table = samplers.make_table(sampler, times)
     rows = samplers.rows(table, np.asarray(guided)[table.step])
     carry = samplers.start(noise, table.advance.shape[1])
+
+    @jax.jit
+    def advance(carry, first, last):  # one program for all steps; unrolled, 200 of them compile for minutes
+        return samplers.integrate(
+            velocity, carry, rows, (first, last), step_noise or (lambda step: jnp.zeros_like(noise))
+        )
+
     states = [carry.state]
-    for between in samplers.evaluations_of_steps(table):
-        carry = samplers.integrate(velocity, carry, rows, between, step_noise or (lambda step: jnp.zeros_like(noise)))
+    for first, last in samplers.evaluations_of_steps(table):
+        carry = advance(carry, first, last)
         states.append(carry.state)
     states[-1] = carry.point
     return (carry.point, jnp.stack(states)) if return_trajectory else carry.point
@@ -170,11 +177,14 @@ def test_against_plain_loops_with_guidance(name, num_steps):
     def velocity(x, t, guided, math=np):
         return (2.0 if guided else 1.0) * math.sin(3 * x + t)
 
-    _, trajectory = jax.jit(
-        lambda x: sample(
-            functools.partial(velocity, math=jnp), x, sampler=name, times=times, guided=guided, return_trajectory=True
-        )
-    )(jnp.asarray(noise, jnp.float32))
+    _, trajectory = sample(
+        functools.partial(velocity, math=jnp),
+        jnp.asarray(noise, jnp.float32),
+        sampler=name,
+        times=times,
+        guided=guided,
+        return_trajectory=True,
+    )
     assert relative_error(trajectory, by_hand(name, velocity, noise, times, guided)) < 1e-5
 
 
@@ -196,12 +206,8 @@ def test_the_network_runs_as_often_as_said(name, interval):
     velocity = make_velocity(
         lambda params, *inputs: network_fn(*inputs), Guidance(2.0), None, (jnp.zeros(3), jnp.ones(3))
     )
-    run = jax.jit(
-        lambda x: sample(
-            velocity, x, sampler=name, times=times, guided=guided, step_noise=lambda i: jnp.zeros((3, 2, 2, 3))
-        )
-    )
-    jax.block_until_ready(run(jnp.ones((3, 2, 2, 3))))
+    ones, zeros = jnp.ones((3, 2, 2, 3)), jnp.zeros((3, 2, 2, 3))
+    jax.block_until_ready(sample(velocity, ones, sampler=name, times=times, guided=guided, step_noise=lambda i: zeros))
     jax.effects_barrier()
     evaluations = {"heun": 15}.get(name, 8)
     assert len(seen) == evaluations
@@ -232,17 +238,15 @@ def test_sde_keeps_the_marginals():
     def step_noise(step):
         return jax.random.normal(jax.random.fold_in(jax.random.key(1), step), (count,))
 
-    _, trajectory = jax.jit(
-        lambda x: sample(
-            velocity,
-            x,
-            sampler="sde",
-            times=times,
-            guided=unguided(times),
-            step_noise=step_noise,
-            return_trajectory=True,
-        )
-    )(jax.random.normal(jax.random.key(0), (count,)))
+    _, trajectory = sample(
+        velocity,
+        jax.random.normal(jax.random.key(0), (count,)),
+        sampler="sde",
+        times=times,
+        guided=unguided(times),
+        step_noise=step_noise,
+        return_trajectory=True,
+    )
     for i in (50, 100, 150, 200):
         t = times[i]
         spread = np.hypot(deviation * t, 1 - t)
@@ -338,7 +342,6 @@ def test_golden_trajectories(file, key, sampler, num_steps, shift, guidance, int
         assert relative_error(times, values[f"{key}/timesteps"]) < 2e-6
     step_noise = jnp.asarray(nhwc(values["sde/noise"])) * (key == "sde") if sampler == "sde" else None
 
-    @jax.jit
     def run(params, noise, labels, null_labels):
         velocity = make_velocity(
             lambda params, x, t, label: prediction.velocity(net.apply(params, x, t, label)[0], x, t),
@@ -356,7 +359,8 @@ def test_golden_trajectories(file, key, sampler, num_steps, shift, guidance, int
             return_trajectory=True,
         )[1]
 
-    trajectory = run(params, nhwc(start["noise"]), start["cond"].astype(np.int32), start["uncond"].astype(np.int32))
+    labels, null_labels = (jnp.asarray(start[name], jnp.int32) for name in ("cond", "uncond"))
+    trajectory = run(params, jnp.asarray(nhwc(start["noise"])), labels, null_labels)
     expected = nhwc(values[f"{key}/x"])
     states = values[f"{key}/steps"] if f"{key}/steps" in values else np.arange(num_steps + 1)
     for state, reference in zip(states, expected, strict=True):
