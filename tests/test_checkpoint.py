@@ -177,7 +177,7 @@ def test_the_best_is_kept_and_a_resumed_run_knows_it(tmp_path, state):
         checkpoints.close()
         assert checkpoint.complete_steps(tmp_path) == ([2, 4, 5] if last == 5 else [4, 6, 8])
     assert told == [1, 2, 6]
-    with pytest.raises(UserError, match=r"keep_best=fid is not measured while training: none is; set config.evaluate"):
+    with pytest.raises(UserError, match=r"keep_best=fid is not measured during training: none is; set config.evaluate"):
         Best(config, [])
     config.train.keep_best = "precision"
     more = Best(config, ["precision"])

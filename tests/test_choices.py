@@ -69,7 +69,7 @@ def test_the_cheapest_policy_that_fits(memory, platform, chosen, tried):
     assert (choice.name, compiled) == (chosen, tried)
     assert choice.compiled is (NEEDS[chosen] if tried else None)
     assert choice.note.startswith(f"remat {chosen}")
-    assert ("too much" in choice.note) == (memory == 5)
+    assert ("too large" in choice.note) == (memory == 5)
 
 
 def test_a_policy_that_the_compiler_refuses_is_passed_over():

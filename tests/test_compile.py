@@ -296,7 +296,7 @@ def test_bound_by_computation_or_by_links(cycles, bound):
     assert values["parts"] == {"mlp": 1.0}
     assert values["largest_array"]["type"] == "f32[1024,1024]"
     printed = "\n".join(estimate_lib.words(values, "made up"))
-    assert f"bound by {bound}" in printed
+    assert f"limited by {bound}" in printed
     assert "not a measurement" in printed
 
 

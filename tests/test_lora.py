@@ -297,7 +297,7 @@ def test_own_classes_start_from_those_of_the_same_name(pretrained, tmp_path):
     table = np.asarray(rows_there["label_embed"]["embedding"])
     np.testing.assert_array_equal(adaptation.started["label_embed"]["embedding"], table[[10, 7, 2, 10]])
     config.lora.whole = ""
-    with pytest.raises(UserError, match=r"has 10 classes and config.model.num_classes is 3; add label_embed to"):
+    with pytest.raises(UserError, match=r"has 10 classes, but config.model.num_classes is 3; add label_embed to"):
         adapted.Adaptation(config, tmp_path, "", mesh)
     config.init_from = ""
     with pytest.raises(UserError, match=r"config.lora.rank adapts the weights of config.init_from, which is empty"):

@@ -1,4 +1,4 @@
-"""What a low-rank adaptation (`method.lora`) starts from: frozen parameters, and what of the trained ones is given."""
+"""What a low-rank adaptation (`method.lora`) starts from: frozen parameters, and those trained ones that are given."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Adaptation:
 
     Args:
         workdir: of the run.
-        checkpoint: of another run, which a workdir without checkpoints goes on from; "": none.
+        checkpoint: of another run, from which a workdir without checkpoints continues; "": none.
 
     Raises:
-        UserError: there is nothing to start from, or it is another model's; a loss trains a network of its own.
+        UserError: there is nothing to start from, it belongs to another model, or a loss trains a network of its own.
     """
 
     base: Params
@@ -47,8 +47,10 @@ class Adaptation:
         self._merge = merger(adapter, mesh, self._network.shapes)
         adapter.trained_shapes(self._network.shapes)
         if others := ", ".join(make_method(config).trained):
-            raise UserError(f"config.lora.rank adapts the denoiser alone, and a loss trains {others}; weigh it 0")
-        # What a workdir without a checkpoint has is of an earlier start, perhaps from other weights.
+            raise UserError(
+                f"config.lora.rank only adapts the denoiser, but a loss trains {others}; set that loss's weight to 0"
+            )
+        # Frozen weights in a workdir without a checkpoint are from an earlier start, perhaps from other weights.
         self._run: pathlib.Path | None = workdir if checkpoint_lib.complete_steps(workdir) else None
         if self._run is None and checkpoint:
             self._run = checkpoint_lib.find(checkpoint).parent.parent
@@ -67,12 +69,12 @@ class Adaptation:
         checkpoint_lib.find(config.init_from, config=self._like)
         if self._like.model.num_classes != config.model.num_classes and "label_embed" not in adapter.whole:
             raise UserError(
-                f"{config.init_from} has {self._like.model.num_classes:,} classes and config.model.num_classes is "
-                f"{config.model.num_classes:,}; add label_embed to config.lora.whole, to train a table of your own"
+                f"{config.init_from} has {self._like.model.num_classes:,} classes, but config.model.num_classes is "
+                f"{config.model.num_classes:,}; add label_embed to config.lora.whole to train a table of your own"
             )
 
     def load(self, class_names: Sequence[str]) -> dict[str, Params]:
-        """Read the frozen parameters, for the step, and what of those that are trained whole starts as pretrained.
+        """Read the frozen parameters for the step, and the pretrained values of parameters that are trained in full.
 
         Args:
             class_names: of the data, in the order of its labels.
@@ -95,25 +97,25 @@ class Adaptation:
         return {BASE: self.base}
 
     def begin(self, state: State) -> None:
-        """Put into a new state, in place, what starts as pretrained though it is trained whole."""
+        """Put the pretrained values of the parameters that are trained in full into a new state, in place."""
         for trained in (state["params"]["denoiser"], *state["averages"].values()):
             trained.update(jax.tree.map(jnp.copy, self.started))
 
     def merge(self, trained: Params) -> Params:
-        """The denoiser's parameters."""
+        """Return the denoiser's parameters."""
         return self._merge(self.base, trained)
 
     @property
     def note(self) -> str:
-        """What trains, for people."""
+        """Return a line on what is trained."""
         size = sum(leaf.size for leaf in jax.tree.leaves(self.base))
         whole = "".join(f" and {name}" for name in self.adapter.whole)
-        return f"what trains are factors of rank {self.adapter.rank}{whole}; {size:,} other parameters are frozen"
+        return f"training factors of rank {self.adapter.rank}{whole}; {size:,} other parameters are frozen"
 
     def _labels(self, table: jax.Array, names: Sequence[str]) -> dict[str, jax.Array]:
-        """A table for the run's own classes, [classes + 1, width].
+        """Make a table for the run's own classes, [classes + 1, width].
 
-        A class starts as the one of the same name, others as what stands for no class.
+        A class starts from the pretrained class of the same name, or else from "no class".
         """
         assert self._from is not None
         note = self._from.parent.parent / "classes.json"

@@ -1,4 +1,4 @@
-"""The best checkpoint by a score that is measured while training: it is kept beside the newest ones."""
+"""Keeps the best checkpoint, by a score that is measured during training, in addition to the newest ones."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from deco_jax.errors import UserError
 from deco_jax.method.objective import make_method
 from deco_jax.run.metrics import read_rows
 
-HIGHER = ("inception_score", "precision", "recall")  # of these more is better, of all others less
+HIGHER = ("inception_score", "precision", "recall")  # higher is better for these, lower for all others
 
 
 class Best:
-    """Knows the scores of a run's steps; one of Orbax's preservation policies.
+    """The scores of a run's steps, as a preservation policy for Orbax.
 
     Args:
-        config: whose train.keep_best is the name of the score.
-        of_samples: the names of the scores of samples that are measured while training.
+        config: its train.keep_best is the name of the score.
+        of_samples: the names of the scores of samples that are measured during training.
 
     Raises:
-        UserError: it isn't measured.
+        UserError: that score isn't measured.
     """
 
     def __init__(self, config: ml_collections.ConfigDict, of_samples: Iterable[str]) -> None:
@@ -35,32 +35,32 @@ class Best:
         if name not in measured:
             known = f"choose from {', '.join(measured)}" if measured else "none is"
             raise UserError(
-                f"config.train.keep_best={name} is not measured while training: {known}; set config.evaluate.every for "
-                "fid, config.train.validate_every for validation_loss"
+                f"config.train.keep_best={name} is not measured during training: {known}; set config.evaluate.every "
+                "for fid, config.train.validate_every for validation_loss"
             )
         self.name = name
         self._scores: dict[int, float] = {}
 
     def read(self, workdir: pathlib.Path, last: int) -> None:
-        """Read the scores up to a step from metrics.jsonl; later steps are done again."""
+        """Read the scores up to a step from metrics.jsonl; later steps will be repeated."""
         rows, _ = read_rows(workdir / "metrics.jsonl")
         self._scores = {row["step"]: row[self.name] for row in rows if row["step"] <= last and self.name in row}
         self._scores = {step: value for step, value in self._scores.items() if value is not None}
 
     def add(self, step: int, scores: Mapping[str, float], steps: Collection[int]) -> bool:
-        """Note the scores of a step; whether it is the best of `steps`, those with a checkpoint."""
+        """Note the scores of a step; return whether it is the best of `steps`, those with a checkpoint."""
         if self.name not in scores or not math.isfinite(scores[self.name]):
             return False
         self._scores[step] = float(scores[self.name])
         return self.step(steps) == step
 
     def step(self, steps: Collection[int]) -> int | None:
-        """The best of some steps, the earliest if several are; None if none of them has a score."""
+        """Return the best of some steps, the earliest if there are several; None if none of them has a score."""
         scored = [step for step in sorted(steps) if step in self._scores]
         sign = -1 if self.name in HIGHER else 1
         return min(scored, key=lambda step: sign * self._scores[step], default=None)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Answer Orbax for each of its checkpoints."""
+        """Tell Orbax for each of its checkpoints whether to keep it."""
         best = self.step([checkpoint.step for checkpoint in checkpoints])
         return [checkpoint.step == best for checkpoint in checkpoints]

@@ -1,10 +1,11 @@
-"""What tells a checkpoint from one that a disk or a copy has changed: a checksum of each of its files.
+"""Checksums of the files of a checkpoint, which reveal damage by a disk or a copy.
 
     checkpoints/STEP/checksums.json   {"crc32": {"params/d/0a1b…": [bytes, CRC-32], ...}}
     in a bucket                       {"service": {"params/d/0a1b…": [bytes, {"md5": …, "crc32c": …}], ...}}
 
-Arrays are stored as plain compressed bytes, and one that was changed is often still readable. A bucket's service keeps
-checksums itself: they are listed, in one request for a thousand objects, and nothing is read back.
+Arrays are stored as plain compressed bytes, so a damaged one is often still readable. A bucket's service keeps
+checksums
+itself: they are listed, with one request per thousand objects, and nothing is read back.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ CHUNK = 2**22
 
 
 def write(folder: pathlib.Path) -> None:
-    """Note the checksums of the files of a checkpoint's items; Orbax's own notes beside these may still change."""
+    """Store the checksums of the files of a checkpoint's items; Orbax's own notes may still change after that."""
     noted: dict[str, Any]
     if storage.is_remote(folder):
         found = _listed(os.fspath(folder))
@@ -38,10 +39,10 @@ def write(folder: pathlib.Path) -> None:
 
 
 def check(folder: pathlib.Path, item: str = "") -> None:
-    """Compare the files of a checkpoint, or of one item of it, with their checksums; with several hosts each a share.
+    """Compare the files of a checkpoint, or of one of its items, with their checksums; several hosts share the work.
 
-    Older checkpoints have none, nor has one whose run was killed in between: these pass. A checkpoint may have been
-    copied to or from a bucket since.
+    Older checkpoints have no checksums, and neither do those whose run was killed before writing them; these pass. The
+    checkpoint may have been copied to or from a bucket in the meantime.
 
     Raises:
         ValueError: a file is missing or was changed.
@@ -69,7 +70,7 @@ def check(folder: pathlib.Path, item: str = "") -> None:
 
 
 def _listed(root: str) -> dict[str, list[Any]]:
-    """Relative path → [bytes, {"md5" or "crc32c": …}] of all objects under `root`, as the bucket's service tells."""
+    """List all objects under `root`, from the bucket's service: relative path → [bytes, {"md5" or "crc32c": …}]."""
     found = storage.system(root).find(root, detail=True)
     prefix = root.rstrip("/").removeprefix(root[:5]) + "/"
     return {name.removeprefix(prefix): [int(info["size"]), _sums(info)] for name, info in sorted(found.items())}
@@ -85,7 +86,7 @@ def _is_commit(name: str) -> bool:
 
 
 def _digests(path: pathlib.Path) -> tuple[int, dict[str, str]]:
-    """The bytes of a file and its MD5, of the service's checksums the one that Python computes."""
+    """Return the bytes of a file and its MD5, the only one of the service's checksums that Python computes."""
     digest = hashlib.md5()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -94,7 +95,7 @@ def _digests(path: pathlib.Path) -> tuple[int, dict[str, str]]:
 
 
 def _read(path: pathlib.Path) -> list[int]:
-    """The bytes of a file, and their CRC-32."""
+    """Return the number of bytes in a file, and their CRC-32."""
     size = value = 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):

@@ -1,4 +1,4 @@
-"""What the program decides by itself: config.model.remat=auto and config.model.attention=auto."""
+"""What the program decides on its own: config.model.remat=auto and config.model.attention=auto."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from jax.typing import DTypeLike
 from deco_jax.run import distributed, monitor, program
 
 AUTO = "auto"
-# From the one that computes least to the one that needs least memory; names in `models.layers.REMAT_POLICIES`.
+# From the policy that computes least to the one that needs the least memory; names in `models.layers.REMAT_POLICIES`.
 CHEAPEST_FIRST = ("none", "dots", "attention", "full")
-# Of a GPU's memory, as the compiler doesn't count cuDNN's and cuBLAS's workspaces nor what lies between arrays.
+# Share of a GPU's memory; the compiler doesn't count the workspaces of cuDNN and cuBLAS, nor gaps between arrays.
 GPU_SHARE = 0.92
 
 
 def attention(name: str, dtype: DTypeLike, platform: str | None = None) -> str:
-    """The implementation that "auto" stands for; other names stand for themselves.
+    """Return the implementation that "auto" stands for; other names are returned unchanged.
 
-    cuDNN's fused attention on NVIDIA's GPUs in bfloat16, which it needs; `models.flash` on TPUs, where the sizes fit;
-    XLA's elsewhere.
+    It is cuDNN's fused attention on NVIDIA GPUs in bfloat16, `models.flash` on TPUs if it supports the sizes, and XLA's
+    attention elsewhere.
 
     Args:
-        platform: "gpu", "tpu" or "cpu"; that of this machine if None.
+        platform: "gpu", "tpu" or "cpu"; None: this machine's.
     """
     if name != AUTO:
         return name
@@ -37,14 +37,14 @@ def attention(name: str, dtype: DTypeLike, platform: str | None = None) -> str:
 
 
 class Refused(NamedTuple):
-    """A compiler's answer to a program that doesn't fit."""
+    """The compiler's answer to a program that doesn't fit."""
 
     message: str
     peak: float | None  # bytes that it would need, if it says so
 
 
 def compile_or_refused(program: jax.stages.Lowered) -> jax.stages.Compiled | Refused:
-    """Compile; a TPU's compiler refuses a program that doesn't fit into the chip's memory."""
+    """Compile a program; the TPU compiler refuses one that doesn't fit in the chip's memory."""
     try:
         return program.compile()
     except Exception as error:
@@ -66,17 +66,17 @@ class Remat(NamedTuple):
 def remat(
     compile_with: Callable[[str], jax.stages.Compiled | Refused], memory: float | None, platform: str | None = None
 ) -> Remat:
-    """The fastest policy whose compiled program fits into a device's memory, on all hosts.
+    """Return the fastest policy whose compiled program fits in a device's memory on all hosts.
 
-    Where XLA estimates a program's cycles, as it does for TPUs, every policy is compiled and the fewest cycles decide:
-    there it is often quicker to compute again than to read from memory. Elsewhere it is the first that fits.
+    If XLA estimates a program's cycles, as it does for TPUs, every policy is compiled and the fewest cycles win,
+    because recomputing is often faster there than reading from memory. Otherwise the first one that fits is chosen.
 
     Args:
         compile_with: (policy) → the training step, compiled with it.
-        memory: bytes of a device; None, as for a CPU: nothing is compiled, and every activation is kept.
+        memory: bytes per device; None, as for a CPU: nothing is compiled, and every activation is kept.
     """
     if memory is None:
-        return Remat("none", None, "remat none: this device doesn't say how much memory it has")
+        return Remat("none", None, "remat none: this device doesn't report its memory")
     usable = memory * (GPU_SHARE if (platform or jax.default_backend()) == "gpu" else 1.0)
     tried: list[str] = []
     found: list[tuple[int | None, str, jax.stages.Compiled]] = []  # that fit
@@ -95,17 +95,17 @@ def remat(
             if cycles is None:
                 break
     if not found:
-        note = f"remat {name}, too much by the compiler's count: of {usable / 2**30:.2f} GiB per device"
+        note = f"remat {name}, too large according to the compiler: of {usable / 2**30:.2f} GiB per device"
         return Remat(name, None if isinstance(compiled, Refused) else compiled, f"{note}, {', '.join(tried)}")
     _, name, compiled = min(found, key=lambda each: each[0] or 0)
     return Remat(name, compiled, f"remat {name}: of {usable / 2**30:.2f} GiB per device, {', '.join(tried)}")
 
 
 def estimated_cycles(compiled: jax.stages.Compiled) -> int | None:
-    """What XLA's model of the chip says of a program, the same on every host; None where it says nothing."""
+    """Return the cycles that XLA's model of the chip expects, the same on every host; None if it gives no estimate."""
     return sum(cost.total for cost in program.costs(program.parse(compiled.as_text() or ""))) or None
 
 
 def policies(memory: float | None) -> Iterator[str]:
-    """What to try, in this order, for a machine with so many bytes per device."""
+    """Yield the policies to try, in order, for a machine with this many bytes per device."""
     yield from CHEAPEST_FIRST if memory is not None else CHEAPEST_FIRST[:1]

@@ -1,4 +1,4 @@
-"""What a network may know of the devices that it runs on; `run.sharding` has the rest, which knows the networks."""
+"""What networks may know about the devices they run on; `run.sharding`, which knows the networks, has the rest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform
 
 @contextlib.contextmanager
 def compiling_for(platform: str | None) -> Iterator[None]:
-    """What is traced in here asks `on_tpu` about this platform; None: the default one."""
+    """Make `on_tpu` answer for this platform while tracing in here; None: the default platform."""
     token = _platform.set(platform)
     try:
         yield
@@ -25,19 +25,22 @@ def compiling_for(platform: str | None) -> Iterator[None]:
 
 
 def on_tpu() -> bool:
-    """Whether the program that is being traced is for TPUs, which like other forms of the same sums than CPUs and GPUs:
-    products with constant matrices instead of moves within a register's 128 lanes, and nothing narrower than those."""
+    """Return whether the program being traced is for TPUs.
+
+    TPUs prefer other forms of the same sums than CPUs and GPUs do: products with constant matrices instead of moves
+    within a register's 128 lanes, and no arrays narrower than those.
+    """
     return (_platform.get() or jax.default_backend()) == "tpu"
 
 
 def gather(parameter: jax.Array, shape: Sequence[int], dtype: Any = None) -> jax.Array:
-    """The whole parameter of which this device holds a part; what is whole already is returned as it is.
+    """Return the whole parameter of which this device holds a part; a parameter that is already whole stays unchanged.
 
-    Its derivative is the sum of the devices' gradients over "fsdp", of which each device gets its part.
+    The derivative is the sum of the devices' gradients over "fsdp", of which each device gets its part.
 
     Args:
-        parameter: equal to `shape` but for one axis.
-        dtype: that it is used in; it is cast before it travels.
+        parameter: has the dimensions of `shape`, except for the axis that is split.
+        dtype: in which it is used; it is cast before it travels.
     """
     split = [axis for axis, (held, whole) in enumerate(zip(parameter.shape, shape, strict=True)) if held != whole]
     if not split:
@@ -47,5 +50,5 @@ def gather(parameter: jax.Array, shape: Sequence[int], dtype: Any = None) -> jax
 
 
 def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """An array that every host has all of, each giving its own devices' parts."""
+    """Place an array that every host has in full; each host provides its own devices' parts."""
     return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)

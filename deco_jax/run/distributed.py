@@ -1,4 +1,4 @@
-"""Several hosts as one program: joining, agreeing, leaving; and naming the stage in which a start hangs."""
+"""Several hosts as one program: joining, agreeing and leaving; names the stage in which a start hangs."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from deco_jax.errors import UserError
 # A stage that takes longer says so, again and again.
 REMINDER_SECONDS = 60.0
 # Exit status of a process that ends because another one, or a device, no longer answers: EX_TEMPFAIL of sysexits.h.
-# Launchers start a run again that ends with it; 1 is an error that comes again.
+# Launchers restart a run that ends with it; 1 means an error that would happen again.
 RESTART = 75
 # Waiting for another host's compilation may take long.
 BARRIER_SECONDS = 3600
 
 
 def several_tasks(environment: Mapping[str, str]) -> bool:
-    """Whether a scheduler started this process as one of several: srun, mpirun, or a TPU slice's runtime."""
+    """Return whether a scheduler started this process as one of several: srun, mpirun, or a TPU slice's runtime."""
     counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
     if any(environment.get(name, "1").strip() not in ("", "0", "1") for name in counts):
         return True
@@ -49,16 +49,17 @@ def start(
     """Join the other processes, if there are any, before anything touches a device.
 
     Args:
-        coordinator: host:port of process 0, with the next two; empty: ask the environment (SLURM, MPI, TPU slice).
-        num_processes, process_id: how many there are, and which this one is.
-        timeout: seconds for each stage; then the process ends with status 1 and names the stage.
-        forced: join even if nothing in the environment speaks of several tasks (a TPU pod's virtual machines).
-        preemptible: JAX's preemption service takes SIGTERM, for `preemption.Watch` to ask it; otherwise SIGTERM ends
-            the process as ever.
-        heartbeat_timeout: seconds of another process's silence after which it is lost, and this one ends too.
+        coordinator: host:port of process 0, given with the next two; empty: ask the environment (SLURM, MPI, TPU
+            slice).
+        num_processes, process_id: the number of processes, and the number of this one.
+        timeout: seconds for each stage; after that, the process names the stage and ends with status 1.
+        forced: join even if nothing in the environment indicates several tasks (a TPU pod's virtual machines).
+        preemptible: JAX's preemption service handles SIGTERM, so that `preemption.Watch` can ask it; otherwise SIGTERM
+            ends the process as usual.
+        heartbeat_timeout: seconds of silence after which another process counts as lost, and this one ends, too.
 
     Raises:
-        UserError: the flags contradict each other, or the others can't be joined.
+        UserError: the flags contradict each other, or the other processes can't be joined.
     """
     explicit = bool(coordinator) or num_processes > 0 or process_id >= 0
     if timeout < 1:
@@ -69,7 +70,7 @@ def start(
         if not (coordinator and num_processes > 0 and 0 <= process_id < num_processes):
             raise UserError(
                 f"--coordinator={coordinator or '?'} --num_processes={num_processes} --process_id={process_id}: "
-                "give all three, HOST:PORT of process 0, how many there are, and this one's number from 0"
+                "give all three: HOST:PORT of process 0, the number of processes, and the number of this one from 0"
             )
         if not coordinator.rpartition(":")[2].isdigit():
             raise UserError(f"--coordinator={coordinator} needs a port, as in 10.0.0.1:12345")
@@ -80,7 +81,7 @@ def start(
     where = f"to the coordinator {coordinator}" if explicit else "as the environment says"
     jax.config.update("jax_enable_preemption_service", preemptible)
     with stage(f"connecting {where}", timeout, who):
-        # The watch over the stage ends a process that waits too long, with a line that JAX wouldn't give.
+        # `stage` ends a process that waits too long, with a clear line that JAX wouldn't print.
         times: Any = {"initialization_timeout": timeout + 60, "heartbeat_timeout_seconds": heartbeat_timeout}
         try:
             with _ending_in_one_line():
@@ -90,7 +91,7 @@ def start(
                     jax.distributed.initialize(**times)
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"the processes could not be joined: {str(error).splitlines()[0][:300]}; "
+                f"could not join the other processes: {str(error).splitlines()[0][:300]}; "
                 "check --coordinator, --num_processes and --process_id, or the scheduler's environment"
             ) from error
     with stage("starting the devices", timeout):
@@ -101,11 +102,11 @@ def start(
 
 @contextlib.contextmanager
 def stage(name: str, limit: float | None = None, who: str = "") -> Iterator[None]:
-    """Log a stage of starting on every host: begin, end with seconds, a reminder each minute.
+    """Log a stage of the start on every host: its beginning, its end with seconds, and a reminder every minute.
 
     Args:
         limit: seconds after which the process ends with status 1.
-        who: names the process before JAX can; given where there are several for sure.
+        who: names the process before JAX can; given if there are certainly several processes.
     """
     if not who and jax.process_count() > 1:
         who = f"host {jax.process_index()} of {jax.process_count()}"
@@ -123,7 +124,7 @@ def stage(name: str, limit: float | None = None, who: str = "") -> Iterator[None
             if limit is not None and spent >= limit:
                 print(
                     f"error: {prefix}still {name} after {spent:.0f} s (--distributed_timeout); "
-                    "is every other process running, and reachable from here?",
+                    "is every other process running and reachable from here?",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -143,11 +144,11 @@ def stage(name: str, limit: float | None = None, who: str = "") -> Iterator[None
 
 @contextlib.contextmanager
 def _ending_in_one_line() -> Iterator[None]:
-    """A client of JAX's coordination service made in here ends the process with one line and RESTART.
+    """Make a client of JAX's coordination service that is created in here end the process with one line and RESTART.
 
-    By itself it aborts, with the stacks of C++ and Python, when the service says that a process is lost, or is silent.
-    JAX has no setting for it. Its extension takes a function to call instead, but fails to hand it the reason, so that
-    C++ calls its last handler, which is set here. Versions that call these otherwise abort as ever.
+    By default it aborts, with stacks of C++ and Python, when the service reports a lost process or is silent. JAX has
+    no setting for this. Its extension accepts a function to call instead, but fails to pass the reason to it, so C++
+    calls its terminate handler, which is set here. Versions that work differently still abort.
     """
     try:
         from jax._src.lib import _jax
@@ -172,14 +173,14 @@ def _ending_in_one_line() -> Iterator[None]:
 
 
 def _lost(*_: object) -> None:
-    end_for_restart("another process of this run is gone, or can't be reached")
+    end_for_restart("another process of this run is gone or can't be reached")
 
 
-_handlers: list[object] = []  # ctypes' functions, which C++ goes on pointing to
+_handlers: list[object] = []  # keeps ctypes' functions alive, because C++ points to them
 
 
 def _on_terminate() -> None:
-    """Have std::terminate, which an exception in a thread of the runtime ends in, call `_lost`."""
+    """Make std::terminate, where exceptions in the runtime's threads end, call `_lost`."""
     handler = ctypes.CFUNCTYPE(None)(_lost)
     set_terminate = ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE
     set_terminate.restype = ctypes.c_void_p
@@ -188,15 +189,15 @@ def _on_terminate() -> None:
 
 
 def end_for_restart(reason: str) -> NoReturn:
-    """End this process at once, with a line: the others don't answer, so that nothing can be finished together."""
+    """End this process at once, with a line: the others don't answer, so nothing can be finished together."""
     from jax._src import distributed as jax_distributed
 
-    # Asking JAX itself would start its devices if nothing has yet.
+    # Asking JAX itself would start its devices if they aren't started yet.
     joined = jax_distributed.global_state
     who = f"process {joined.process_id} of {joined.num_processes}, {socket.gethostname()}"
     line = (
-        f"error: [{who}] {reason}; ending with status {RESTART}: start all processes again, and the run goes on "
-        "from its newest checkpoint\n"
+        f"error: [{who}] {reason}; ending with status {RESTART}: start all processes again to continue from the "
+        "newest checkpoint\n"
     )
     with contextlib.suppress(OSError):
         sys.stdout.flush()
@@ -206,17 +207,17 @@ def end_for_restart(reason: str) -> NoReturn:
 
 @contextlib.contextmanager
 def ending_with_the_others() -> Iterator[None]:
-    """Of several processes, end this one with RESTART where a transfer among them fails in here: one is gone."""
+    """End this process with RESTART if a transfer between processes fails in here, because one of them is gone."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
             raise
-        end_for_restart(f"what the processes do together failed ({' '.join(str(error).split())[:200]})")
+        end_for_restart(f"a transfer between the processes failed ({' '.join(str(error).split())[:200]})")
 
 
 def wait_for_all(name: str) -> None:
-    """Return when all processes are here; a hundred times more patient than the first transfer among CPUs is."""
+    """Return when all processes are here; a hundred times more patient than the first transfer between CPUs."""
     if jax.process_count() == 1:
         return
     from jax._src import distributed as jax_distributed
@@ -230,7 +231,7 @@ def on_main_host(action: Callable[[], None]) -> None:
     """Do something on the first host only; return on all hosts when it is done.
 
     Raises:
-        UserError: it failed there (with the reason, on that host).
+        UserError: it failed there; that host has the reason.
     """
     if jax.process_count() == 1:
         action()
@@ -242,58 +243,58 @@ def on_main_host(action: Callable[[], None]) -> None:
         except (UserError, OSError) as error:
             failure = error
     if from_main_host(failure is not None):
-        raise failure or UserError("the first host could not go on; its log says why")
+        raise failure or UserError("the first host failed; its log says why")
 
 
 def from_main_host(value: int | bool) -> int:
-    """The first host's value, on all hosts."""
+    """Return the first host's value on all hosts."""
     if jax.process_count() == 1:
         return int(value)
     return int(multihost_utils.broadcast_one_to_all(np.asarray(int(value), np.int32)))
 
 
 def array_from_main_host(value: np.ndarray) -> np.ndarray:
-    """The first host's array, on all hosts; each gives one of its shape and type."""
+    """Return the first host's array on all hosts; each host passes one of the same shape and type."""
     if jax.process_count() == 1:
         return value
     return np.asarray(multihost_utils.broadcast_one_to_all(value))
 
 
 def all_hosts(value: bool) -> bool:
-    """Whether all hosts say yes."""
+    """Return whether `value` is true on all hosts."""
     if jax.process_count() == 1:
         return value
     return bool(np.all(multihost_utils.process_allgather(np.asarray(value))))
 
 
 def sum_of_hosts(value: int) -> int:
-    """The sum of all hosts' values, on all hosts."""
+    """Return the sum of all hosts' values on all hosts."""
     if jax.process_count() == 1:
         return value
     return int(np.sum(multihost_utils.process_allgather(np.asarray(value, np.int32))))
 
 
 def same_on_all_hosts(text: str) -> bool:
-    """Whether all hosts give the first host's text."""
+    """Return whether all hosts have the same text as the first one."""
     ours = zlib.crc32(text.encode("utf-8", "surrogatepass")) >> 1
     return all_hosts(from_main_host(ours) == ours)
 
 
 def check_same_data(source: Source) -> None:
-    """UserError unless every host lists the same samples: each reads its share of one order of them."""
+    """Raise UserError unless all hosts list the same samples, because each reads its share of one order of them."""
     spread = np.linspace(0, len(source) - 1, min(len(source), 1000)).astype(int)
     listing = [str(len(source)), *source.class_names, *(source.name(int(i)) for i in spread)]
     if not same_on_all_hosts("\n".join(listing)):
         raise UserError(
-            f"the hosts don't list the same images (here {len(source):,} of {len(source.class_names):,} classes); "
+            f"the hosts don't list the same images (here {len(source):,} in {len(source.class_names):,} classes); "
             "give all of them the same copy of the data at the same path"
         )
 
 
 def leave(code: int, timeout: float = 60.0) -> NoReturn:
-    """End this process of several: after the others are done too if all went well, at once if not.
+    """End this process, one of several: once the others are done, too, if all went well, or else at once.
 
-    Nothing of the interpreter's own end is left to run: with threads of the runtime still there it can hang.
+    The interpreter's own shutdown is skipped, because it can hang while threads of the runtime are still running.
     """
     if code == 0:
         late = threading.Timer(timeout, os._exit, [code])

@@ -1,6 +1,6 @@
 """How fast a compiled program would run on a chip: XLA's own cost model, and the bytes that travel at the links' speed.
 
-It is a model and not a measurement: it ranks programs and names their dear parts.
+It is a model and not a measurement: it ranks programs and names their most expensive parts.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ DEAREST = 10  # ops that the report lists
 
 
 def estimate(program: Program, chip: Chip | None, flops: float, devices: int, slices: int = 1) -> dict[str, Any]:
-    """What a program's text says of its speed, as JSON values; None for what is not known of the chip.
+    """Return what a program's text says about its speed, as JSON values; None for what isn't known about the chip.
 
     Args:
-        flops: of the model in a run of the program, on all devices together.
-        slices: that the devices are of.
+        flops: of the model per run of the program, on all devices together.
+        slices: the number of slices that the devices belong to.
 
     Returns:
-        "cycles" and "compute_seconds" by XLA's model, which is written for TPUs alone; "least_seconds", what the
-        arithmetic takes at the chip's peak; "share_of_peak"; "parts" (share of the cycles) and "dearest" ops;
-        "collectives" by kind ("count" and "bytes" sent by a chip, and "in_loops" of them) with "link_seconds";
-        "between_slices" by kind, what a chip sends over the network, which is in no estimate of seconds;
-        "bound": "compute" or "links"; "seconds" of a run if transfers hide behind the computation entirely; and the
-        "largest_array" that a chip holds.
+        "cycles" and "compute_seconds" from XLA's model, which only exists for TPUs; "least_seconds", the time of the
+        arithmetic at the chip's peak; "share_of_peak"; "parts" (share of the cycles) and the most expensive ops,
+        "dearest"; "collectives" by kind ("count" and "bytes" that a chip sends, and the share "in_loops") with
+        "link_seconds"; "between_slices" by kind, what a chip sends over the network, which no estimate of seconds
+        includes; "bound": "compute" or "links"; "seconds" per run if computation hides all transfers; and the
+        "largest_array" on a chip.
     """
     costs, transfers = program_lib.costs(program), program_lib.collectives(program)
     cycles = sum(cost.total for cost in costs)
@@ -76,7 +76,7 @@ def estimate(program: Program, chip: Chip | None, flops: float, devices: int, sl
 
 
 def by_kind(transfers: list[Collective]) -> dict[str, dict[str, float]]:
-    """Collectives of a run by their kind: how many, bytes that a chip sends, and how many of these within loops."""
+    """Count the collectives of a run by kind: their number, the bytes that a chip sends, and those inside loops."""
     found: dict[str, dict[str, float]] = {}
     for transfer in transfers:
         row = found.setdefault(transfer.kind, {"count": 0, "bytes": 0.0, "in_loops": 0.0})
@@ -87,7 +87,7 @@ def by_kind(transfers: list[Collective]) -> dict[str, dict[str, float]]:
 
 
 def words(values: dict[str, Any], chip: str | None) -> list[str]:
-    """An estimate as lines for people."""
+    """Return an estimate as readable lines."""
     lines = []
     array = values["largest_array"]
     lines.append(f"largest     {array['type']}, {array['bytes'] / 2**20:.4g} MiB, {array['source'] or array['op']}")
@@ -98,13 +98,13 @@ def words(values: dict[str, Any], chip: str | None) -> list[str]:
     if values["compute_seconds"] is not None:
         share = f", {values['share_of_peak']:.1%} of peak" if values["share_of_peak"] else ""
         lines.append(
-            f"estimate    {values['seconds']:.4g} s{share}, bound by {values['bound']}: "
+            f"estimate    {values['seconds']:.4g} s{share}, limited by {values['bound']}: "
             f"{values['compute_seconds']:.4g} s of computation, {values['link_seconds']:.4g} s on the links "
             "(XLA's model of the chip, not a measurement)"
         )
         parts = ", ".join(f"{name} {share:.1%}" for name, share in values["parts"].items())
         lines.append(f"cycles by part: {parts}")
-        lines.append("the dearest ops:")
+        lines.append("the most expensive ops:")
         lines += [
             f"  {row['share']:>5.1%}  {row['times']:>4} x  {row['part']:<10} {row['makes']:<28} "
             f"{row['source'] or row['op']}"
@@ -113,8 +113,8 @@ def words(values: dict[str, Any], chip: str | None) -> list[str]:
     elif values["least_seconds"] is not None:
         lines.append(
             f"at least    {values['least_seconds']:.4g} s of arithmetic at the peak of a {chip}, "
-            f"{values['link_seconds']:.4g} s on its links; XLA estimates no more for it"
+            f"{values['link_seconds']:.4g} s on its links; XLA gives no other estimate for it"
         )
     if values["unknown_loops"]:
-        lines.append(f"counted once, as their lengths are not known: {', '.join(values['unknown_loops'])}")
+        lines.append(f"counted once, because their lengths are unknown: {', '.join(values['unknown_loops'])}")
     return lines

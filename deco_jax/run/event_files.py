@@ -1,4 +1,4 @@
-"""Files in a bucket that grow: a log of text, and TensorBoard's events by tensorboardX."""
+"""Growing files in a bucket: a text log, and TensorBoard's events by tensorboardX."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_EVENT_BYTES = 2**24
 
 
 class ObjectLog(io.StringIO):
-    """A text file of a bucket that grows: held here, and put as a whole by `sync`."""
+    """A growing text file in a bucket: held in memory, and uploaded as a whole by `sync`."""
 
     def __init__(self, name: str | os.PathLike[str]) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class ObjectLog(io.StringIO):
 
 
 class EventFile:
-    """A file of TensorBoard's events in a bucket, held here until `sync`; a full one is followed by another."""
+    """A file of TensorBoard events in a bucket, held in memory until `sync`; when it is full, another one follows."""
 
     _open: ClassVar[list[EventFile]] = []
 
@@ -73,22 +73,22 @@ class EventFile:
         if changed:
             storage.put(f"{self._name}.{self._part:04d}" if self._part else self._name, data)
         if len(data) >= MAX_EVENT_BYTES:
-            with self._lock:  # events of a later step follow; TensorBoard reads the files in their order
+            with self._lock:  # later events go to the next file; TensorBoard reads the files in order
                 self._data, self._part = self._data[len(data) :], self._part + 1
 
 
 class EventFiles:
-    """How tensorboardX opens files in a bucket."""
+    """Opens files in a bucket for tensorboardX."""
 
     def open(self, name: str) -> EventFile:
         return EventFile(name)
 
     def directory_check(self, name: str) -> None:
-        """A bucket needs no folders."""
+        """Do nothing: a bucket needs no folders."""
 
 
 def register(folder: str | os.PathLike[str]) -> None:
-    """Have tensorboardX write to a bucket as this module does, if that is where `folder` lies."""
+    """Make tensorboardX write through this module if `folder` is in a bucket."""
     if storage.is_remote(folder):
         from tensorboardX import record_writer
 

@@ -1,4 +1,4 @@
-"""Copies of weights that lie in a bucket, fetched once into a folder of this machine."""
+"""Local copies of weights in a bucket, fetched only once."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ PROGRESS_SECONDS = 5.0
 
 
 def cache_folder() -> pathlib.Path:
-    """Where copies of remote weights are kept: $DECO_JAX_CACHE, else deco_jax in the user's cache folder."""
+    """Return the folder for copies of remote weights: $DECO_JAX_CACHE, or else deco_jax in the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return pathlib.Path(os.environ.get("DECO_JAX_CACHE") or os.path.join(home, "deco_jax", "fetched"))
 
 
 def local(name: str | os.PathLike[str]) -> pathlib.Path:
-    """A file or folder of weights on this machine: `name` itself, or a copy of the remote one, fetched once.
+    """Return a file or folder of weights on this machine: `name` itself, or a copy of the remote one, fetched once.
 
-    A copy is checked by its MD5 where the bucket tells it, and fetched anew when the object changes.
+    A copy is checked against the MD5 that the bucket gives, if any, and fetched again when the object changes.
 
     Raises:
         UserError: there is no such object, or what arrived is damaged.
@@ -63,7 +63,7 @@ def _fetch(name: str, info: dict[str, Any], target: pathlib.Path) -> None:
             raise UserError(f"{name} arrived damaged ({done:,} of {size:,} bytes, MD5 {digest.hexdigest()}); try again")
     with files.whole(note, shared=True) as part:
         part.write_text(expected)
-    checked = f"MD5 {digest.hexdigest()}, {'as the bucket says' if wanted else 'the bucket tells none'}"
+    checked = f"MD5 {digest.hexdigest()}, {'as the bucket says' if wanted else 'which the bucket does not give'}"
     _say(f"fetched {name} to {target}: {size / 2**20:,.1f} MiB in {time.monotonic() - began:.1f} s; {checked}")
 
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Writes files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ import numpy as np
 
 from deco_jax.run import storage
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk, or a limit, answers
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the errors of a full disk or a limit
 
-STALE = 3600.0  # seconds after which nobody is still writing a part
+STALE = 3600.0  # seconds after which a part is abandoned
 
 
 @contextlib.contextmanager
 def whole(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator[pathlib.Path]:
     """Yield a path to write to; it replaces `path` if the block succeeds and is removed if it fails.
 
-    Of a file in a bucket it lies on this machine, and is put there as one object.
+    For a file in a bucket, that path is on this machine, and the file is uploaded as one object.
 
     Args:
-        shared: several processes may write the same file at once; the last one wins. Parts that a kill left behind
-            go the next time.
+        shared: several processes may write the same file at once; the last one wins. Parts left behind by a kill are
+            removed the next time.
 
     Raises:
-        OSError: the file, or a folder that it lies in, can't be written.
+        OSError: the file, or its folder, can't be written.
     """
     if storage.is_remote(path):
         with storage.staged(path) as part:
@@ -39,7 +39,7 @@ def whole(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator[pat
         return
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A fixed name where that will do: what a kill leaves behind is written over the next time.
+    # Use a fixed name if possible: whatever a kill leaves behind is then overwritten the next time.
     part = path.with_name(f"{path.name}{'.' + uuid.uuid4().hex if shared else ''}.part")
     if shared:
         for left in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
@@ -61,7 +61,7 @@ def save_array(path: str | os.PathLike[str], array: np.ndarray) -> None:
     """Write a .npy file, whole or not at all.
 
     Raises:
-        OSError: it can't be written; with the system's reason, which `np.save` loses.
+        OSError: it can't be written; it has the system's reason, which `np.save` loses.
     """
     array = np.ascontiguousarray(array)
     with whole(path) as part, part.open("wb") as file:

@@ -1,14 +1,14 @@
 """Where a run's wall time goes: the share in which the devices train, and what takes the rest.
 
 A thread waits for each step and notes when it began and ended on the devices. Between two steps the devices wait for
-this host, and what it did in the meantime is what the time goes to. WORKDIR/goodput.json carries the sums from one
-process of the run to the next:
+this host, and that time counts towards what the host did. WORKDIR/goodput.json carries the sums from one process of the
+run to the next:
 
     {"seconds": {"training": 3512.0, "lost": 41.2, "start": 30.1, "compile": 95.0, ...}, "away": 310.0, "processes": 3,
      "marks": [[0, 0.0], [5000, 3100.5]], "time": 1795649525.0}
 
-"lost" is training that a kill took: steps that came after the checkpoint that the next process went on from. "away" is
-the time between one process's last note and the next one's start; it is no part of the whole.
+"lost" is training that a kill destroyed: steps after the checkpoint from which the next process continued. "away" is
+the time between the last note of one process and the start of the next; it isn't included in the total.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from deco_jax.run import storage
 
 FILE = "goodput.json"
 TRAINING, LOST, START, OTHER = "training", "lost", "start", "other"
-NOTE_SECONDS = 10.0  # between two notes; PUT_SECONDS of storage in a bucket
-MARKS = 200  # steps whose training time is remembered, to know what a later process loses
+NOTE_SECONDS = 10.0  # between two notes; in a bucket, storage.PUT_SECONDS
+MARKS = 200  # steps whose training time is remembered, to compute what a later process lost
 
 
 class Running(NamedTuple):
-    """The step that the devices work on."""
+    """The step that the devices are working on."""
 
     step: int
     since: float  # time.monotonic
 
 
 class StepClock:
-    """Notes when steps begin and end on the devices: a step begins when it is handed over and the last one has ended.
+    """Notes when steps begin and end on the devices; a step begins once it is dispatched and the last one has ended.
 
     Args:
-        began: time.monotonic from which on the devices wait for the first step.
+        began: the time.monotonic from which the devices wait for the first step.
     """
 
     def __init__(self, began: float) -> None:
-        self.training = 0.0  # seconds that steps took
+        self.training = 0.0  # seconds spent in steps
         self.running: Running | None = None
         self.gaps: queue.SimpleQueue[tuple[float, float]] = queue.SimpleQueue()
         self._ended = began
@@ -58,7 +58,7 @@ class StepClock:
         self._thread.start()
 
     def handed_over(self, step: int, result: Any) -> None:
-        """A step has been dispatched; `result` is ready when it has ended."""
+        """Note that a step was dispatched; `result` is ready when it has ended."""
         self._steps.put((step, result, time.monotonic()))
 
     def _wait(self) -> None:
@@ -66,7 +66,7 @@ class StepClock:
             began = max(at, self._ended)
             self.gaps.put((self._ended, began))
             self.running = Running(step, began)
-            with contextlib.suppress(Exception):  # the training loop meets it too
+            with contextlib.suppress(Exception):  # the training loop gets the same error
                 jax.block_until_ready(result)
             del result
             self._ended = time.monotonic()
@@ -74,17 +74,17 @@ class StepClock:
             self.training += self._ended - began
 
     def close(self) -> float:
-        """Wait for the last step; the time at which it ended."""
+        """Wait for the last step; return the time at which it ended."""
         self._steps.put(None)
         self._thread.join()
         return self._ended
 
 
 class Goodput:
-    """Sums of where the time went, over all processes of a run.
+    """Sums up where the time went, over all processes of a run.
 
     Args:
-        folder: the workdir; on hosts other than the first None, which write nothing.
+        folder: the workdir; None on hosts other than the first, which write nothing.
     """
 
     def __init__(self, folder: pathlib.Path | None) -> None:
@@ -99,7 +99,7 @@ class Goodput:
         self.clock = StepClock(self._began)
 
     def resumed(self, step: int) -> None:
-        """Take over the sums of the processes before, of which this one goes on from `step`."""
+        """Take over the sums of earlier processes; this one continues from `step`."""
         earlier = _read(self._path)
         if not earlier:
             self._marks = [(step, 0.0)]
@@ -117,7 +117,7 @@ class Goodput:
 
     @contextlib.contextmanager
     def spending(self, name: str) -> Iterator[None]:
-        """What the host does in here is called `name`; the innermost name counts."""
+        """Count the host's time in here under `name`; the innermost name counts."""
         began = time.monotonic()
         try:
             yield
@@ -125,14 +125,14 @@ class Goodput:
             self._spans.append((name, began, time.monotonic()))
 
     def handed_over(self, step: int, result: Any) -> None:
-        """A step has been dispatched."""
+        """Note that a step was dispatched."""
         self.clock.handed_over(step, result)
         pause = storage.PUT_SECONDS if self._path is not None and storage.is_remote(self._path) else NOTE_SECONDS
         if time.monotonic() - self._noted > pause:
             self.note(step - 1)
 
     def shares(self) -> dict[str, float]:
-        """{"goodput": share of the time in training steps that counted, "time_NAME": share of the rest, ...}."""
+        """Return {"goodput": share of the time in training steps that counted, "time_NAME": other shares, ...}."""
         self._account()
         whole = sum(self._seconds.values())
         if not whole:
@@ -141,7 +141,7 @@ class Goodput:
         return {"goodput": self._seconds[TRAINING] / whole, **rest}
 
     def note(self, step: int) -> None:
-        """Write the sums after a step down."""
+        """Write down the sums after a step."""
         self._account()
         self._noted = time.monotonic()
         done = self._seconds[TRAINING]
@@ -160,7 +160,7 @@ class Goodput:
         write_atomically(self._path, (json.dumps(values) + "\n").encode())
 
     def close(self, step: int) -> str:
-        """Account for what came after the last step, write it down, and say it in a line."""
+        """Account for the time since the last step, write it down, and return it as a line."""
         ended = self.clock.close()
         self.clock.gaps.put((ended, time.monotonic()))
         self.note(step)
@@ -190,7 +190,7 @@ class Goodput:
 
 
 def _shares_of(spans: list[tuple[str, float, float]], begin: float, end: float) -> dict[str, float]:
-    """Seconds of [begin, end] in each name's spans; where they are nested, the inner one's (it ends first)."""
+    """Return the seconds of [begin, end] in each name's spans; in nested spans the inner one (it ends first) counts."""
     found: dict[str, float] = {}
     taken: list[tuple[float, float]] = []
     for name, first, last in spans:
@@ -204,7 +204,7 @@ def _shares_of(spans: list[tuple[str, float, float]], begin: float, end: float) 
 
 
 def process_age() -> float:
-    """Seconds since the system started this process; 0 where it doesn't say."""
+    """Return the seconds since the system started this process; 0 if it doesn't say."""
     try:
         ticks = float(pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         up = float(pathlib.Path("/proc/uptime").read_text().split()[0])
@@ -214,7 +214,7 @@ def process_age() -> float:
 
 
 def _read(path: pathlib.Path | None) -> dict[str, Any]:
-    """The sums so far; {} if there are none, or they can't be read."""
+    """Read the sums so far; {} if there are none, or they can't be read."""
     try:
         values = json.loads(path.read_bytes()) if path is not None and path.exists() else {}
         return values if values and values["marks"] and values["seconds"].get(TRAINING, 0.0) >= 0 else {}

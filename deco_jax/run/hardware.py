@@ -1,5 +1,5 @@
-"""What is known of chips: memory, peak arithmetic (dense bfloat16, no sparsity) and links, by the makers' data sheets,
-and the compiler flags that the program sets for itself.
+"""Facts about chips from their makers' data sheets (memory, peak dense bfloat16 arithmetic, links), and the compiler
+flags that the program sets on its own.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ class Chip(NamedTuple):
     memory: float  # bytes
     peak: float  # bfloat16 FLOP/s
     links: float  # bytes per second that it can send to other chips, over all of its links together
-    clock: float | None = None  # Hz, of the cycles that XLA's cost model for TPUs counts in
+    clock: float | None = None  # Hz, of the cycles in XLA's cost model for TPUs
 
 
 GIGA, TERA = 1e9, 1e12
 GIB = 2**30
 
-# Pattern of jax.Device.device_kind → chip. TPU memory is what the compiler may use of it.
+# Pattern of jax.Device.device_kind → chip. For TPUs, the memory is the part that the compiler may use.
 # Links are half of the "bidirectional inter-chip interconnect bandwidth (per chip)" of cloud.google.com/tpu/docs/v5e,
 # v5p and v6e (400, 1200 and 800 GB/s) and v4's 2400 Gbit/s; half of NVLink's 900 GB/s (H100, H200), 600 GB/s (A100)
-# and 400 GB/s (H800, A800) in NVIDIA's. Clocks are those at which the matrix units reach the sheets' peak, as v5e's do
-# with 4 units x 128² x 2 FLOP x 1.5 GHz.
+# and 400 GB/s (H800, A800) in NVIDIA's. Clocks are those at which the matrix units reach the peak of the data sheet;
+# for v5e, 4 units x 128² x 2 FLOP x 1.5 GHz.
 CHIPS: tuple[tuple[str, Chip], ...] = (
     (r"TPU v5 ?(lite|e)", Chip("v5e", 15.75 * GIB, 197 * TERA, 200 * GIGA, 1.5 * GIGA)),
     (r"TPU v5p?$", Chip("v5p", 95.74 * GIB, 459 * TERA, 600 * GIGA, 1.75 * GIGA)),
@@ -52,12 +52,12 @@ CHIPS: tuple[tuple[str, Chip], ...] = (
 
 
 def chip_of(device: jax.Device) -> Chip | None:
-    """The chip of a device (a topology's too); None where nothing is known, such as a CPU."""
+    """Return the chip of a device, also of a topology's; None if nothing is known about it, as for a CPU."""
     return next((chip for pattern, chip in CHIPS if re.search(pattern, device.device_kind)), None)
 
 
 def device_memory(device: jax.Device, mesh: Mesh) -> float | None:
-    """Bytes that a device can hold; None if unknown, as for a CPU."""
+    """Return the bytes that a device can hold; None if unknown, as for a CPU."""
     chip = chip_of(device)
     try:
         stats = device.memory_stats() or {}
@@ -74,23 +74,23 @@ def device_memory(device: jax.Device, mesh: Mesh) -> float | None:
     return chip.memory * (len(places) or mesh.size) / mesh.size
 
 
-# A library of kernels that these jaxlibs prefer on a CPU. XLA's own are quicker, convolutions above all: on two cores
-# with jax 0.10.2 the Inception network does 13 images/s, not 5 to 7, and a step of configs/benchmark_cpu.py takes 0.9
-# of the time. The library keeps the sums, which it does in more exact steps.
+# A library of kernels that these jaxlibs prefer on a CPU. XLA's own kernels are faster, above all for convolutions: on
+# two cores with jax 0.10.2 the Inception network does 13 images/s instead of 5 to 7, and a step of
+# configs/benchmark_cpu.py takes 0.9 of the time. The library still computes sums, which it does more exactly.
 _CPU_KERNELS = "--xla_cpu_experimental_ynn_fusion_type"
 
 
 def check_attention(attention: str) -> None:
-    """UserError if this machine has not what config.model.attention needs."""
+    """Raise UserError if this machine lacks what config.model.attention needs."""
     if attention == "cudnn" and jax.default_backend() != "gpu":
         raise UserError(f"config.model.attention=cudnn needs an NVIDIA GPU, not a {jax.default_backend()}; use xla")
 
 
 # For NVIDIA's GPUs, after the GPU performance guides of JAX and of NVIDIA's JAX-Toolbox; not measured with this model.
 _GPU_FLAGS = {
-    # Starts transfers as early and waits for them as late as it can, so that they hide behind computation.
+    # Starts transfers as early and waits for them as late as possible, so that computation hides them.
     "--xla_gpu_enable_latency_hiding_scheduler": "true",
-    # Joins small transfers up to so many bytes. XLA's 30 MB would part one block of DeCo-XL, 45 MB in bfloat16.
+    # Combines small transfers up to this size. XLA's 30 MB would split one block of DeCo-XL, 45 MB in bfloat16.
     "--xla_gpu_all_gather_combine_threshold_bytes": str(2**27),
     "--xla_gpu_reduce_scatter_combine_threshold_bytes": str(2**27),
     "--xla_gpu_all_reduce_combine_threshold_bytes": str(2**27),
@@ -103,9 +103,9 @@ _KNOWN = (
 
 
 def set_xla_flags() -> None:
-    """Add to XLA_FLAGS what makes programs quicker, but for what is set there; only before the first use of a device.
+    """Add flags to XLA_FLAGS that make programs faster. Call it before the first use of a device.
 
-    The one for CPUs, and those for GPUs where the machine has one; a flag that the user has set stays as it is.
+    These are the flag for CPUs, and those for GPUs if the machine has one; flags that the user has set stay unchanged.
     """
     if not version("jaxlib").startswith(_KNOWN):
         return
@@ -118,12 +118,13 @@ def set_xla_flags() -> None:
 def keep_compiled_programs() -> None:
     """Keep compiled programs in the user's cache folder, so that the same command starts in seconds the next time.
 
-    JAX's own settings go first: JAX_COMPILATION_CACHE_DIR is another folder, JAX_ENABLE_COMPILATION_CACHE=false none.
+    JAX's own settings take precedence: JAX_COMPILATION_CACHE_DIR for another folder, JAX_ENABLE_COMPILATION_CACHE=false
+    for no cache.
     """
     if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         return
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    # Programs for a CPU are of its instructions: machines that share a home folder may have others.
+    # Programs for a CPU use its instruction set, and machines that share a home folder may differ in that.
     features = platform.machine()
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
         features += next((line for line in file if line.startswith(("flags", "Features"))), "")
@@ -132,6 +133,6 @@ def keep_compiled_programs() -> None:
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether this machine has one that JAX may use; without starting JAX, which reads XLA_FLAGS as it starts."""
+    """Return whether JAX may use an NVIDIA GPU here; doesn't start JAX, which reads XLA_FLAGS when it starts."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
     return bool(glob.glob("/dev/nvidia[0-9]*")) and (not platforms or "cuda" in platforms or "gpu" in platforms)
