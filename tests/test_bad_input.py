@@ -73,7 +73,7 @@ VALUES = [
     (["--config.data.image_size=(16,4)"], r"image_size=\(16, 4\) must be a side of at least 8"),
 ]
 MACHINE = [
-    (["--config.mesh.data=1024"], "1024 x 1 = 1024 devices, this machine has"),
+    (["--config.mesh.data=1024"], "1024 x 1 = 1024 devices, but this machine has"),
     (["--config.mesh.fsdp=1024"], "1024"),
     (["--config.model.attention=cudnn", "--config.model.dtype=bfloat16"], "cudnn needs an NVIDIA GPU, not a cpu"),
     (["--config.data.source=image_folder"], "data.path is empty"),

@@ -67,7 +67,7 @@ def test_a_size_that_only_the_config_asks_for_is_refused(tmp_path):
     config.data.image_size = (8, 24)
     settings.check_drawn_size(config, ["data.image_size"], str(tmp_path), "")
     for workdir, checkpoint in ((tmp_path, ""), (tmp_path / "other", tmp_path)):
-        with pytest.raises(UserError, match=r"was trained at 16x16 and the config says 8x24; leave --config out"):
+        with pytest.raises(UserError, match=r"was trained at 16x16, but the config says 8x24; leave --config out"):
             settings.check_drawn_size(config, ["sample.seed"], str(workdir), str(checkpoint))
 
 
@@ -92,8 +92,8 @@ def test_what_a_run_trains_with_is_what_its_config_says(tmp_path):
     assert steps(run)[-1] == "4"
 
     before = files(run)
-    says = r"config.data.image_size was \[16, 16\] and is \[24, 24\]; leave --config out to go on"
+    says = r"config.data.image_size was \[16, 16\] and is \[24, 24\]; leave --config out to continue"
     refuse(SMOKE, f"--workdir={run}", "--config.data.image_size=24", "--config.train.num_steps=9", says=says)
-    says = "was trained at 16x16 and the config says 32x32; leave --config out"
+    says = "was trained at 16x16, but the config says 32x32; leave --config out"
     refuse("--config=imagenet256:smoke", f"--workdir={run}", "--mode=sample", says=says)
     assert files(run) == before

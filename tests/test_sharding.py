@@ -214,7 +214,7 @@ def test_every_frozen_network_s_leaf_has_a_rule(caplog):
     "data, fsdp, message",
     [
         (-1, -1, "both -1"),
-        (2, 1, "asks for 2 x 1 = 2 devices, this machine has 1"),
+        (2, 1, "asks for 2 x 1 = 2 devices, but this machine has 1"),
         (-1, 3, "axis of 3 does not divide this machine's 1 devices"),
         (3, -1, "axis of 3 does not divide"),
     ],
@@ -246,15 +246,15 @@ def test_weights_stay_in_their_slice():
     mesh = sharding.make_mesh(1, 4, unknown, slices=2)
     assert [[device.id for device in row] for row in mesh.devices] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     for data, fsdp, slices, message in (
-        (1, 1, 2, "uses 1 of 4 devices of a slice; with several hosts or slices it must use all"),
-        (1, 8, 2, "asks for 1 x 8 = 8 devices of a slice, this machine has 4"),
+        (1, 1, 2, "uses 1 of 4 devices per slice; with several hosts or slices it must use all"),
+        (1, 8, 2, "asks for 1 x 8 = 8 devices per slice, but this machine has 4"),
         (1, -1, 3, "config.mesh.slices=3 does not divide the 8 devices"),
     ):
         with pytest.raises(UserError, match=message):
             sharding.make_mesh(data, fsdp, unknown, slices)
     tpus = [dataclasses.replace(device, platform="tpu") for device in devices]
     for slices in (1, 4):
-        with pytest.raises(UserError, match=f"config.mesh.slices={slices}, and these devices are of 2"):
+        with pytest.raises(UserError, match=f"config.mesh.slices={slices}, but these devices belong to 2"):
             sharding.make_mesh(-1, 1, tpus, slices)
 
 
@@ -268,7 +268,7 @@ def test_mesh_takes_what_is_left():
 def test_batches_have_to_divide():
     mesh = jax.sharding.AbstractMesh((2, 4), ("data", "fsdp"))
     sharding.check_batch(mesh, 32, "config.data.batch_size", 4)
-    with pytest.raises(UserError, match=r"config.data.batch_size=30 does not divide by 8 devices; 32 would"):
+    with pytest.raises(UserError, match=r"config.data.batch_size=30 is not divisible by 8 devices; 32 would be"):
         sharding.check_batch(mesh, 30, "config.data.batch_size")
     with pytest.raises(UserError, match="8 devices x 3 accumulation steps; 24 would"):
         sharding.check_batch(mesh, 32, "config.data.batch_size", 3)

@@ -59,7 +59,7 @@ def test_sampling(tmp_path):
     live = [line for line in lines if "of 8 images drawn" in line]
     assert re.fullmatch(r"2 of 8 images drawn \(compiled and drawn in \d+\.\d s\)", live[0])
     for count, line in zip((4, 6, 8), live[1:], strict=True):
-        assert re.fullmatch(rf"{count} of 8 images drawn, {LEFT}, \S+ a second", line)
+        assert re.fullmatch(rf"{count} of 8 images drawn, {LEFT}, \S+ per second", line)
 
 
 @pytest.mark.slow
@@ -75,7 +75,7 @@ inception_features.measure(images, Projection(), None, "digest", 0, 4)
     lines = on_terminal("-c", program)
     assert re.match(r"4 of 12 images measured \(compiled and measured in \d+\.\d s\), drawn from xxx", lines[0])
     for count, line in zip((8, 12), lines[1:], strict=True):
-        assert re.match(rf"{count} of 12 images measured, {LEFT}, \S+ a second, drawn from xxx", line)
+        assert re.match(rf"{count} of 12 images measured, {LEFT}, \S+ per second, drawn from xxx", line)
     assert max(map(len, lines)) == 79
 
 
@@ -89,9 +89,9 @@ def test_compiling_is_not_in_the_rate(monkeypatch, capsys):
         progress(done)
     assert capsys.readouterr().out.splitlines() == [
         "20 of 70 images drawn (compiled and drawn in 100.0 s)",
-        "30 of 70 images drawn, 0m20s left, 2 a second",
-        "50 of 70 images drawn, 0m10s left, 2 a second",
-        "70 of 70 images drawn, 0m00s left, 2 a second",
+        "30 of 70 images drawn, 0m20s left, 2 per second",
+        "50 of 70 images drawn, 0m10s left, 2 per second",
+        "70 of 70 images drawn, 0m00s left, 2 per second",
     ]
 
 

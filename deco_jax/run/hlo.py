@@ -1,6 +1,6 @@
-"""Reads HLO text, what `compiled.as_text()` prints, into computations, instructions and the Python lines behind them.
+"""Parses HLO text, which `compiled.as_text()` prints, into computations, instructions and the Python lines behind them.
 
-Pure functions; `run/program.py` asks the questions.
+These are pure functions; `run/program.py` uses them to answer questions about a program.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Array(NamedTuple):
-    """The type of an array as a device holds it: its own part of what is split over devices."""
+    """The type of an array on a device; if the array is split over devices, of the device's own part."""
 
     dtype: str  # XLA's name: bf16, f32, u8, pred
     shape: tuple[int, ...]
@@ -31,14 +31,14 @@ class Instruction(NamedTuple):
 
     name: str
     opcode: str
-    results: tuple[Array, ...]  # of a tuple, all of its arrays
+    results: tuple[Array, ...]  # for a tuple, all of its arrays
     operands: tuple[str, ...]  # names of instructions
-    arguments: str  # what stands in the parentheses
-    attributes: str  # what follows them
+    arguments: str  # the text in the parentheses
+    attributes: str  # the text after them
 
     @property
     def op_name(self) -> str:
-        """JAX's name of what this computes, with its scopes: "jit(train_step)/jvp(decoder)/dot_general"; "" without."""
+        """JAX's name for this op, with its scopes, such as "jit(train_step)/jvp(decoder)/dot_general"; "" if none."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
@@ -104,7 +104,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(line: str, start: int) -> int:
-    """The place behind the parenthesis that closes the one at `start`."""
+    """Return the position after the parenthesis that closes the one at `start`."""
     depth = 0
     for place in re.finditer(r"[()]", line[start:]):
         depth += 1 if place[0] == "(" else -1
@@ -123,7 +123,7 @@ def _stacks(text: str) -> dict[int, tuple[Frame, ...]]:
     frames = {i: (int(a), int(b)) for i, (a, b) in table("StackFrames", r"\{\w+=(\d+) parent_frame_id=(\d+)").items()}
     if not frames:
         return {}
-    # 0 is no frame; some versions print a parent's number and some that number plus one.
+    # 0 means no frame; some versions print a parent's number, others that number plus one.
     offset = min(parent for _, parent in frames.values())
     stacks: dict[int, tuple[Frame, ...]] = {0: ()}
     for i in sorted(frames):  # parents come first
@@ -134,9 +134,9 @@ def _stacks(text: str) -> dict[int, tuple[Frame, ...]]:
 
 
 def source(program: Program, instruction: Instruction, depth: int = 3) -> str:
-    """Where an instruction comes from: "layers.py:91 Linear.__call__ < dit.py:70 Attention.__call__"; "" if unknown.
+    """Return where an instruction comes from, as "layers.py:91 Linear.__call__ < dit.py:70 Attention.__call__".
 
-    Frames of installed libraries are left out, as far as there are others.
+    It is "" if unknown. Frames of installed libraries are left out, unless there are no others.
     """
     found = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
     frames = program.stacks.get(int(found[1]), ()) if found else ()

@@ -1,12 +1,12 @@
-"""Copies of the state on each host's own disk: a process that is killed, but not its machine, goes on from there.
+"""Copies of the state on each host's own disk, from which a killed process continues if its machine is still there.
 
     FOLDER/RUN/process_I_of_N/STEP.npz
 
-Each host writes what its own devices hold, without asking the others, in the background; so it is cheap enough to do
-often. All hosts must have a step for it to be taken up, in the layout that the run has now; else the workdir's newest
-checkpoint is. RUN is a number of the run, kept in its workdir, so that a new run in an old folder finds no copy.
+Each host writes what its own devices hold, in the background and without asking the others, which is cheap enough to do
+often. A step is only restored if all hosts have it, in the layout that the run has now; otherwise the workdir's newest
+checkpoint is used. RUN is a number of the run, stored in its workdir, so that a new run in an old folder finds no copy.
 
-Orbax's emergency checkpoints were left alone: they need a whole copy of the state in each of several slices.
+Orbax's emergency checkpoints aren't used: they need a whole copy of the state in each of several slices.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from deco_jax.run.state import State
 from deco_jax.run.writer import write_atomically
 
 NOTE = "local_copies.json"  # in the workdir
-KEPT = 2  # so that hosts which a kill meets at different moments have one in common
+KEPT = 2  # so that hosts that are killed at different moments have a step in common
 _NOTE_KEY = "note"
 
 
@@ -48,7 +48,7 @@ class LocalCopies:
     def __init__(self, config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         name = config.train.local_copies
         if storage.is_remote(name):
-            raise UserError(f"config.train.local_copies={name} must lie on the hosts' own disks")
+            raise UserError(f"config.train.local_copies={name} must be a folder on the hosts' own disks")
         self._model = json.dumps(to_json(config)["model"], sort_keys=True)
         distributed.on_main_host(lambda: _number_run(folder))
         run = json.loads((folder / NOTE).read_text())["run"]
@@ -63,11 +63,11 @@ class LocalCopies:
         self._writer: threading.Thread | None = None
 
     def steps(self) -> list[int]:
-        """Steps of which this host has a copy, ascending."""
+        """Return the steps of which this host has a copy, ascending."""
         return sorted(int(path.stem) for path in self.folder.glob("*.npz") if path.stem.isdigit())
 
     def save(self, step: int, state: State) -> bool:
-        """Copy what this host's devices hold and write it in the background; False if it is still writing the last."""
+        """Copy what this host's devices hold, to be written in the background; False if the last copy still is."""
         if self._writer is not None and self._writer.is_alive():
             return False
         leaves = [(sharding.path_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(state)]
@@ -78,8 +78,8 @@ class LocalCopies:
             for shard in leaf.addressable_shards:
                 key = _key(name, shard.index, leaf.shape)
                 if key not in arrays:
-                    arrays[key] = np.array(shard.data)  # a copy: the next step takes the devices' memory
-        # Not daemonic: a run that ends well finishes it.
+                    arrays[key] = np.array(shard.data)  # a copy, because the next step reuses the devices' memory
+        # Not a daemon thread, so that a run that ends normally finishes writing.
         self._writer = threading.Thread(target=self._write, args=(step, arrays))
         self._writer.start()
         return True
@@ -98,12 +98,12 @@ class LocalCopies:
             logging.error("no copy of step %d in %s: %s", step, self.folder, error.strerror)
 
     def wait(self) -> None:
-        """Until the last copy is written."""
+        """Wait until the last copy is written."""
         if self._writer is not None:
             self._writer.join()
 
     def restore(self, shapes: State, newer_than: int) -> State | None:
-        """The newest state of which every host has a copy; None if there is none, or none newer than a step.
+        """Return the newest state of which every host has a copy; None if there is none newer than a step.
 
         Args:
             shapes: of the state, with shardings.
@@ -117,14 +117,14 @@ class LocalCopies:
             except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
                 logging.error("the copy of step %d in %s can't be used: %s", step, self.folder, error)
             if distributed.all_hosts(state is not None):
-                logging.warning("went on from the copies of step %d on the hosts' own disks", step)
+                logging.warning("continuing from the copies of step %d on the hosts' own disks", step)
                 return state
         return None
 
     def _read(self, step: int, shapes: State) -> State:
         with np.load(self.folder / f"{step}.npz") as stored:  # checks the CRC of what it reads
             if json.loads(stored[_NOTE_KEY].tobytes())["model"] != self._model:
-                raise ValueError("it is of another model")
+                raise ValueError("it belongs to another model")
 
             def leaf(path: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
                 name, placed = sharding.path_name(path), shape.sharding
@@ -140,7 +140,7 @@ class LocalCopies:
             return jax.tree_util.tree_map_with_path(leaf, shapes)
 
     def remove(self) -> None:
-        """Of a run that has ended nobody needs them."""
+        """Remove the copies of a run that has ended."""
         self.wait()
         storage.remove_tree(self.folder)
 
@@ -151,13 +151,13 @@ def _number_run(folder: pathlib.Path) -> None:
 
 
 def _key(name: str, index: tuple[slice, ...], shape: tuple[int, ...]) -> str:
-    """What a part of an array is called: "params/x/kernel|0:4,0:16"."""
+    """Return the name of a part of an array, such as "params/x/kernel|0:4,0:16"."""
     ranges = (part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
     return f"{name}|" + ",".join(f"{start}:{stop}" for start, stop in ranges)
 
 
 def _common(steps: list[int]) -> list[int]:
-    """The steps that all hosts have, ascending."""
+    """Return the steps that all hosts have, ascending."""
     if jax.process_count() == 1:
         return steps
     ours = np.full(KEPT + 1, -1, np.int32)

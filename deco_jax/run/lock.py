@@ -1,9 +1,10 @@
 """One run at a time in a workdir, on local disks and on shared ones, and no lock that a killed run leaves behind.
 
-WORKDIR/.lock is locked with flock(2), which the system releases when its process ends, however it ends. Some shared
-file systems keep such locks to one machine, or have none: so the file also says who holds it, with a number that the
-holder raises every few seconds. A holder on another machine whose number stands still is gone. A bucket has no such
-locks: there the record alone decides, made by a request that fails if there is one, and on one machine its process.
+WORKDIR/.lock is locked with flock(2), which the system releases when the process ends, however it ends. Some shared
+file systems only keep such locks within one machine, or have none. So the file also says who holds it, with a number
+that the holder increments every few seconds; a holder on another machine whose number stands still is gone. A bucket
+has no locks. There, only the record decides: the request that creates it fails if there is one, and on the same machine
+a lock counts while its process exists.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ from deco_jax.run import storage
 
 FILE = ".lock"
 BEAT_SECONDS = 10.0
-# A holder on another machine that is silent for so long is gone; its beats may be late on a slow disk.
+# A holder on another machine that is silent for this long is gone; its beats may be late on a slow disk.
 SILENT_SECONDS = 45.0
-# Clocks differ between machines, but not by this: who was last heard of before that needs no waiting for.
+# Clocks differ between machines, but not by this much: a record that is older needs no waiting.
 LONG_AGO_SECONDS = 900.0
-RECORD_BYTES = 512  # of one write, so that no reader sees half of it
+RECORD_BYTES = 512  # written at once, so that no reader sees half of it
 
 _held: dict[pathlib.Path, RunLock] = {}
 
 
 @atexit.register
 def _release_all() -> None:
-    """So that a run on another machine needn't wait for this one's silence."""
+    """Release all locks, so that a run on another machine needn't wait until this one counts as gone."""
     for held in list(_held.values()):
         held._count = 1
         held.release()
@@ -62,7 +63,7 @@ class RunLock:
         """Take the lock.
 
         Raises:
-            UserError: another process holds it; its host and its number are in the message.
+            UserError: another process holds it; the message has its host and process id.
         """
         if (own := _held.get(self.path)) is not None and own is not self:
             own._count += 1
@@ -81,7 +82,7 @@ class RunLock:
         self._count += 1
 
     def release(self) -> None:
-        """Give it back; nothing happens if it isn't held."""
+        """Release the lock; nothing happens if it isn't held."""
         held = _held.get(self.path)
         if held is None:
             return
@@ -109,7 +110,7 @@ class RunLock:
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                     os.close(self._file)
                     raise self._in_use(record) from error
-                # No such locks on this file system: the record alone decides.
+                # This file system has no such locks, so only the record decides.
             # Whoever held it may have removed the file between the two calls.
             with contextlib.suppress(OSError):
                 if os.fstat(self._file).st_ino == self.path.stat().st_ino:
@@ -117,7 +118,7 @@ class RunLock:
             os.close(self._file)
 
     def _check_other_machines(self) -> None:
-        """Return when no holder on another machine shows that it is alive."""
+        """Return once no holder on another machine shows that it is alive."""
         record = _read(self.path)
         if record and storage.is_remote(self.path) and record.get("machine") == _machine():
             if _is_alive(int(record.get("process", 0))):
@@ -128,7 +129,7 @@ class RunLock:
         if time.time() - float(record.get("time", 0)) > LONG_AGO_SECONDS:
             return
         logging.warning(
-            "%s was last used by process %s on %s: looking for %.0f s whether it still is",
+            "%s was last used by process %s on %s: waiting %.0f s to see whether it is still running",
             self.folder,
             record.get("process"),
             record.get("host"),
@@ -138,7 +139,7 @@ class RunLock:
         while time.monotonic() < end:
             time.sleep(min(BEAT_SECONDS, 1.0))
             now = _read(self.path)
-            if not now:  # given back
+            if not now:  # released
                 return
             if now != record:
                 raise self._in_use(now)
@@ -165,7 +166,7 @@ class RunLock:
             except FileExistsError as error:
                 raise self._in_use(_read(self.path)) from error
             return
-        # Opened anew: network file systems show other machines what is closed.
+        # Open it again each time: network file systems only show other machines what was closed.
         file = os.open(self.path, os.O_WRONLY)
         try:
             os.pwrite(file, json.dumps(record).encode().ljust(RECORD_BYTES), 0)
@@ -173,7 +174,7 @@ class RunLock:
             os.close(file)
 
     def _unreachable(self) -> type[Exception]:
-        """What a disk raises, or the many libraries under a bucket, at the end of the interpreter too."""
+        """The errors that a disk raises, or the libraries for a bucket, also when the interpreter is shutting down."""
         return Exception if storage.is_remote(self.path) else OSError
 
     def _close(self) -> None:
@@ -186,12 +187,12 @@ class RunLock:
             self._beat += 1
             with contextlib.suppress(
                 Exception if storage.is_remote(self.path) else OSError
-            ):  # a full or unreachable disk; the run itself will notice
+            ):  # a full or unreachable disk, which the run itself will notice
                 self._write()
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
-    """What the holder wrote; {} if nobody did."""
+    """Read the holder's record; {} if there is none."""
     try:
         record = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -210,7 +211,7 @@ def _is_alive(process: int) -> bool:
 
 
 def _machine() -> str:
-    """What tells machines apart even where their names are equal, and a machine from itself before it was started."""
+    """Return an id that differs between machines, even if their names are equal, and between boots of a machine."""
     try:
         return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

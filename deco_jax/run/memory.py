@@ -1,6 +1,6 @@
-"""What a run needs at the very least, by arithmetic, before anything is allocated.
+"""Computes the least memory that a run needs, before anything is allocated.
 
-It is a lower bound: what is refused here can't work, and what passes may still not fit; --mode=compile knows exactly.
+It is a lower bound: what is refused here can't work, but what passes may still not fit. --mode=compile knows exactly.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 
 def check_memory(config: ml_collections.ConfigDict, training: bool) -> None:
-    """UserError if the model, or a batch of it, can't fit into the memory of the devices here.
+    """Raise UserError if the model and a batch can't fit in the memory of this machine's devices.
 
     Args:
-        training: else images are drawn.
+        training: true for training, false for drawing images.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, slices=config.mesh.slices)
     device = jax.local_devices()[0]
@@ -42,23 +42,23 @@ def check_memory(config: ml_collections.ConfigDict, training: bool) -> None:
     parts = ", ".join(f"{name} {bytes_ / GIB:,.1f}" for name, bytes_ in need.items())
     smaller = "config.data.batch_size" if training else "config.sample.batch_size"
     raise UserError(
-        f"this needs at least {total / GIB:,.1f} GiB on each device ({parts}) and a {device.device_kind} here has "
+        f"this needs at least {total / GIB:,.1f} GiB on each device ({parts}), but a {device.device_kind} here has "
         f"{available / GIB:,.1f}; make {smaller}, config.data.image_size or the model smaller"
         + (", or raise config.mesh.fsdp or config.optimizer.accumulate_steps" if training else "")
     )
 
 
 def training_bytes(config: ml_collections.ConfigDict, devices: int, fsdp: int) -> dict[str, float]:
-    """Bytes on each device that a training step can't do without, by what they are for."""
+    """Return the bytes per device that a training step needs at least, by purpose."""
     model = config.model
     averages = len(parse_averages(config.optimizer.ema_decay, config.optimizer.get("averages", "")))
-    # Weights, gradients, Adam's two moments, averages; of a low-rank adaptation the weights, frozen and merged.
+    # Weights, gradients, Adam's two moments, averages; for a low-rank adaptation, the frozen and the merged weights.
     arrays = 2 if adapter_of(config) else 1 + 1 + 2 + averages
     height, width = config.data.image_size
     images = config.data.batch_size / devices
     at_once = images / config.optimizer.accumulate_steps
     pixels, tokens = height * width * 3, (height // model.patch_size) * (width // model.patch_size)
-    # Even where everything is recomputed, the backward pass starts from each block's input.
+    # Even if everything is recomputed, the backward pass starts from each block's input.
     saved = at_once * tokens * model.width * model.depth * jnp.dtype(model.dtype).itemsize
     return {
         "weights and optimizer": num_params(config) * FLOAT32 * arrays / fsdp,
@@ -68,20 +68,20 @@ def training_bytes(config: ml_collections.ConfigDict, devices: int, fsdp: int) -
 
 
 def drawing_bytes(config: ml_collections.ConfigDict, devices: int, fsdp: int) -> dict[str, float]:
-    """Bytes on each device that drawing a batch can't do without."""
+    """Return the bytes per device that drawing a batch needs at least."""
     height, width = config.data.image_size
     states = config.sample.batch_size / devices * height * width * 3 * FLOAT32
     return {"weights": num_params(config) * FLOAT32 / fsdp, "a batch": 2 * states}
 
 
 def num_params(config: ml_collections.ConfigDict) -> int:
-    """Parameters of the denoiser, from shapes alone."""
+    """Count the denoiser's parameters, from shapes alone."""
     shapes = network.build(config.model.to_dict()).shapes
     return sum(int(np.prod(leaf.shape, dtype=object)) for leaf in jax.tree.leaves(shapes))
 
 
 def host_memory() -> float:
-    """Bytes of memory that this process may use at most: the host's, or its container's."""
+    """Return the largest memory, in bytes, that this process may use: the host's, or its container's."""
     memory = float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES")
     for path in map(pathlib.Path, CGROUP_LIMITS):
         if path.is_file() and (limit := path.read_text().strip()).isdigit():

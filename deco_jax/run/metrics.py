@@ -1,4 +1,4 @@
-"""Reading metrics.jsonl, which a run may be writing to, and which a kill may have cut short."""
+"""Reads metrics.jsonl, which a run may be writing to, and which a kill may have cut short."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def read_rows(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
 
     Returns:
         The rows in the order of the file, each with an integer under "step", and the number of damaged lines left out.
-        Both are empty where there is no file.
+        Without a file: no rows, and 0.
     """
     rows, damaged = [], 0
     for line in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []:

@@ -1,4 +1,4 @@
-"""Watching a run from inside: profiler traces, unexpected compilations, device memory."""
+"""Watches a run from inside: profiler traces, unexpected compilations, device memory."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ COMPILATION = "/jax/core/compile/backend_compile_duration"
 
 
 class Profiler:
-    """A trace of a few steps for TensorBoard or xprof, in WORKDIR/profile.
+    """Traces a few steps for TensorBoard or xprof, into WORKDIR/profile.
 
     Args:
         start: steps of this process before the trace begins; 0: no trace.
-        steps: how many it covers.
+        steps: number of steps in the trace.
     """
 
     def __init__(self, workdir: pathlib.Path, start: int, steps: int) -> None:
@@ -30,16 +30,16 @@ class Profiler:
         self._written = contextlib.ExitStack()
 
     def before(self, done: int) -> None:
-        """Call before a step with the steps done so far by this process."""
+        """Call this before a step, with the number of steps that this process has done."""
         if self._last and done + 1 == self._first:
             jax.profiler.start_trace(str(self._written.enter_context(storage.staged_folder(self.folder))))
             self._running = True
 
     def after(self, done: int, result: Any) -> bool:
-        """Call after a step; True once the trace is written."""
+        """Call this after a step; returns True once the trace is written."""
         if not self._running or done < self._last:
             return False
-        jax.block_until_ready(result)  # steps run behind the host's back
+        jax.block_until_ready(result)  # steps run asynchronously
         self.close()
         return True
 
@@ -51,7 +51,7 @@ class Profiler:
 
 
 class CompileWatch:
-    """While entered, each compilation that nobody announced is logged as a warning: it stalls every device."""
+    """While entered, logs each unexpected compilation as a warning, because it stalls every device."""
 
     def __init__(self) -> None:
         self.unexpected = 0
@@ -66,7 +66,7 @@ class CompileWatch:
 
     @contextlib.contextmanager
     def expected(self) -> Iterator[None]:
-        """Compilations in here are part of the plan."""
+        """Treat compilations in here as expected."""
         self._expected += 1
         try:
             yield
@@ -79,12 +79,12 @@ class CompileWatch:
         self.unexpected += 1
         name = kwargs.get("fun_name", "a function")
         logging.warning(
-            "%s was compiled after the first step (%.1f s): a shape or a type that changes?", name, duration_secs
+            "%s was compiled after the first step (%.1f s): does a shape or a type change?", name, duration_secs
         )
 
 
 def peak_memory() -> int | None:
-    """Most bytes that this host's first device has held so far; None where the device doesn't say."""
+    """Return the most bytes that this host's first device has held so far; None if the device doesn't report it."""
     try:
         stats = jax.local_devices()[0].memory_stats() or {}
     except jax.errors.JaxRuntimeError:
@@ -93,7 +93,7 @@ def peak_memory() -> int | None:
 
 
 def program_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """What a compiled program needs of a device's memory, by the compiler: its parts, and their sum as "peak"."""
+    """Return the memory that a compiled program needs on a device: its parts, and their sum as "peak"."""
     analysis: Any = compiled.memory_analysis()
     parts = {
         "arguments": analysis.argument_size_in_bytes,

@@ -1,9 +1,9 @@
-"""Checkpoints in s3://: the driver of TensorStore's that Orbax leaves out.
+"""Checkpoints in s3://: connects Orbax with TensorStore's S3 driver.
 
-Orbax 0.12 writes to anything that epath reaches, and TensorStore has a driver for S3, but between the two Orbax knows
-only disks and gs://. Three functions of its own choose: how a path is spelled, whether it is a bucket's, and the driver
-of that. `enable` puts s3:// into each. Whether a checkpoint is complete is then said by a file that is written last,
-which is a public option (`atomicity`).
+Orbax 0.12 writes to anything that epath reaches, and TensorStore has a driver for S3, but Orbax itself only knows disks
+and gs://. Three of its functions decide how a path is spelled, whether it is in a bucket, and which driver it gets.
+`enable` adds s3:// to each of them. A file that is written last then marks a checkpoint as complete, which is a public
+option (`atomicity`).
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ SCHEME = "s3://"
 
 
 def stands_for(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path lies in S3."""
+    """Return whether a path is in S3."""
     return os.fspath(path).startswith(SCHEME)
 
 
 def atomicity() -> ocp.options.AtomicityOptions:
-    """Return the option of a CheckpointManager by which COMMITTED makes a checkpoint whole, as in gs://."""
+    """Return the CheckpointManager option that lets COMMITTED mark a checkpoint as complete, as in gs://."""
     return ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
 
 
 def driver(path: str) -> dict[str, Any]:
     """Return TensorStore's specification of a path in S3.
 
-    Endpoint and region are those that AWS's own tools take: AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, AWS_REGION or
-    AWS_DEFAULT_REGION. Without them TensorStore asks for the bucket's region.
+    Endpoint and region come from the variables of AWS's own tools: AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, AWS_REGION
+    or AWS_DEFAULT_REGION. Without them, TensorStore asks for the bucket's region.
     """
     bucket, _, key = path.removeprefix(SCHEME).partition("/")
     found: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": key}
@@ -43,17 +43,17 @@ def driver(path: str) -> dict[str, Any]:
         found |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
     elif region:
         found["aws_region"] = region
-    if os.environ.get("AWS_ACCESS_KEY_ID"):  # else it looks for ~/.aws first, and complains where there is none
+    if os.environ.get("AWS_ACCESS_KEY_ID"):  # otherwise it looks for ~/.aws first, and complains if there is none
         found["aws_credentials"] = {"type": "environment"}
     return found
 
 
 @functools.cache
 def enable() -> None:
-    """Have Orbax read and write s3://.
+    """Make Orbax read and write s3://.
 
     Raises:
-        UserError: this version of Orbax is built otherwise.
+        UserError: this version of Orbax is built differently.
     """
     try:
         from orbax.checkpoint._src.path import gcs_utils
@@ -63,8 +63,8 @@ def enable() -> None:
         driver_of = gcs_utils.get_kvstore_for_gcs
     except (ImportError, AttributeError) as error:
         raise UserError(
-            f"checkpoints can't be written to {SCHEME} with Orbax {ocp.__version__}, whose parts ({error}) are not "
-            'those of 0.12; pip install "orbax-checkpoint==0.12.8", or mount the bucket (mountpoint-s3, FSx)'
+            f"checkpoints can't be written to {SCHEME} with Orbax {ocp.__version__}, which isn't built like 0.12 "
+            f'({error}); pip install "orbax-checkpoint==0.12.8", or mount the bucket (mountpoint-s3, FSx)'
         ) from error
 
     def spell(path: str) -> str:

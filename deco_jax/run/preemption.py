@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM (a pod taken away, a scheduler's limit), SIGUSR1 (SLURM's warning), SIGHUP (a closed
+"""Stops on request: SIGTERM (a pod is taken away, a scheduler's limit), SIGUSR1 (SLURM's warning), SIGHUP (a closed
 terminal) and Ctrl-C end a run after saving."""
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-_interruptible: Watch | None = None  # of what may be left between two batches
+_interruptible: Watch | None = None  # for work that may be left between two batches
 
 
 class StopRequestedError(Exception):
-    """The run was asked to stop while it did something that can be left."""
+    """The run was asked to stop during work that can be interrupted."""
 
 
 def check() -> None:
-    """Call between the batches of what takes minutes; raises StopRequestedError where it should be left now.
+    """Raise StopRequestedError if the run should stop now; call it between the batches of work that takes minutes.
 
-    With several hosts each has to call it as often as the others: they leave before the same batch.
+    All hosts have to call it equally often, because they leave before the same batch.
     """
     if _interruptible is not None and _interruptible.reached():
         raise StopRequestedError
@@ -33,14 +33,14 @@ def check() -> None:
 class Watch:
     """While entered, the signals above only ask the loop to stop; a second Ctrl-C ends at once.
 
-    With several hosts JAX's preemption service spreads the signal, and all hosts agree on one step; the other signals
-    are passed on to it as a SIGTERM.
+    With several hosts, JAX's preemption service spreads SIGTERM, and all hosts agree on one step; the other signals are
+    passed on to it as a SIGTERM.
     """
 
     def __init__(self) -> None:
         self._signal: int | None = None
         self._previous: dict[int, Any] = {}
-        self._calls = 0  # of the service: the same number on all hosts, which do the same in the same order
+        self._calls = 0  # calls of the service, equally many on all hosts, which do the same things in order
 
     def __enter__(self) -> Watch:
         handled = [signal.SIGINT, signal.SIGUSR1]
@@ -66,11 +66,11 @@ class Watch:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def reached(self) -> bool:
-        """Whether to save and stop now; the same answer on every host."""
+        """Return whether to save and stop now; the same answer on every host."""
         if jax.process_count() == 1:
             return self._signal is not None
         self._calls += 1
-        # The service names a call, the next that no host has made yet.
+        # The service names the next call that no host has made yet.
         if multihost_utils.reached_preemption_sync_point(self._calls):
             self._signal = self._signal or signal.SIGTERM
             return True
@@ -78,7 +78,7 @@ class Watch:
 
     @contextlib.contextmanager
     def leaving(self) -> Iterator[None]:
-        """Leave what is done in here between two batches, with a StopRequestedError, when the run is asked to stop."""
+        """Let a request to stop end the work in here between two batches, with a StopRequestedError."""
         global _interruptible
         _interruptible = self
         try:
@@ -94,12 +94,12 @@ class Watch:
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C on a single host, so that scripts stop too; 0 after the others, which asked for this."""
+        """130 after Ctrl-C on a single host, so that scripts stop, too; 0 after the others, which ask for this."""
         return 130 if self._signal == signal.SIGINT and jax.process_count() == 1 else 0
 
 
 def _leave_terminal() -> None:
-    """Write to nowhere instead of to a terminal that was closed, where each line would be an error."""
+    """Discard output instead of writing to a closed terminal, where each line would be an error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

@@ -1,8 +1,8 @@
 """Reads a compiled program: what a device holds, what travels between devices, and what XLA expects each op to cost.
 
-Everything here is a pure function of `compiled.as_text()`, XLA's optimized HLO. Only what runs by itself counts: the
-entry computation, the bodies of its loops as often as they go round, and what these call. The inside of a fusion is
-one op; its intermediate values are in no memory.
+Everything here is a pure function of `compiled.as_text()`, XLA's optimized HLO. Only what is executed counts: the entry
+computation, the bodies of its loops as often as they run, and what these call. A fusion counts as one op, because its
+intermediate values never reach memory.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ from deco_jax.run.hlo import parse as parse
 
 
 class Execution(NamedTuple):
-    """An instruction as it runs."""
+    """An instruction as it is executed."""
 
     instruction: Instruction
     computation: str
-    times: int  # a run of the program
-    loops: tuple[str, ...]  # the loops around it, outermost first, by the names of their `while` instructions
+    times: int  # per run of the program
+    loops: tuple[str, ...]  # names of the `while` instructions around it, outermost first
 
 
 class Collective(NamedTuple):
     """A transfer between devices."""
 
     kind: str  # one of COLLECTIVES
-    arrays: tuple[Array, ...]  # what a device puts in
-    devices: int  # that exchange among each other
+    arrays: tuple[Array, ...]  # a device's inputs
+    devices: int  # in a group that exchanges data
     times: int  # a run of the program
     loops: tuple[str, ...]
     op_name: str
     source: str
-    sliced: bool  # an all-reduce of which each device keeps its slice only: a reduce-scatter on other backends
-    attributes: str  # of the instruction; they say who exchanges with whom
+    sliced: bool  # an all-reduce of which each device only keeps its slice: a reduce-scatter on other backends
+    attributes: str  # of the instruction; they say which devices exchange data
 
     @property
     def bytes(self) -> int:
-        """Size of the whole array: what a gather makes, what a reduction takes."""
+        """Size of the whole array: the result of a gather, or the input of a reduction."""
         size = sum(array.bytes for array in self.arrays)
         return size * self.devices if self.kind == "all-gather" else size
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends each time, by the ring algorithms, which are optimal in bytes."""
+        """Bytes that a device sends each time by a ring algorithm, which is optimal in bytes."""
         if self.kind in ("collective-permute", "collective-broadcast"):
             return float(self.bytes)
         rounds = 2 if self.kind == "all-reduce" else 1
@@ -77,16 +77,16 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
-# These name what another instruction made; they hold nothing of their own.
+# These only name another instruction's result; they hold no memory of their own.
 _ALIASES = ("tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "optimization-barrier")
-# These hand on what they are given.
+# These pass on their operands.
 _MOVES = ("bitcast", "copy", "convert", "transpose", "reshape", "get-tuple-element", "all-reduce-done")
 
 # --------------------------------------------------------------------------------------------------- what runs
 
 
 def executions(program: Program) -> Iterator[Execution]:
-    """Every instruction that runs by itself; of a conditional, all branches, as if each were taken."""
+    """Yield every instruction that is executed; for a conditional, all branches, as if each were taken."""
 
     def walk(name: str, times: int, loops: tuple[str, ...]) -> Iterator[Execution]:
         for instruction in program.computations[name].values():
@@ -104,10 +104,10 @@ def executions(program: Program) -> Iterator[Execution]:
 
 
 def trip_count(program: Program, computation: str, loop: Instruction) -> int | None:
-    """How often a `while` of a computation goes round; None if its text doesn't say.
+    """Return how often a `while` of a computation runs; None if its text doesn't say.
 
-    XLA may write it down. If not, it is the bound in the loop's condition: JAX's scans and fori_loops count from 0,
-    or to the bound from a constant, by ones.
+    XLA may write it down. If not, it is the bound in the loop's condition: JAX's scans and fori_loops count by ones,
+    from 0 or another constant up to the bound.
     """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
@@ -138,7 +138,7 @@ def trip_count(program: Program, computation: str, loop: Instruction) -> int | N
 def _constant(
     program: Program, computation: str, loop: Instruction, scope: Mapping[str, Instruction], name: str
 ) -> int | None:
-    """The integer that a name in a loop's condition stands for, also if the loop carries it; None if it varies."""
+    """Return the integer that a name in a loop's condition means, also if the loop carries it; None if it varies."""
     instruction = scope.get(name)
     while instruction is not None and instruction.opcode in ("copy", "bitcast", "convert", "reshape"):
         instruction = scope.get(instruction.operands[0])
@@ -149,7 +149,7 @@ def _constant(
     index = re.search(r"index=(\d+)", instruction.attributes)
     if instruction.opcode != "get-tuple-element" or not index:
         return None
-    # The loop's counter is a constant where the loop begins as well, but its body doesn't hand it on unchanged.
+    # The loop's counter is also a constant at the start of the loop, but its body changes it.
     body = program.computations[called(loop, "body")[0]]
     root = list(body.values())[-1]
     if root.opcode != "tuple":
@@ -169,7 +169,7 @@ def _constant(
 
 
 def arrays(program: Program) -> list[tuple[Array, Execution]]:
-    """Every array that a device holds at some time, with what makes it: the program's arguments and all results."""
+    """Return every array that a device holds at some time, with what makes it: the program's arguments and results."""
     return [
         (array, execution)
         for execution in executions(program)
@@ -180,7 +180,7 @@ def arrays(program: Program) -> list[tuple[Array, Execution]]:
 
 
 def largest(program: Program, count: int = 10) -> list[tuple[Array, Execution]]:
-    """The largest arrays that a device holds, each shape once."""
+    """Return the largest arrays that a device holds, each shape once."""
     found: dict[Array, Execution] = {}
     for array, execution in arrays(program):
         found.setdefault(array, execution)
@@ -188,7 +188,7 @@ def largest(program: Program, count: int = 10) -> list[tuple[Array, Execution]]:
 
 
 def leading(program: Program, size: int, axis: int = 0) -> list[tuple[Array, Execution]]:
-    """Arrays of at least two axes that a device holds whose axis `axis` is `size` long."""
+    """Return the arrays on a device with at least two axes whose axis `axis` has length `size`."""
     return [
         (array, execution)
         for array, execution in arrays(program)
@@ -197,10 +197,10 @@ def leading(program: Program, size: int, axis: int = 0) -> list[tuple[Array, Exe
 
 
 def collectives(program: Program) -> list[Collective]:
-    """Every transfer between devices, each once with how often it runs.
+    """Return every transfer between devices, each only once, with how often it runs.
 
-    A collective that is split into a start and a done is counted at its start, and one that a TPU spreads over several
-    fusions once. One among a single device is none.
+    A collective that is split into a start and a done counts at its start, and one that a TPU spreads over several
+    fusions counts once. One with a single device isn't a transfer.
     """
     found, chains = [], set()
     for execution in executions(program):
@@ -218,7 +218,7 @@ def collectives(program: Program) -> list[Collective]:
                     continue
                 chains.add(chain[1])
             scope = program.computations[computation]
-            if computation.startswith("all-reduce-scatter"):  # how a TPU's program says it
+            if computation.startswith("all-reduce-scatter"):  # how a TPU's program spells it
                 kind = "reduce-scatter"
             put_in = tuple(a for name in part.operands if name in scope for a in scope[name].results)
             devices = 2 if kind == "collective-permute" else _group(program, part.attributes)
@@ -241,7 +241,7 @@ def collectives(program: Program) -> list[Collective]:
 
 
 def _group(program: Program, attributes: str) -> int:
-    """How many devices exchange among each other, by replica_groups in any of XLA's notations."""
+    """Return the number of devices in a group that exchanges data, from replica_groups in any of XLA's notations."""
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
         axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
@@ -251,12 +251,12 @@ def _group(program: Program, attributes: str) -> int:
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return len(listed[1].split(","))
     if re.search(r"replica_groups=(?!\{\})", attributes):
-        raise ValueError(f"a notation of replica groups that is not known here: {attributes[:200]}")
+        raise ValueError(f"unknown notation of replica groups: {attributes[:200]}")
     return program.devices
 
 
 def _sliced(program: Program, scope: Mapping[str, Instruction], name: str) -> bool:
-    """Whether of an array only a slice that depends on the device is used, by everything that uses it."""
+    """Return whether all users of an array only use a slice of it that depends on the device."""
     users = [i for i in scope.values() if name in i.operands]
 
     def slices(user: Instruction) -> bool:
@@ -283,16 +283,16 @@ def _sliced(program: Program, scope: Mapping[str, Instruction], name: str) -> bo
 
 
 def costs(program: Program) -> list[Cost]:
-    """What XLA's cost model expects of each op, the dearest first; empty where it writes no estimates, as on a CPU.
+    """Return XLA's estimate for each op, the most expensive first; empty if it gives none, as on a CPU.
 
-    Transfers between devices carry no estimate and are not in it. Of a kernel written by hand it is what the kernel
-    says of itself (Pallas's `metadata`, "estimated_cycles"); one that says nothing isn't in it either.
+    Transfers between devices have no estimate and are left out. A hand-written kernel counts with the cycles that it
+    states itself (Pallas's `metadata`, "estimated_cycles"), and is left out if it states none.
     """
     found = []
     for execution in executions(program):
         instruction = execution.instruction
         cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
-        # What picks a kernel's results out has its attributes too.
+        # The ops that select a kernel's results also have its attributes.
         if instruction.opcode in _ALIASES:
             continue
         if cycles and int(cycles[1]):
@@ -311,14 +311,14 @@ def costs(program: Program) -> list[Cost]:
 
 
 def _named(program: Program, instruction: Instruction) -> Instruction:
-    """Whose name says what an op computes: XLA calls some fusions after what it put in, such as "convert.10"."""
+    """Return the instruction whose name says what an op computes; XLA names some fusions after an inner op."""
     if "/" in instruction.op_name or instruction.opcode != "fusion":
         return instruction
     inside = reversed(fused(program, instruction).values())
     return next((part for part in inside if "/" in part.op_name), instruction)
 
 
-# Scopes (`jax.named_scope`) in the order in which they decide: the attention of the teacher is the teacher's.
+# Scopes (`jax.named_scope`) in order of precedence: the teacher's attention counts as teacher.
 PARTS = (
     "teacher",
     "text_encoder",
@@ -337,14 +337,14 @@ PARTS = (
 
 
 def part(cost: Cost) -> str:
-    """The part of the program that an op belongs to: one of PARTS, "copies", or "other"."""
+    """Return the part of the program that an op belongs to: one of PARTS, "copies", or "other"."""
     scopes = set(re.split(r"[/();]", cost.op_name))
     named = next((name for name in PARTS if name in scopes), None)
     return named or ("copies" if cost.name.startswith(("copy", "bitcast", "transpose")) else "other")
 
 
 def shares(found: Iterable[Cost], key: Callable[[Cost], str] = part) -> dict[str, float]:
-    """Each part's share of all cycles, the largest first."""
+    """Return each part's share of all cycles, the largest first."""
     sums: dict[str, int] = {}
     for cost in found:
         sums[key(cost)] = sums.get(key(cost), 0) + cost.total

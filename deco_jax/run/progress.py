@@ -1,4 +1,4 @@
-"""How far something is that takes minutes, and how long it still takes: on a terminal one live line."""
+"""Shows the progress of work that takes minutes, and the time left; on a terminal as one live line."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import jax
 
 
 class Progress:
-    """Prints lines such as "40 of 200 images drawn, 1m12s left, 2.2 a second".
+    """Prints lines such as "40 of 200 images drawn, 1m12s left, 2.2 per second".
 
-    The first part that is done brings compiling with it: the rate, and so the time left, count from its end.
+    The first part includes compilation, so the rate, and with it the time left, count from the end of that part.
 
     Args:
         total: how many there are.
         done: how many were done before.
-        what: of what, and what has become of it.
-        every: seconds between two lines where there is no terminal.
-        after: ends the lines.
-        active: whether this host speaks; None: the first does.
+        what: what they are and what happens to them, such as "images drawn".
+        every: seconds between two lines if there is no terminal.
+        after: text at the end of the lines.
+        active: whether this host prints; None: only the first does.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Progress:
         self._done = done
 
     def __call__(self, done: int) -> None:
-        """So many are done now."""
+        """Report how many are done now."""
         now, since = time.monotonic(), self._began
         started, self._done = self._first is None, done
         if self._first is None:
@@ -42,7 +42,7 @@ class Progress:
             note = f" (compiled and {self._what.split()[-1]} in {now - since:.1f} s)"
         else:
             rate = (done - self._first) / max(now - self._began, 1e-9)
-            note = f", {time_left((self._total - done) / rate)}, {rate:.3g} a second"
+            note = f", {time_left((self._total - done) / rate)}, {rate:.3g} per second"
         last = done >= self._total
         if self._active and (self._live or started or last or now - self._spoke >= self._every):
             self._spoke = now
@@ -57,6 +57,6 @@ class Progress:
 
 
 def time_left(seconds: float) -> str:
-    """Say a time as "1h05 left" or "2m03s left"."""
+    """Return a time as "1h05 left" or "2m03s left"."""
     hours, minutes = int(seconds // 3600), int(seconds // 60) % 60
     return f"{hours}h{minutes:02d} left" if hours else f"{minutes}m{int(seconds) % 60:02d}s left"

@@ -1,6 +1,6 @@
-"""What a run's settings were, and are when it goes on.
+"""Records a run's settings, and what changes when it resumes.
 
-WORKDIR/config.json holds the settings that it was last trained with, and config_history.jsonl a line for each change:
+WORKDIR/config.json holds the settings it was last trained with, and config_history.jsonl has a line for each change:
 {"step": 400, "time": "2026-11-25T10:00:00+00:00", "changed": {"optimizer.learning_rate": [0.001, 0.0001]}}.
 """
 
@@ -20,7 +20,7 @@ from deco_jax.run import storage
 from deco_jax.run.writer import write_json
 
 HISTORY = "config_history.jsonl"
-# What a run that goes on may not change, besides its model: its images and captions, or what trains, would be others.
+# What a resumed run may not change, besides its model, because its images, captions or trained parameters would differ.
 KEPT = (
     *("data.source", "data.split", "data.image_size", "text.encoder"),
     *("lora.rank", "lora.alpha", "lora.matrices", "lora.whole"),
@@ -28,7 +28,7 @@ KEPT = (
 
 
 def changes(folder: pathlib.Path, config: ml_collections.ConfigDict) -> dict[str, tuple[Any, Any]]:
-    """{dotted name: (value that the run was trained with, value now)} of all settings that differ."""
+    """Return {dotted name: (value that the run was trained with, value now)} for all settings that differ."""
     before = _saved_values(folder / saved.NAME)
     if before is None:
         return {}
@@ -39,21 +39,21 @@ def changes(folder: pathlib.Path, config: ml_collections.ConfigDict) -> dict[str
 
 
 def check_kept(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """UserError if a run that goes on would see images or captions of another kind or size.
+    """Raise UserError if a resumed run would see images or captions of another kind or size.
 
-    The caller makes sure that the run has begun: that it has a checkpoint, which refuses another model by itself.
+    The caller makes sure that the run has a checkpoint, which refuses another model by itself.
     """
     changed = changes(folder, config)
     refused = [f"config.{name} was {changed[name][0]} and is {changed[name][1]}" for name in KEPT if name in changed]
     if refused:
         raise UserError(
-            f"{folder} was trained with other settings: {'; '.join(refused)}; leave --config out to go on with the "
+            f"{folder} was trained with other settings: {'; '.join(refused)}; leave --config out to continue with the "
             "run's own, or give another --workdir with --config.init_from to start from its weights"
         )
 
 
 def said(changed: dict[str, tuple[Any, Any]]) -> str:
-    """A line on changes; "" if there are none."""
+    """Return a line about changes; "" if there are none."""
     if not changed:
         return ""
     listed = ", ".join(f"{name} {_shown(before)} → {_shown(now)}" for name, (before, now) in sorted(changed.items()))
@@ -61,7 +61,7 @@ def said(changed: dict[str, tuple[Any, Any]]) -> str:
 
 
 def record(folder: pathlib.Path, config: ml_collections.ConfigDict, step: int) -> None:
-    """Write config.json before training goes on from a step; what changes is added to the history."""
+    """Write config.json before training continues from a step, and add the changes to the history."""
     path = folder / saved.NAME
     changed = changes(folder, config)
     if path.exists() and not changed and _saved_values(path) is not None:
@@ -73,11 +73,11 @@ def record(folder: pathlib.Path, config: ml_collections.ConfigDict, step: int) -
 
 
 def check_drawn_size(config: ml_collections.ConfigDict, given: Collection[str], workdir: str, checkpoint: str) -> None:
-    """UserError if images would be drawn at another size than the run's only because the config says so.
+    """Raise UserError if images would be drawn at another size than the run's only because the config says so.
 
     Args:
-        given: dotted names of the settings that the command line gives: who asks for a size gets it.
-        checkpoint: that is drawn from; "": the workdir's newest.
+        given: dotted names of the settings given on the command line; a size given there is accepted.
+        checkpoint: the one to draw from; "": the workdir's newest.
     """
     place = saved.of_workdir(checkpoint or workdir)
     values = None if place is None else _saved_values(place)
@@ -87,13 +87,13 @@ def check_drawn_size(config: ml_collections.ConfigDict, given: Collection[str], 
     if theirs != ours:
         size = "x".join(map(str, theirs))
         raise UserError(
-            f"{checkpoint or workdir} was trained at {size} and the config says {'x'.join(map(str, ours))}; leave "
-            f"--config out to draw with the run's own settings, or ask for a size by --config.data.image_size={theirs}"
+            f"{checkpoint or workdir} was trained at {size}, but the config says {'x'.join(map(str, ours))}; leave "
+            f"--config out to draw with the run's own settings, or set the size with --config.data.image_size={theirs}"
         )
 
 
 def _saved_values(path: pathlib.Path) -> dict[str, Any] | None:
-    """The settings in a file as they are called today; None if there is none that can be read."""
+    """Read the settings in a file, under today's names; None if there is no readable file."""
     try:
         values, _ = saved.read(path)
         return complete(values)

@@ -1,12 +1,12 @@
-"""The mesh, which parameter is split along which axis of it, and programs that each device runs on its own rows.
+"""The mesh, the axis along which each parameter is split, and programs that each device runs on its own rows.
 
-Two axes: "data" holds copies of the state, "fsdp" splits it; the batch is split over both. Slices of a pod that only a
-slower network joins lie along "data". Whatever contains a network
-runs inside `each_device` (`jax.shard_map`): there an array of a batch is this device's rows and a parameter is the part
-that this device keeps, so nothing can be spread over devices in another way. `gather` makes a parameter whole where
-it is used; its derivative adds up the devices' gradients and leaves each device its part. Networks gather for
-themselves (`models.network.functional` and `models.layers.run_stack`): they know their parameters' whole shapes.
-Outside of it (optimizer, averages, noise) everything is elementwise, and XLA follows the arguments' shardings.
+The mesh has two axes: "data" holds copies of the state, and "fsdp" splits it; the batch is split over both. Slices of a
+pod that are joined by a slower network are arranged along "data". Everything that contains a network runs inside
+`each_device` (`jax.shard_map`). There, an array of a batch is this device's rows and a parameter is the part that this
+device keeps, so nothing can be spread over devices in another way. `gather` makes a parameter whole where it is used;
+its derivative adds up the devices' gradients and leaves each device its part. Networks gather for themselves
+(`models.network.functional` and `models.layers.run_stack`), because they know the whole shapes of their parameters.
+Everything outside (optimizer, averages, noise) is elementwise, and XLA follows the arguments' shardings.
 docs/scaling.md says what else was tried.
 """
 
@@ -31,7 +31,7 @@ BATCH = PartitionSpec(AXES)
 WHOLE = PartitionSpec()
 
 # The first rule whose pattern is found in a parameter's path says which dimension is split; None: kept whole. Networks
-# bring their own (`rules`); these are of what all of them have, and of the counters of a state.
+# have their own rules (`rules`); these are for what all networks share, and for the counters of a state.
 RULES: tuple[tuple[str, int | None], ...] = (
     (r"(bias|scale\d?|class_token|null)$", None),
     (r"(^|/)(step|skipped|count|mini_step|gradient_step)$", None),
@@ -41,8 +41,8 @@ RULES: tuple[tuple[str, int | None], ...] = (
 
 @functools.cache
 def rules() -> tuple[tuple[str, int | None], ...]:
-    """The rules of all networks, then the common ones."""
-    # Not before it is needed: the networks import this module.
+    """Return the rules of all networks, then the common ones."""
+    # Imported late, because the networks import this module.
     from deco_jax.method import lora
     from deco_jax.models import network, projector, qwen3, vgg, vit
 
@@ -51,19 +51,19 @@ def rules() -> tuple[tuple[str, int | None], ...]:
 
 
 def make_mesh(data: int, fsdp: int, devices: list[jax.Device] | None = None, slices: int = 1) -> Mesh:
-    """A mesh ("data", "fsdp"); −1 takes all devices that the other axis leaves.
+    """Make a mesh ("data", "fsdp"); −1 takes all devices that the other axis leaves.
 
     Args:
-        slices: groups of devices with fast links inside, joined by a slower network. `data` and `fsdp` are of each; the
-            mesh's "data" axis is slices × data long, slice by slice. So weights are gathered inside a slice, and only
-            sums over "data" cross the network.
+        slices: groups of devices with fast links inside, joined by a slower network. `data` and `fsdp` apply to each
+            slice; the mesh's "data" axis has slices × data entries, slice by slice. So weights are gathered inside a
+            slice, and only sums over "data" cross the network.
 
     Raises:
-        UserError: the machine has not that many devices or slices, or they don't divide.
+        UserError: the machine doesn't have that many devices or slices, or they don't divide evenly.
     """
     devices = jax.devices() if devices is None else devices
     groups = _slices(devices, slices)
-    count, of_each = len(groups[0]), " of a slice" if slices > 1 else ""
+    count, of_each = len(groups[0]), " per slice" if slices > 1 else ""
     if data == fsdp == -1:
         raise UserError("config.mesh.data and config.mesh.fsdp are both -1; give one of them a number")
     if data == -1 or fsdp == -1:
@@ -73,14 +73,14 @@ def make_mesh(data: int, fsdp: int, devices: list[jax.Device] | None = None, sli
         data, fsdp = (count // known, fsdp) if data == -1 else (data, count // known)
     if data * fsdp > count:
         raise UserError(
-            f"config.mesh asks for {data} x {fsdp} = {data * fsdp} devices{of_each}, this machine has {count}; "
-            "make it smaller, or -1 for all that are there"
+            f"config.mesh asks for {data} x {fsdp} = {data * fsdp} devices{of_each}, but this machine has {count}; "
+            "make it smaller, or use -1 for all of them"
         )
     if data * fsdp < count and (jax.process_count() > 1 or slices > 1):
         raise UserError(
             f"config.mesh uses {data * fsdp} of {count} devices{of_each}; with several hosts or slices it must use all"
         )
-    # Inside each slice the order that suits its links.
+    # Inside each slice, use the order that suits its links.
     inside = [
         jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=group[: data * fsdp])
         for group in groups
@@ -91,7 +91,7 @@ def make_mesh(data: int, fsdp: int, devices: list[jax.Device] | None = None, sli
 
 
 def _slices(devices: Sequence[jax.Device], slices: int) -> list[list[jax.Device]]:
-    """The devices of each slice, as the devices say; where they don't, equal runs of them, whole processes first."""
+    """Return the devices of each slice; if devices don't name their slice, equal groups of consecutive processes."""
     found: dict[int, list[jax.Device]] = {}
     for device in devices:
         found.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
@@ -100,8 +100,8 @@ def _slices(devices: Sequence[jax.Device], slices: int) -> list[list[jax.Device]
         return [found[index] for index in sorted(found)] if slices > 1 else [list(devices)]
     if on_tpu:
         raise UserError(
-            f"config.mesh.slices={slices}, and these devices are of {len(found)}; give it that number, for fsdp must "
-            "not reach across slices"
+            f"config.mesh.slices={slices}, but these devices belong to {len(found)} slices; use that number, because "
+            "fsdp must not reach across slices"
         )
     if len(devices) % slices:
         raise UserError(f"config.mesh.slices={slices} does not divide the {len(devices)} devices")
@@ -114,12 +114,12 @@ def _slices(devices: Sequence[jax.Device], slices: int) -> list[list[jax.Device]
 
 
 def each_device(function: Callable[..., Any], mesh: Mesh, arguments: Any, results: Any) -> Callable[..., Any]:
-    """`function` as every device runs it on its part of the arguments; to be called under `jax.jit`.
+    """Return `function` as run by every device on its part of the arguments; call it under `jax.jit`.
 
     Args:
-        arguments: for each argument a PartitionSpec, or a tree of them: BATCH for what has a row for each example,
-            `specs` for parameters, WHOLE for the rest.
-        results: the same for what is returned.
+        arguments: for each argument a PartitionSpec, or a tree of them: BATCH if it has a row for each example, `specs`
+            for parameters, WHOLE for the rest.
+        results: the same for the results.
     """
     platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else None
 
@@ -129,26 +129,26 @@ def each_device(function: Callable[..., Any], mesh: Mesh, arguments: Any, result
 
     if mesh.size == 1:
         return traced
-    # Without the tracking of what varies between devices: every result is reduced by hand (`mean_over_devices`,
-    # `reduce_gradients`), and a model may carry zeros through a scan without declaring on which devices they differ.
+    # JAX's check of what varies between devices is off: every result is reduced explicitly (`mean_over_devices`,
+    # `reduce_gradients`), and models may carry zeros through a scan without declaring on which devices they differ.
     return jax.shard_map(traced, mesh=mesh, in_specs=arguments, out_specs=results, check_vma=False)
 
 
 def sum_over_devices(values: Any, mesh: Mesh) -> Any:
-    """The sum of each leaf over all devices of `each_device`."""
+    """Return the sum of each leaf over all devices of `each_device`."""
     return values if mesh.size == 1 else jax.lax.psum(values, AXES)
 
 
 def mean_over_devices(values: Any, mesh: Mesh) -> Any:
-    """The mean of each leaf over all devices of `each_device`."""
+    """Return the mean of each leaf over all devices of `each_device`."""
     return jax.tree.map(lambda value: value / mesh.size, sum_over_devices(values, mesh))
 
 
 def reduce_gradients(gradients: Any, placed: Any, mesh: Mesh) -> Any:
-    """The mean over all devices of the gradients that each took of its own rows' loss.
+    """Return the mean over all devices of the gradients of their own rows' losses.
 
     Args:
-        placed: the parameters' `specs`. A split parameter's gradient comes out of `gather` added up over "fsdp".
+        placed: the parameters' `specs`. `gather` has already summed a split parameter's gradient over "fsdp".
     """
 
     def reduce(gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
@@ -162,7 +162,7 @@ def reduce_gradients(gradients: Any, placed: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over all devices."""
+    """Return the sharding that splits the leading axis over all devices."""
     return NamedSharding(mesh, BATCH)
 
 
@@ -171,17 +171,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A tree path as "params/denoiser/blocks/norm1/scale"."""
+    """Return a tree path as text, such as "params/denoiser/blocks/norm1/scale"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
-    """A NamedSharding for each leaf of a state (arrays or their shapes) by `rules`.
+    """Return a NamedSharding for each leaf of a state (arrays or their shapes) by `rules`.
 
-    Optimizer moments and averages have their parameter's path at the end of their own, so the same rules hold.
+    The paths of optimizer moments and averages end in the path of their parameter, so the same rules apply.
 
     Raises:
-        UserError: a leaf is covered by no rule.
+        UserError: no rule covers a leaf.
     """
     size = mesh.shape["fsdp"]
 
@@ -212,12 +212,12 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 
 
 def specs(mesh: Mesh, tree: Any) -> Any:
-    """The PartitionSpec of each leaf by `state_shardings`, for `each_device`."""
+    """Return the PartitionSpec of each leaf by `state_shardings`, for `each_device`."""
     return jax.tree.map(lambda where: where.spec, state_shardings(mesh, tree))
 
 
 def placed_shapes(mesh: Mesh, shapes: Any) -> Any:
-    """ShapeDtypeStructs with the shardings of `state_shardings`."""
+    """Return ShapeDtypeStructs with the shardings of `state_shardings`."""
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         shapes,
@@ -231,11 +231,11 @@ def check_batch(mesh: Mesh, batch_size: int, key: str, parts: int = 1) -> None:
     if batch_size % (devices * parts):
         by = f"{devices} devices" + (f" x {parts} accumulation steps" if parts > 1 else "")
         nearest = max(1, round(batch_size / (devices * parts))) * devices * parts
-        raise UserError(f"{key}={batch_size} does not divide by {by}; {nearest} would")
+        raise UserError(f"{key}={batch_size} is not divisible by {by}; {nearest} would be")
 
 
 def host_rank(mesh: Mesh) -> int:
-    """This host's place in the order in which the hosts' rows stand in a batch; it reads that share of the data."""
+    """Return this host's position in the order of the hosts' rows in a batch, which is its share of the data."""
     rows = batch_sharding(mesh).devices_indices_map((mesh.size,))
     first: dict[int, int] = {}
     for device, (row,) in rows.items():
@@ -245,12 +245,12 @@ def host_rank(mesh: Mesh) -> int:
 
 
 def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This host's rows of a batch onto its devices, as arrays of the global batch."""
+    """Place this host's rows of a batch on its devices, as arrays of the global batch."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
 def place_everywhere(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """A global batch that every host has all of, split over the devices."""
+    """Split a global batch, which every host has in full, over the devices."""
     sharding = batch_sharding(mesh)
     return {name: place(rows, sharding) for name, rows in batch.items()}
