@@ -22,8 +22,12 @@ from tests.runs import SMOKE, rows, signal_when, steps, succeed, two_steps
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
 
 
-# PixelGen's balance of its losses compiles VGG16 twice, which takes minutes.
-SMOKES = [pytest.param(name, marks=pytest.mark.slow) if name == "pixelgen256" else name for name in CONFIGS]
+# Configs whose smoke compiles what another one's does, and differs from it in numbers; and those with VGG16, which takes
+# minutes. `-m slow` runs them.
+LIKE_OTHERS = {"benchmark_cpu", "cifar10", "imagenet512", "irepa256", "jit512", "meanflow_cifar10"}
+LIKE_OTHERS |= {"t2i_512", "t2i_emoji", "t2i_finetune"}
+WITH_VGG = {"perceptual256", "pixelgen256"}
+SMOKES = [pytest.param(name, marks=pytest.mark.slow) if name in LIKE_OTHERS | WITH_VGG else name for name in CONFIGS]
 
 
 @pytest.mark.parametrize("name", SMOKES)

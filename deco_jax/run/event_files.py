@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
+import sys
 import threading
-from typing import ClassVar
+from types import ModuleType
+from typing import Any, ClassVar
 
 from deco_jax.run import storage
 
 MAX_EVENT_BYTES = 2**24
+
+
+def tensorboard() -> ModuleType:
+    """Import tensorboardX without PyTorch.
+
+    Where PyTorch is installed, tensorboardX imports it to know its class of tensors, which takes two seconds of every
+    start. Nobody gives it such tensors here.
+    """
+    modules: dict[str, Any] = sys.modules
+    hidden = "torch" not in modules and "tensorboardX" not in modules
+    if hidden:
+        modules["torch"] = None
+    try:
+        return importlib.import_module("tensorboardX")
+    finally:
+        if hidden:
+            del modules["torch"]
 
 
 class ObjectLog(io.StringIO):
@@ -90,6 +110,7 @@ class EventFiles:
 def register(folder: str | os.PathLike[str]) -> None:
     """Make tensorboardX write through this module if `folder` is in a bucket."""
     if storage.is_remote(folder):
+        tensorboard()
         from tensorboardX import record_writer
 
         record_writer.register_writer_factory(os.fspath(folder).partition(":")[0], EventFiles())

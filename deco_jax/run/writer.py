@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-import tensorboardX
 from absl import logging
 from clu import parameter_overview
 from PIL import Image
@@ -64,7 +63,7 @@ class Writer:
         event_files.register(path)
         # Events of later steps, which are done again, are not shown twice.
         purge = resumed_at + 1 if resumed_at else None
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
+        self._board = event_files.tensorboard().SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
         if config is not None:
             values = to_json(config)
             self._board.add_text("config", textwrap.indent(json.dumps(values, indent=2), "    "), resumed_at)
