@@ -22,7 +22,7 @@ from tests.runs import SMOKE, rows, signal_when, steps, succeed, two_steps
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
 
 
-# Configs whose smoke compiles what another one's does, and differs from it in numbers; and those with VGG16, which takes
+# Configs whose smoke compiles what another one does, with other numbers; and those with VGG16, which takes
 # minutes. `-m slow` runs them.
 LIKE_OTHERS = {"benchmark_cpu", "cifar10", "imagenet512", "irepa256", "jit512", "meanflow_cifar10"}
 LIKE_OTHERS |= {"t2i_512", "t2i_emoji", "t2i_finetune"}

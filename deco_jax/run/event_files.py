@@ -17,20 +17,19 @@ MAX_EVENT_BYTES = 2**24
 
 
 def tensorboard() -> ModuleType:
-    """Import tensorboardX without PyTorch.
+    """Import tensorboardX without what it would import only because it is installed.
 
-    Where PyTorch is installed, tensorboardX imports it to know its class of tensors, which takes two seconds of every
-    start. Nobody gives it such tensors here.
+    That is PyTorch, whose tensors nobody gives it here, and the clients of clouds, where this module writes in its
+    place. Together they take two to three seconds of every start.
     """
     modules: dict[str, Any] = sys.modules
-    hidden = "torch" not in modules and "tensorboardX" not in modules
-    if hidden:
-        modules["torch"] = None
+    hidden = [name for name in ("torch", "boto3", "google.cloud.storage") if name not in modules]
+    modules |= dict.fromkeys(hidden)  # None makes an import fail as if it weren't installed
     try:
         return importlib.import_module("tensorboardX")
     finally:
-        if hidden:
-            del modules["torch"]
+        for name in hidden:
+            del modules[name]
 
 
 class ObjectLog(io.StringIO):
