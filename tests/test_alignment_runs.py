@@ -55,7 +55,7 @@ def test_trains_samples_and_resumes(config, vgg, tmp_path):
     found = train_and_resume(config, tmp_path, vgg)
     assert all(0 < row["alignment"] < 2 for row in found.values())
     if config == "cifar10.py:deco_repa-smoke":
-        says = "was trained with config.loss.repa_projector=mlp and here it is conv, which its projector doesn't fit"
+        says = "was trained with config.loss.repa_projector=mlp, but here it is conv, which its projector doesn't fit"
         refuse(f"--workdir={tmp_path}", "--config.loss.repa_projector=conv", "--config.train.num_steps=9", says=says)
 
 

@@ -111,9 +111,9 @@ MACHINE = [
         [*EVALUATE, "--config.evaluate.samples={data}/good.npz", "--config.evaluate.reference={data}/keys.npz"],
         "keys.npz has 'mu' without the other of 'mu' and 'sigma'",
     ),
-    (["--workdir={data}/file"], "/file is, or lies under, a file"),
-    (["--workdir={data}/file/run"], "/file/run is, or lies under, a file"),
-    (["--workdir={data}/file", "--mode=sample", "--checkpoint={run}"], "is, or lies under, a file"),
+    (["--workdir={data}/file"], "/file is a file, or is below one"),
+    (["--workdir={data}/file/run"], "/file/run is a file, or is below one"),
+    (["--workdir={data}/file", "--mode=sample", "--checkpoint={run}"], "is a file, or is below one"),
     # A file system that takes no folders, not even from root.
     (["--workdir=/proc/run"], "/proc/run can't be written"),
     (["--workdir=/proc/run", "--mode=sample", "--checkpoint={run}"], "/proc/run/samples can't be written"),

@@ -247,7 +247,7 @@ def test_a_lost_optimizer_state_is_not_made_up(workdir, state, caplog):
         assert_same(restore(workdir), state)
     assert "5 is damaged and passed over: its optimizer state is missing" in caplog.text
     shutil.rmtree(workdir / "checkpoints" / "3")
-    with pytest.raises(UserError, match=rf"another --workdir to start anew, with --config\.init_from={path}"):
+    with pytest.raises(UserError, match=rf"another --workdir to start again, with --config\.init_from={path}"):
         restore(workdir)
 
 
@@ -262,11 +262,11 @@ def test_another_teacher(saved):
     stored["loss"]["repa_weight"] = config.loss.repa_weight = 0.5
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint.folder, "load_config", lambda _: stored)
-        with pytest.raises(UserError, match=r"teacher.size=B and here it is L, which its projector"):
+        with pytest.raises(UserError, match=r"teacher.size=B, but here it is L, which its projector"):
             checkpoint.check_projector(path, config)
         config.teacher.size = "B"
         config.loss.repa_mask = 0.2
-        with pytest.raises(UserError, match=r"mask=0.0 and here it is 0.2; .* for hidden tokens only above"):
+        with pytest.raises(UserError, match=r"mask=0.0, but here it is 0.2; .* only has a vector for hidden tokens"):
             checkpoint.check_projector(path, config)
 
 

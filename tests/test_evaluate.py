@@ -352,5 +352,5 @@ def test_a_refused_cache_leaves_nothing_in_the_workdir(weights, tmp_path):
         ["--mode=evaluate", f"--config.evaluate.samples={tmp_path / 'samples.npz'}"],
         ["--config.evaluate.every=2", "--config.evaluate.during_training_images=4"],
     ):
-        refuse(*command, *more, says="cache is, or lies under, a file")
+        refuse(*command, *more, says="cache is a file, or is below one")
         assert not (tmp_path / "run").exists()

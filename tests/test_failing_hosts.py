@@ -93,7 +93,7 @@ def test_a_step_that_hangs_on_the_devices(tmp_path):
         assert done.stdout == "rested\n"
         assert "step 7 has not ended after 1 s" in done.stderr
         assert "it waits for its devices" in done.stderr
-        place = re.search(r"what every thread does is in (\S+);", done.stderr)[1]
+        place = re.search(r"(\S+) has the stacks of all threads;", done.stderr)[1]
         assert "Thread 0x" in pathlib.Path(place).read_text()
 
 

@@ -199,7 +199,7 @@ def test_what_fails_there_is_said_once_and_ends_nothing(tmp_path, caplog, monkey
     for step in (1, 2):
         tracker.log(step, {"loss": 0.5})
     tracker.close()
-    assert caplog.text.count("takes no more of this run (the service is gone)") == 1
+    assert caplog.text.count("gets no more of this run (the service is gone)") == 1
     wandb.finish()
 
 

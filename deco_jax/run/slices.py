@@ -1,8 +1,8 @@
 """What a compiled program sends from slice to slice, over a data centre's network.
 
 On a mesh of several slices (`sharding.make_mesh`) partitions are numbered slice by slice. On CPUs and GPUs a transfer
-crosses if one of its groups has partitions of several slices. libtpu compiles a program of each slice and turns what
-crosses into transfers between hosts, after a reduction inside the slice.
+crosses slices if one of its groups has partitions in several of them. libtpu compiles a program for each slice and
+turns the crossing transfers into transfers between hosts, after a reduction inside the slice.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from deco_jax.run.program import Program, collectives, executions
 
 
 def groups(attributes: str, devices: int) -> np.ndarray:
-    """Who exchanges with whom: an instruction's replica groups in any of XLA's notations, int [groups, members].
+    """Return which devices exchange data: the replica groups in any of XLA's notations, int [groups, members].
 
-    Of a collective-permute its pairs of source and target.
+    For a collective-permute, these are its pairs of source and target.
     """
     if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes):
         return np.array([[int(a), int(b)] for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs[1])])
@@ -43,12 +43,12 @@ def groups(attributes: str, devices: int) -> np.ndarray:
     if listed := re.search(r"replica_groups=\{(\{.*?\})\}", attributes):
         return np.array([[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])])
     if re.search(r"replica_groups=(?!\{\})", attributes):
-        raise ValueError(f"a notation of replica groups that is not known here: {attributes[:200]}")
+        raise ValueError(f"unknown notation of replica groups: {attributes[:200]}")
     return np.arange(devices)[None]
 
 
 def _order(text: str) -> np.ndarray:
-    """Numbers of devices, flat: a list (3,1,2,0), or [2,4]T(1,0), 0 to 7 as 2 × 4 transposed."""
+    """Return device numbers as a flat array, from a list (3,1,2,0) or from [2,4]T(1,0): 0 to 7 as 2 × 4, transposed."""
     if sizes := re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         shape = [int(size) for size in sizes[1].split(",")]
         order = np.arange(int(np.prod(shape))).reshape(shape)
@@ -57,13 +57,13 @@ def _order(text: str) -> np.ndarray:
 
 
 def crossing(program: Program, slices: int, devices: int) -> dict[str, dict[str, float]]:
-    """What goes from slice to slice in a run, by kind: how often ("count"), and "bytes" that a device sends there.
+    """Return the transfers between slices per run, by kind: "count", and the "bytes" that a device sends.
 
-    By a ring over the slices, on which each device of a slice sends its share: an all-reduce of B bytes among k slices
-    with n devices of each sends 2 B/n (k − 1)/k.
+    The bytes are those of a ring over the slices, on which each device of a slice sends its share: an all-reduce of B
+    bytes among k slices with n devices each sends 2 B/n (k − 1)/k.
 
     Args:
-        devices: of all slices; a program for fewer is one of each slice.
+        devices: the number of devices in all slices; a program with fewer is the program of one slice.
     """
     found: dict[str, dict[str, float]] = {}
 

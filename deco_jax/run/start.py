@@ -18,10 +18,11 @@ from deco_jax.run.state import State
 
 
 def start_from(config: ml_collections.ConfigDict, state: State, mesh: Mesh) -> State:
-    """A new run's state with the weights of the checkpoint config.init_from, its averages and, if asked, its moments.
+    """Return a new run's state with the weights of config.init_from, its averages and, if asked, its moments.
 
-    An average that it hasn't starts from its "ema". A label table for another number of classes stays a new one, and so
-    does what MeanFlow adds to a model that learnt the velocity, but for the second head, which starts as the first.
+    Averages that the checkpoint lacks start from its "ema". A label table for another number of classes stays newly
+    initialised. So does what MeanFlow adds to a model that learnt the velocity, except the second head, which starts as
+    a copy of the first.
     """
     where = checkpoint.find(config.init_from)
     like = as_stored(where, config)
@@ -50,7 +51,7 @@ def start_from(config: ml_collections.ConfigDict, state: State, mesh: Mesh) -> S
 
 
 def completed(params: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters with those of `fresh` that they lack; a second head, velocity_NAME, is a copy of the first."""
+    """Return `params`, with missing ones taken from `fresh`; a second head, velocity_NAME, copies the first."""
     there = dict(params)
     for name, new in fresh.items():
         if name not in there:
@@ -60,8 +61,10 @@ def completed(params: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str, 
 
 
 def as_stored(where: pathlib.Path, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config with a checkpoint's number of classes, if neither is of a text-to-image model, and without what
-    MeanFlow adds to a model if the checkpoint's hasn't it."""
+    """Return the config as the checkpoint was trained: with its number of classes, and without MeanFlow if it lacks it.
+
+    The number of classes stays unchanged if either of them is a text-to-image model.
+    """
     there = checkpoint.num_classes(where)
     like = config.copy_and_resolve_references()
     like.model.mean_velocity &= checkpoint.load_config(where)["model"].get("mean_velocity", False)

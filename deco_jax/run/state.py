@@ -1,10 +1,10 @@
 """Everything a run carries from step to step, as nested dictionaries of arrays, sharded from the start.
 
 step       int32, steps done
-skipped    int32, steps in a row whose loss or gradient was not finite and that changed nothing
+skipped    int32, consecutive steps with a non-finite loss or gradient, which changed nothing
 params     {"denoiser": ..., "projector": ...}  (the projector only with REPA)
-averages   {"ema": ..., other names: ...}, moving averages of the denoiser; what samples are drawn from
-measured   what the method goes by and measures in the run, by name; only if it does
+averages   {"ema": ..., other names: ...}, moving averages of the denoiser, which draw samples
+measured   what the method measures on the data and depends on, by name; only if it does
 opt_state  optax's
 """
 
@@ -33,17 +33,17 @@ def initial_state(
     averages: Iterable[str] = (EMA,),
     measured: Mapping[str, Any] = MappingProxyType({}),
 ) -> State:
-    """The state before the first step; each network is drawn from its own key.
+    """Return the state before the first step; each network is initialised from its own key.
 
     Args:
-        measured: its first values, `Method.measured`.
+        measured: the initial values of `Method.measured`.
     """
     params = {name: network.init(jax.random.fold_in(key, i)) for i, (name, network) in enumerate(networks.items())}
     state = {
         "step": jnp.zeros((), jnp.int32),
         "skipped": jnp.zeros((), jnp.int32),
         "params": params,
-        # Copies: donated buffers must not be shared.
+        # Copies, because donated buffers must not be shared.
         "averages": {name: jax.tree.map(jnp.copy, params["denoiser"]) for name in averages},
         "opt_state": optimizer.init(params),
     }
@@ -59,7 +59,7 @@ def state_shapes(
     averages: Iterable[str] = (EMA,),
     measured: Mapping[str, Any] = MappingProxyType({}),
 ) -> State:
-    """ShapeDtypeStructs with shardings of the whole state; nothing is allocated."""
+    """Return the whole state as ShapeDtypeStructs with shardings; nothing is allocated."""
     shapes = jax.eval_shape(lambda key: initial_state(key, networks, optimizer, averages, measured), jax.random.key(0))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -76,7 +76,7 @@ def create_state(
     averages: Iterable[str] = (EMA,),
     measured: Mapping[str, Any] = MappingProxyType({}),
 ) -> State:
-    """A new state, each leaf made where it will live: no device ever holds all of it."""
+    """Create a new state, each leaf in its place, so that no device ever holds all of it."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(networks, optimizer, mesh, averages, measured))
     make = jax.jit(lambda key: initial_state(key, networks, optimizer, averages, measured), out_shardings=shardings)
     return make(jax.random.key(seed))

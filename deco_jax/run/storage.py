@@ -1,17 +1,17 @@
-"""Files on this machine and objects in buckets (gs://, s3://) under one kind of path.
+"""Local files and objects in buckets (gs://, s3://) under one kind of path.
 
-Paths are etils' epath over fsspec (gcsfs, s3fs); Orbax and TensorStore, and ArrayRecord's reader, open gs:// by
-themselves. A bucket has no rename, no append and no lock, so what makes a file whole differs by its kind:
+Paths are etils' epath over fsspec (gcsfs, s3fs); Orbax, TensorStore and ArrayRecord's reader open gs:// themselves. A
+bucket can't rename, append or lock, so each kind of file is kept complete in its own way:
 
-    config.json, grids, reports, caches, exports   written on this machine, then put as one object (`files.whole`)
-    metrics.jsonl                                  held in memory, put anew as one object; before each checkpoint too
+    config.json, grids, reports, caches, exports   written on this machine, then uploaded as one object (`files.whole`)
+    metrics.jsonl                                  held in memory, uploaded again as one object, also before checkpoints
     TensorBoard events                             the same, in files of at most 16 MiB
     checkpoints                                    Orbax's commit_success.txt, written last; checksums.json before it
-    .lock                                          a record with a number that its holder raises
+    .lock                                          a record with a number that its holder increments
     indices of data                                one object beside the data
 
-Requests are tried again by the libraries (gcsfs for about half a minute, botocore, TensorStore); then the run ends
-with one line, and the same command goes on from the last checkpoint.
+The libraries retry requests (gcsfs for about half a minute, botocore, TensorStore). After that, the run ends with one
+line, and the same command continues from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -33,24 +33,25 @@ from deco_jax.errors import UserError
 
 SCHEMES = ("gs://", "s3://")
 PACKAGES = {"gs://": "gcsfs", "s3://": "s3fs"}
-# Of TensorStore, which waits 1, 2, 4, ... 32 s between them: about two minutes. Its default of 32 is a quarter hour.
+# Retries of TensorStore, which waits 1, 2, 4, ... 32 s between them: about two minutes. Its default, 32, takes a
+# quarter of an hour.
 CHECKPOINT_RETRIES = 6
-# Large enough for several small images of a tar at once, small enough to pass over large ones.
+# Large enough for several small images of a tar at once, small enough to skip large ones.
 INDEX_BLOCK = 2**18
 TEMPORARY = "deco_jax_of_"  # then the process
-PUT_SECONDS = 30.0  # between two puts of what grows
+PUT_SECONDS = 30.0  # between two uploads of a growing file
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether a path lies in a bucket."""
+    """Return whether a path is in a bucket."""
     return os.fspath(path).startswith(SCHEMES)
 
 
 def path(name: str | os.PathLike[str]) -> pathlib.Path:
-    """The file that a name stands for.
+    """Return the path for a name.
 
     Returns:
-        A pathlib.Path; of a bucket an epath.Path, which has its methods (but no absolute, and no mode "a" of open).
+        A pathlib.Path; in a bucket an epath.Path, which has the same methods (except absolute, and open's mode "a").
 
     Raises:
         UserError: the package that reads such a bucket is missing.
@@ -64,7 +65,7 @@ def path(name: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def is_file(name: str | os.PathLike[str]) -> bool:
-    """Whether there is such a file; no name is too long to ask."""
+    """Return whether such a file exists; names that are too long simply don't."""
     if not is_remote(name):
         return os.path.isfile(name)
     with answering(name):
@@ -72,7 +73,7 @@ def is_file(name: str | os.PathLike[str]) -> bool:
 
 
 def absolute(name: str | os.PathLike[str]) -> pathlib.Path:
-    """`path` as it is from every folder."""
+    """Return `path` as an absolute path."""
     return path(name) if is_remote(name) else pathlib.Path(name).absolute()
 
 
@@ -85,20 +86,20 @@ def _filesystem(scheme: str) -> Any:
         from etils.epath import backend
 
         __import__(PACKAGES[scheme])
-        # Nothing is remembered of a folder: other hosts write to it.
+        # Folder listings aren't cached, because other hosts write to them.
         fsspec.config.conf.setdefault(scheme[:2], {})["use_listings_cache"] = False
         system = backend.fsspec_backend.fs(scheme)
     except ImportError as error:
         raise UserError(
             f'reading {scheme} needs {PACKAGES[scheme]}: pip install "deco_jax[{scheme[:2]}]" ({error})'
         ) from error
-    for name in ("gcsfs", "fsspec", "s3fs", "botocore", "asyncio"):  # they print what they raise, with stack traces
+    for name in ("gcsfs", "fsspec", "s3fs", "botocore", "asyncio"):  # they also log what they raise, with stack traces
         logging.getLogger(name).setLevel(logging.CRITICAL)
     return system
 
 
 def system(name: str | os.PathLike[str]) -> Any:
-    """fsspec's file system of a remote path."""
+    """Return fsspec's file system for a remote path."""
     return _filesystem(os.fspath(name)[:5])
 
 
@@ -107,7 +108,7 @@ def system(name: str | os.PathLike[str]) -> Any:
 
 @contextlib.contextmanager
 def answering(name: str | os.PathLike[str]) -> Iterator[None]:
-    """What a bucket refuses as a UserError, so that nobody takes it for a damaged file; FileNotFoundError stays."""
+    """Turn a bucket's refusal into a UserError, so that it isn't taken for a damaged file; FileNotFoundError stays."""
     try:
         yield
     except (UserError, FileNotFoundError):
@@ -119,13 +120,13 @@ def answering(name: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def read(name: str) -> bytes:
-    """All of an object. FileNotFoundError if it isn't there; UserError if the bucket refuses."""
+    """Read a whole object; FileNotFoundError if it doesn't exist, UserError if the bucket refuses."""
     with answering(name):
         return system(name).cat_file(name)
 
 
 def read_range(name: str, start: int, size: int) -> bytes:
-    """`size` bytes of an object from `start` on; errors as `read`, and OSError if it has fewer."""
+    """Read `size` bytes of an object from `start` on; errors as for `read`, and OSError if there are fewer."""
     with answering(name):
         data = system(name).cat_file(name, start=start, end=start + size) if size else b""
     if len(data) != size:
@@ -134,25 +135,25 @@ def read_range(name: str, start: int, size: int) -> bytes:
 
 
 def open_blocks(name: str) -> BinaryIO:
-    """An object as a seekable file, read in blocks of INDEX_BLOCK: for many small reads in nearly ascending order."""
+    """Open an object as a seekable file with blocks of INDEX_BLOCK, for many small reads in nearly ascending order."""
     options = {"cache_type": "blockcache", "cache_options": {"maxblocks": 4}}
     return system(name).open(name, "rb", block_size=INDEX_BLOCK, **options)
 
 
 def tree(root: str) -> dict[str, str]:
-    """Relative path → a stamp that changes when the object does, of all objects under `root`, in sorted order."""
+    """List all objects under `root`, sorted: relative path → a stamp that changes when the object does."""
     found = system(root).find(root, detail=True)
     prefix = root.rstrip("/").removeprefix(root[:5]) + "/"
     return {name.removeprefix(prefix): stamp_of(info) for name, info in sorted(found.items()) if name != prefix}
 
 
 def stamp(name: str) -> str:
-    """What tells an object from a later one of the same name."""
+    """Return a stamp that differs between an object and a later one of the same name."""
     return stamp_of(system(name).info(name))
 
 
 def modified(name: str | os.PathLike[str]) -> float:
-    """When an object was put, in seconds since 1970."""
+    """Return when an object was written, in seconds since 1970."""
     return system(name).modified(os.fspath(name)).timestamp()
 
 
@@ -161,7 +162,7 @@ def stamp_of(info: dict[str, Any]) -> str:
 
 
 def walk(root: str) -> Iterator[tuple[str, list[str]]]:
-    """Each folder under a remote `root` with its sorted files, hidden ones left out: as `captioned_pairs.walk`."""
+    """Yield each folder under a remote `root` with its sorted files, without hidden ones, as `captioned_pairs.walk`."""
     folders: dict[str, list[str]] = {"": []}
     for name in tree(root):
         folder, _, file = name.rpartition("/")
@@ -171,19 +172,19 @@ def walk(root: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def load_array(name: str | os.PathLike[str]) -> np.ndarray:
-    """A .npy file; memory-mapped where it lies on this machine."""
+    """Load a .npy file, memory-mapped if it is on this machine."""
     if not is_remote(name):
         return np.load(name, mmap_mode="r")
     return np.load(io.BytesIO(path(name).read_bytes()))
 
 
 def open_rows(name: str | os.PathLike[str]) -> Any:
-    """A .npy file by its rows: memory-mapped, or of a bucket read by range."""
+    """Open a .npy file by rows: memory-mapped, or, in a bucket, read in ranges."""
     return ArrayRows(os.fspath(name)) if is_remote(name) else np.load(name, mmap_mode="r")
 
 
 class ArrayRows:
-    """Rows of a .npy file in a bucket, each read by itself: what a memory map is for a file."""
+    """Rows of a .npy file in a bucket, each read separately, like a memory map of a local file."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -205,12 +206,12 @@ class ArrayRows:
 
 
 def md5(info: dict[str, Any]) -> bytes | None:
-    """The MD5 of an object, by what its service tells of it; None if it tells none."""
+    """Return the MD5 of an object from the service's metadata; None if it has none."""
     import base64
 
     if info.get("md5Hash"):
         return base64.b64decode(info["md5Hash"])
-    etag = str(info.get("ETag", "")).strip('"')  # of an object put in one part, without a key of its own
+    etag = str(info.get("ETag", "")).strip('"')  # the MD5 if the object was uploaded in one part, without its own key
     return bytes.fromhex(etag) if len(etag) == 32 and "SSEKMSKeyId" not in info else None
 
 
@@ -218,17 +219,17 @@ def md5(info: dict[str, Any]) -> bytes | None:
 
 
 def put(name: str | os.PathLike[str], data: bytes) -> None:
-    """Make an object, or replace it; it is there as a whole or not at all."""
+    """Create or replace an object; it appears as a whole or not at all."""
     system(name).pipe_file(os.fspath(name), data)
 
 
 def create(name: str | os.PathLike[str], data: bytes) -> None:
-    """Make an object. FileExistsError if there is one, whoever made it at the same moment."""
+    """Create an object; FileExistsError if there is one, even if it was created at the same moment."""
     system(name).pipe_file(os.fspath(name), data, mode="create")
 
 
 def append(name: pathlib.Path, text: str) -> None:
-    """Add text to the end of a file; one in a bucket is put anew as a whole."""
+    """Append text to a file; one in a bucket is uploaded again as a whole."""
     if not is_remote(name):
         with name.open("a") as file:
             file.write(text)
@@ -238,7 +239,7 @@ def append(name: pathlib.Path, text: str) -> None:
 
 @contextlib.contextmanager
 def temporary() -> Iterator[str]:
-    """A folder on this machine for what is on its way to a bucket; those that killed processes left are removed."""
+    """Yield a local folder for uploads to a bucket; folders left behind by killed processes are removed."""
     for left in pathlib.Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*_*"):
         process = left.name.removeprefix(TEMPORARY).partition("_")[0]
         if process.isdigit() and not os.path.exists(f"/proc/{process}") and os.path.isdir("/proc"):
@@ -249,7 +250,7 @@ def temporary() -> Iterator[str]:
 
 @contextlib.contextmanager
 def staged(name: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """A path on this machine to write to, put as the object `name` if the block ends well."""
+    """Yield a local path to write to, which is uploaded as the object `name` if the block succeeds."""
     with temporary() as folder:
         part = pathlib.Path(folder) / os.path.basename(os.fspath(name))
         yield part
@@ -258,7 +259,7 @@ def staged(name: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def staged_folder(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """A folder to write to: `folder` itself, or one on this machine whose files are put under it at the end."""
+    """Yield a folder to write to: `folder` itself, or a local one whose files are uploaded to it at the end."""
     if not is_remote(folder):
         yield pathlib.Path(folder)
         return
@@ -270,7 +271,7 @@ def staged_folder(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def replaced_folder(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """A folder to write to, which takes the place of `folder` at the end; in a bucket object by object."""
+    """Yield a folder to write to, which replaces `folder` at the end; in a bucket, object by object."""
     if is_remote(folder):
         with staged_folder(folder) as part:
             yield part
@@ -285,7 +286,7 @@ def replaced_folder(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
 
 def remove_tree(folder: str | os.PathLike[str]) -> None:
-    """Remove a folder with all in it; one that isn't there is no error."""
+    """Remove a folder and everything in it; a missing one is no error."""
     if not is_remote(folder):
         shutil.rmtree(folder, ignore_errors=True)
     else:
@@ -295,12 +296,12 @@ def remove_tree(folder: str | os.PathLike[str]) -> None:
 
 # ---------------------------------------------------------------------------------------- failing
 
-# Whose exceptions mean that a bucket did not do what it was asked.
+# Packages whose exceptions mean that a bucket didn't do what it was asked.
 LIBRARIES = ("gcsfs", "aiohttp", "s3fs", "botocore", "aiobotocore", "google", "requests", "fsspec")
 
 
 def refusal(error: BaseException | None) -> str | None:
-    """One line for what a bucket refused, or None if the error is none of a bucket's."""
+    """Return one line about what a bucket refused, or None if the error isn't from a bucket."""
     while error is not None:
         module, text = type(error).__module__.partition(".")[0], " ".join(str(error).split())[:300]
         forbidden = isinstance(error, PermissionError | OSError) and text.startswith(("Forbidden", "Access Denied"))
@@ -315,7 +316,7 @@ def refusal(error: BaseException | None) -> str | None:
 
 @functools.cache
 def limit_checkpoint_retries() -> None:
-    """Have TensorStore give up on a bucket after about two minutes."""
+    """Make TensorStore give up on a bucket after about two minutes."""
     from orbax.checkpoint._src.serialization import tensorstore_utils
 
     # Orbax has no public setting for it. Each of its contexts is a copy of one of these.

@@ -1,8 +1,8 @@
-"""Weights & Biases: what a run leaves for people, shown there as well.
+"""Weights & Biases: shows a run's metrics, grids and scores there, too.
 
-The run's id lies in WORKDIR/wandb.json, so that a run that goes on is one run there too. Values carry their training
-step as "step", which all plots are drawn over: wandb's own count can't go back to the step that a run resumes from.
-Where and whether anything is sent is wandb's affair: WANDB_MODE=offline keeps it in WORKDIR/wandb, for `wandb sync`.
+WORKDIR/wandb.json has the run's id, so a resumed run stays one run there. Values have their training step as "step",
+the x axis of all plots, because wandb's own count can't go back to the step from which a run resumes. wandb decides
+where and whether anything is sent: WANDB_MODE=offline keeps it in WORKDIR/wandb, for `wandb sync`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def check(project: str) -> None:
     """Make sure that a run can be tracked, before anything else is done.
 
     Raises:
-        UserError: the package is missing, or it has no key to log in with.
+        UserError: the package is missing, or it has no API key to log in with.
     """
     wandb = _package(project)
     if os.environ.get("WANDB_MODE", "online") != "online":
@@ -41,15 +41,15 @@ def check(project: str) -> None:
 
 
 class Tracker:
-    """One run at Weights & Biases, from its making to `close`; a context manager.
+    """A run at Weights & Biases, until `close`; a context manager.
 
-    Nothing that goes wrong after the start ends a training: it is said once, and the rest is left out.
+    An error after the start never ends the training: it is reported once, and the rest is left out.
 
     Args:
         project: of W&B.
-        folder: the workdir, which gives the run its name and keeps its id.
-        config: plain values to show beside it; those of an earlier start stay where these don't name them.
-        job: what W&B calls the run's job type.
+        folder: the workdir, which gives the run its name and stores its id.
+        config: plain values to show with the run; values of an earlier start stay unless these replace them.
+        job: W&B's job type of the run.
 
     Raises:
         UserError: wandb can't start a run.
@@ -83,7 +83,7 @@ class Tracker:
         self.where = f"offline, in {folder / FOLDER}" if offline else str(self._run.url)
 
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Add values to a step; those that are not finite are None, and left out."""
+        """Add values to a step; non-finite ones are None, and left out."""
         known = {name: value for name, value in values.items() if value is not None}
         self._try(lambda: self._run.log({"step": step, **known}))
 
@@ -92,16 +92,16 @@ class Tracker:
         self._try(lambda: self._run.log({"step": step, name: self._wandb.Image(image)}))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Add a table of texts and numbers; None: nothing there."""
+        """Add a table of texts and numbers; None is an empty cell."""
         data = [list(row) for row in rows]
         self._try(lambda: self._run.log({name: self._wandb.Table(list(columns), data, allow_mixed_types=True)}))
 
     def summary(self, values: Mapping[str, float]) -> None:
-        """Set what stands for the run as a whole in W&B's table of runs."""
+        """Set the values that summarise the run in W&B's table of runs."""
         self._try(lambda: self._run.summary.update(dict(values)))
 
     def sync(self) -> None:
-        """In a bucket: put what an offline run has written so far."""
+        """Upload what an offline run has written so far, if the workdir is in a bucket."""
         remote = self._remote
         if remote is None or self._run.settings.mode != "offline":
             return
@@ -129,11 +129,11 @@ class Tracker:
             action()
         except Exception as error:  # wandb and its service raise many kinds
             self._broken = True
-            logging.error("Weights & Biases takes no more of this run (%s); metrics.jsonl has all of it", error)
+            logging.error("Weights & Biases gets no more of this run (%s); metrics.jsonl has all of it", error)
 
 
 def _run_id(folder: pathlib.Path) -> str:
-    """The id of a workdir's run, made the first time."""
+    """Return the id of a workdir's run; create it the first time."""
     path = folder / FILE
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         return str(json.loads(path.read_text())["id"])

@@ -1,4 +1,4 @@
-"""Ends a process whose training step doesn't end: a hung host or link would otherwise hold all devices for nothing."""
+"""Ends a process whose training step hangs: a hung host or link would otherwise block all devices for nothing."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ WRITING_SECONDS = 20.0  # for the workdir, which may be what hangs
 class Watchdog:
     """While entered: if a step takes longer than allowed, writes all threads' stacks, says so and ends the process.
 
-    A step begins with the host's work for it: reading its batch and handing it over. What is done within `resting`
-    (saving, evaluation, grids) isn't watched; compiling comes before.
+    A step begins with the host's work for it: reading its batch and dispatching it. Work within `resting` (saving,
+    evaluation, grids) isn't watched; compilation is done before.
 
     Args:
         workdir: stacks go to WORKDIR/stacks/step_STEP_host_INDEX.txt.
         limit: seconds; 0: no limit.
-        clock: knows the step that the devices work on.
+        clock: knows the step that the devices are working on.
     """
 
     def __init__(self, workdir: pathlib.Path, limit: float, clock: StepClock) -> None:
@@ -53,12 +53,12 @@ class Watchdog:
             self._thread.join()
 
     def handed_over(self, step: int) -> None:
-        """The host is done with its part of a step and begins with the next one's."""
+        """Note that the host has finished its part of a step and begins with the next one."""
         self._step, self._since = step, time.monotonic()
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:
-        """What the host does in here is no part of a step."""
+        """Don't count the host's work in here as part of a step."""
         self._resting = True
         try:
             yield
@@ -71,8 +71,8 @@ class Watchdog:
             if running is not None and now - running.since > self._limit:
                 self._end(running.step, "its devices")
             elif not self._resting and now - self._since > self._limit:
-                # Handing over waits for the devices where they are far behind.
-                self._end(self._step + 1, "its devices" if running else "this host, which brings its batch")
+                # Dispatching waits for the devices if they are far behind.
+                self._end(self._step + 1, "its devices" if running else "this host, which fetches its batch")
 
     def _end(self, step: int, where: str) -> None:
         host = f"host {jax.process_index()} of {jax.process_count()}"
@@ -94,8 +94,8 @@ class Watchdog:
         place = path if written.wait(WRITING_SECONDS) else local
         print(
             f"error: [{host}, {socket.gethostname()}] step {step} has not ended after {self._limit:g} s "
-            f"(config.train.step_timeout), it waits for {where}; what every thread does is in {place}; ending with "
-            f"status {RESTART}: start again, and the run goes on from its newest checkpoint",
+            f"(config.train.step_timeout), it waits for {where}; {place} has the stacks of all threads; ending with "
+            f"status {RESTART}: start again to continue from the newest checkpoint",
             file=sys.stderr,
             flush=True,
         )

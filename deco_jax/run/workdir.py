@@ -10,7 +10,7 @@ from deco_jax.run import distributed, storage
 
 
 def make_workdir(folder: pathlib.Path) -> None:
-    """Create a folder and make sure it can be written to; with several hosts, by the first, for all.
+    """Create a folder and make sure that it is writable; with several hosts, the first does it for all.
 
     Raises:
         UserError: it is a file, or can't be written.
@@ -19,7 +19,7 @@ def make_workdir(folder: pathlib.Path) -> None:
 
 
 def make_folder(folder: pathlib.Path) -> None:
-    """Do the same on this host alone, without starting a device."""
+    """Do the same on this host only, without starting a device."""
     if storage.is_remote(folder):
         _check_bucket(folder)
         return
@@ -29,13 +29,13 @@ def make_folder(folder: pathlib.Path) -> None:
         probe.touch()
         probe.unlink(missing_ok=True)  # runs that share a folder may do this at the same time
     except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{folder} is, or lies under, a file; choose another folder") from error
+        raise UserError(f"{folder} is a file, or is below one; choose another folder") from error
     except OSError as error:
         raise UserError(f"{folder} can't be written: {error.strerror}; choose another folder") from error
 
 
 def _check_bucket(folder: str | os.PathLike[str]) -> None:
-    """Put an object into a folder and remove it. UserError: the bucket refuses."""
+    """Write an object to a folder and remove it; raise UserError if the bucket refuses."""
     probe = os.path.join(os.fspath(folder), ".writable")
     try:
         storage.put(probe, b"")
@@ -54,7 +54,7 @@ def listed(names: str) -> list[pathlib.Path]:
 
 
 def short_names(folders: list[pathlib.Path]) -> list[str]:
-    """Shorten paths to their ends, as long as it takes to tell them apart."""
+    """Shorten paths to their last parts, as many as it takes to tell them apart."""
     parts = [storage.absolute(path).parts for path in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-length:]) for p in parts]

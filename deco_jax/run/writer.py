@@ -1,4 +1,4 @@
-"""What a run leaves for people: metrics.jsonl, TensorBoard events, W&B, image files, and one live line."""
+"""A run's output for people: metrics.jsonl, TensorBoard events, W&B, image files, and one live line."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Writer:
 
     Args:
         workdir: an existing folder.
-        total_steps: the run's last step, for the time that is left.
-        resumed_at: the step the run goes on from. Later lines of metrics.jsonl are dropped, as those steps are done
-            again.
+        total_steps: the run's last step, for the time left.
+        resumed_at: the step from which the run continues. Later lines of metrics.jsonl are dropped, because those steps
+            are repeated.
         active: false on hosts other than the first, which write nothing.
-        config: of the run, for TensorBoard; of its section "train", `wandb` and `log_json` are heeded.
+        config: of the run, for TensorBoard; `wandb` and `log_json` of its section "train" apply.
 
     Raises:
         UserError: Weights & Biases was asked for and can't start a run.
@@ -54,14 +54,14 @@ class Writer:
         self._start_step, self._start_time = resumed_at, time.monotonic()
         self._live = active and not self._json and sys.stdout.isatty()
         self._synced_at = time.monotonic()
-        self.last: dict[str, Any] = {}  # the line that a resumed run goes on from
+        self.last: dict[str, Any] = {}  # the line from which a resumed run continues
         if not active:
             return
         path = workdir / "metrics.jsonl"
         self.last = _keep_until(path, resumed_at)
         self._file: Any = event_files.ObjectLog(path) if storage.is_remote(path) else path.open("a")
         event_files.register(path)
-        # Events of later steps, which are done again, are not shown twice.
+        # Events of later steps, which are repeated, must not be shown twice.
         purge = resumed_at + 1 if resumed_at else None
         self._board = event_files.tensorboard().SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
         if config is not None:
@@ -75,7 +75,7 @@ class Writer:
         """Write one line of metrics.jsonl and one live line."""
         if not self._active:
             return
-        # JSON has no NaN: what isn't finite is null there.
+        # JSON has no NaN, so non-finite values become null.
         row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._row, self._row_at = {"step": step, **row}, self._file.tell()
         self._put(step, {k: v for k, v in metrics.items() if isinstance(v, int | float)})
@@ -88,7 +88,7 @@ class Writer:
         self.say(f"step {step}/{self._total}  {self._time_left(step)}  {line}", live=True)
 
     def add(self, step: int, name: str, value: float) -> None:
-        """Add a value that took long to measure to the line of its step, which must be the last one written."""
+        """Add a value that took a while to measure to its step's line, which must be the last one written."""
         if not self._active:
             return
         self._row[name] = value if math.isfinite(value) else None
@@ -111,7 +111,7 @@ class Writer:
             self.sync()
 
     def sync(self) -> None:
-        """Have all that is written outlast this process: before a checkpoint that the run may go on from."""
+        """Make everything written so far outlast this process; called before each checkpoint."""
         if self._active and isinstance(self._file, event_files.ObjectLog):
             self._file.sync()
             self._board.flush()
@@ -133,11 +133,11 @@ class Writer:
                 self._tracker.image(step, name, image)
 
     def start_clock(self) -> None:
-        """Start counting the time per step, from which the time left follows: compiling is over."""
+        """Start measuring the time per step, which gives the time left; called once compilation is over."""
         self._start_time = time.monotonic()
 
     def say(self, text: str, live: bool = False) -> None:
-        """Print a line; on a terminal the next line overwrites a live one. With log_json stdout is for JSON alone."""
+        """Print a line; on a terminal, the next line overwrites a live one. With log_json, stdout only gets JSON."""
         if not self._active:
             return
         if self._json:
@@ -161,7 +161,7 @@ class Writer:
 
 
 def _keep_until(path: pathlib.Path, step: int) -> dict[str, Any]:
-    """Drop the lines of later steps, and those that a kill cut short; return the last one kept, {} if there is none."""
+    """Drop lines of later steps and lines that a kill cut short; return the last one kept, {} if there is none."""
     if not path.exists():
         return {}
     rows, damaged = read_rows(path)
@@ -173,7 +173,7 @@ def _keep_until(path: pathlib.Path, step: int) -> dict[str, Any]:
 
 
 def write_atomically(path: pathlib.Path, data: bytes) -> None:
-    """Write all of the file or none of it."""
+    """Write all of a file, or none of it."""
     with files.whole(path) as part:
         part.write_bytes(data)
 
@@ -190,7 +190,7 @@ def save_png(path: pathlib.Path, image: np.ndarray) -> None:
 
 
 def write_overview(path: pathlib.Path, parameters: Any) -> None:
-    """Write a table of a model's parameters: the name, shape, type and number of each."""
+    """Write a table of a model's parameters: the name, shape, type and size of each."""
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), parameters)
     table = parameter_overview.get_parameter_overview(shapes, include_stats=False)
     write_atomically(path, (table + "\n").encode())

@@ -3,8 +3,8 @@
     workdir/checkpoints/STEP/{counters, params, ema, average_NAME for each other average, measured_NAME for each array
         that the method measured in the run, optimizer, config}
 
-Sampling reads one average alone. A checkpoint imported from the official code has no `optimizer`. All of it is plain
-dictionaries of arrays, readable without this package.
+Sampling only reads one average. A checkpoint imported from the official code has no `optimizer`. Everything is stored
+as plain dictionaries of arrays, readable without this package.
 """
 
 from deco_jax.run.checkpoint.base import load_base, save_base

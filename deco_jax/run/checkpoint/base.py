@@ -1,6 +1,6 @@
-"""The frozen parameters of a low-rank adaptation (`method.lora`), kept once for all checkpoints of a run.
+"""The frozen parameters of a low-rank adaptation (`method.lora`), stored once for all checkpoints of a run.
 
-WORKDIR/base/{parameters, checksums.json}     beside WORKDIR/checkpoints, whose steps hold what trains
+WORKDIR/base/{parameters, checksums.json}     beside WORKDIR/checkpoints, whose steps hold what is trained
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ PARAMETERS = "parameters"
 
 
 def merger(adapter: Adapter, mesh: Mesh, shapes: Params) -> Callable[[Params, Params], Params]:
-    """`adapter.merge` on the mesh, (frozen, trained) → parameters of these shapes, each where its rule has it."""
+    """Return `adapter.merge` on the mesh: (frozen, trained) → parameters of these shapes, sharded by their rules."""
     return jax.jit(adapter.merge, out_shardings=sharding.state_shardings(mesh, shapes))
 
 
 def save_base(workdir: pathlib.Path, base: Params) -> None:
-    """Write the frozen parameters of a run that begins, whole or not at all, in the place of what is there.
+    """Write the frozen parameters of a new run, whole or not at all; existing ones are replaced.
 
     Raises:
         UserError: they can't be written.
@@ -41,20 +41,20 @@ def save_base(workdir: pathlib.Path, base: Params) -> None:
         with ocp.StandardCheckpointer(atomicity_options=whole) as writer:
             writer.save(folder / PARAMETERS, base)
             writer.wait_until_finished()
-        # The checksums come last: they say that all is there.
+        # The checksums come last: they mark the folder as complete.
         distributed.on_main_host(lambda: checksums.write(folder))
 
 
 def has_base(workdir: pathlib.Path) -> bool:
-    """Whether a run has its frozen parameters."""
+    """Return whether a run has its frozen parameters."""
     return (storage.absolute(workdir) / BASE / checksums.FILE).exists()
 
 
 def load_base(workdir: pathlib.Path, shapes: Params, mesh: Mesh) -> Params:
-    """The frozen parameters of a run, on the mesh.
+    """Load the frozen parameters of a run onto the mesh.
 
     Args:
-        shapes: of what is frozen.
+        shapes: of the frozen parameters.
 
     Raises:
         UserError: they are missing or damaged.
@@ -62,8 +62,8 @@ def load_base(workdir: pathlib.Path, shapes: Params, mesh: Mesh) -> Params:
     folder = storage.absolute(workdir) / BASE
     if not has_base(workdir):
         raise UserError(
-            f"{folder} is missing, which has the frozen weights that the factors in {workdir} belong to; copy a run's "
-            "whole folder, not its checkpoints alone"
+            f"{folder} is missing, which has the frozen weights for the factors in {workdir}; copy a run's whole "
+            "folder, not only its checkpoints"
         )
     with _readable(folder, "read", "copy it again"):
         checksums.check(folder)
@@ -86,13 +86,13 @@ def _readable(folder: pathlib.Path, what: str, remedy: str) -> Iterator[None]:
 def read_merged(
     where: pathlib.Path, shapes: Params, stored: Mapping[str, Any], mesh: Mesh, read: Callable[[Params], Params]
 ) -> Params:
-    """Parameters of a checkpoint with what is frozen and what is trained put together.
+    """Read the parameters of a checkpoint, merging the frozen and the trained ones.
 
     Args:
-        where: a step's folder of an adapted run.
+        where: the folder of a step of an adapted run.
         shapes: of the whole denoiser.
         stored: the checkpoint's config.
-        read: (shapes with shardings of what trains) → the same from the checkpoint.
+        read: (shapes with shardings of the trained parameters) → the same from the checkpoint.
     """
     adapter = adapter_of(stored)
     assert adapter is not None

@@ -1,4 +1,4 @@
-"""What stands in a checkpoint's folder, where checkpoints are, and whose they are; no weights are read here."""
+"""Finds checkpoints and reads everything in their folders except weights: config, averages, which model they hold."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ COMMITTED = "commit_success.txt"
 
 
 def find(workdir: str, checkpoint: str = "", config: ml_collections.ConfigDict | None = None) -> pathlib.Path:
-    """The checkpoint to read: `checkpoint` (a step's folder, or a run's newest), else the workdir's newest.
+    """Find the checkpoint to read: `checkpoint` (a step's folder, or a run's newest), or else the workdir's newest.
 
     Raises:
-        UserError: there is none; or it isn't of the model of `config`, if that is given.
+        UserError: there is none, or it holds another model than `config`, if that is given.
     """
     where = storage.absolute(checkpoint or workdir)
     if (where / "ema").is_dir() and (where / "config").is_dir():
@@ -44,9 +44,9 @@ def find(workdir: str, checkpoint: str = "", config: ml_collections.ConfigDict |
 
 
 def complete_steps(workdir: str | pathlib.Path) -> list[int]:
-    """Steps with a complete checkpoint, ascending.
+    """Return the steps with a complete checkpoint, ascending.
 
-    Orbax renames a finished one to its number; in a bucket it puts COMMITTED last.
+    Orbax renames a finished one to its number; in a bucket, it writes COMMITTED last.
     """
     folder = storage.path(workdir) / FOLDER
     remote = storage.is_remote(folder)
@@ -57,7 +57,7 @@ def complete_steps(workdir: str | pathlib.Path) -> list[int]:
 
 
 def written(path: pathlib.Path) -> str:
-    """What tells a checkpoint from a later one at the same path: Orbax's note of its writing, if there."""
+    """Return a text that differs between a checkpoint and a later one at the same path: Orbax's note, if any."""
     note = path / "_CHECKPOINT_METADATA"
     return note.read_text() if note.exists() else ""
 
@@ -76,13 +76,13 @@ def check_model(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
 
 
 def check_projector(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Raise UserError unless a checkpoint to train on has REPA's projector just where, and as, the config has."""
+    """Raise UserError unless a checkpoint to continue from has the same REPA projector as the config, or both none."""
     stored = load_config(path)
     theirs, ours = stored["loss"]["repa_weight"], config.loss.repa_weight
     if bool(theirs) != bool(ours):
         raise UserError(
-            f"{path} was trained {'with' if theirs else 'without'} REPA (config.loss.repa_weight={theirs}) and here it "
-            f"is {ours}; training goes on with a projector only from one: make both 0, or both above"
+            f"{path} was trained {'with' if theirs else 'without'} REPA (config.loss.repa_weight={theirs}), but here "
+            f"it is {ours}; a projector can only continue from a checkpoint with one: make both 0, or both positive"
         )
     if not ours:
         return
@@ -90,43 +90,43 @@ def check_projector(path: pathlib.Path, config: ml_collections.ConfigDict) -> No
         theirs, here = stored[section][name], config[section][name]
         if theirs != here:
             raise UserError(
-                f"{path} was trained with config.{section}.{name}={theirs} and here it is {here}, which its projector "
-                "doesn't fit; make them the same, or use another --workdir"
+                f"{path} was trained with config.{section}.{name}={theirs}, but here it is {here}, which its projector "
+                "doesn't fit; make them equal, or use another --workdir"
             )
     if bool(stored["loss"]["repa_mask"]) != bool(config.loss.repa_mask):
         raise UserError(
-            f"{path} was trained with config.loss.repa_mask={stored['loss']['repa_mask']} and here it is "
-            f"{config.loss.repa_mask}; its projector has a vector for hidden tokens only above 0: make both 0, or both "
-            "above, or use another --workdir"
+            f"{path} was trained with config.loss.repa_mask={stored['loss']['repa_mask']}, but here it is "
+            f"{config.loss.repa_mask}; a projector only has a vector for hidden tokens if it is above 0: make both 0, "
+            "or both positive, or use another --workdir"
         )
 
 
 def load_config(path: pathlib.Path) -> dict[str, Any]:
-    """The resolved config in a checkpoint, as plain values; settings of later versions are at their defaults."""
+    """Read the resolved config in a checkpoint, as plain values; settings of later versions get their defaults."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         return config_lib.complete(reader.restore(path / "config"))
 
 
 def num_classes(path: pathlib.Path) -> int:
-    """How many classes the model of a checkpoint tells apart; 0 of text to image. UserError if it can't be read."""
+    """Return the number of classes of a checkpoint's model; 0 for text to image. UserError if it can't be read."""
     with readable(path):
         return int(load_config(path)["model"]["num_classes"])
 
 
 def average_item(name: str) -> str:
-    """The name of an average's part of a checkpoint; that of "ema" is as old as checkpoints are."""
+    """Return the name of an average's part of a checkpoint; "ema" has kept the name of the first version."""
     return name if name == EMA else f"{AVERAGE_ITEM}{name}"
 
 
 def average_names(path: pathlib.Path) -> list[str]:
-    """The averages in a checkpoint, "ema" first."""
+    """Return the names of the averages in a checkpoint, "ema" first."""
     others = sorted(entry.name for entry in path.glob(f"{AVERAGE_ITEM}*") if entry.is_dir())
     return [EMA, *(name.removeprefix(AVERAGE_ITEM) for name in others)]
 
 
 @contextlib.contextmanager
 def readable(path: pathlib.Path) -> Iterator[None]:
-    """Whatever reading `path` runs into, as a UserError."""
+    """Turn any error while reading `path` into a UserError."""
     try:
         yield
     except UserError:
@@ -136,7 +136,7 @@ def readable(path: pathlib.Path) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    # TensorStore's chains of messages end with the system's reason.
+    # TensorStore's chained messages end with the system's reason.
     if reason := re.search(r"([^:\[\]]+) \[os_error_code='\d+'", str(error)):
         return reason[1].strip()
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""What Orbax needs to be told so that a failed write is one line, a write takes little memory, any folder will do."""
+"""Adjusts Orbax so that a failed write is one line, writing takes little memory, and any folder name works."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from deco_jax.run import storage
 
 @functools.cache
 def hush_orbax() -> None:
-    """Keep what Orbax logs, with a stack trace for each thread and array, out of sight: it raises all of that too."""
+    """Hide Orbax's log of errors, with a stack trace for each thread and array; it raises all of them, too."""
     logging.get_absl_logger().addFilter(lambda record: "/orbax/" not in record.pathname)
 
 
 @functools.cache
 def settle_failed_writes() -> None:
-    """Have Orbax wait for the other writes of a batch when one of them fails.
+    """Make Orbax wait for the other writes of a batch when one of them fails.
 
-    It closes its event loop at once; the others then end in a loop that is closed, and TensorStore prints a stack trace
-    for each. Waiting for the folder is the first thing that a batch does in that loop.
+    By default it closes its event loop at once. The other writes then end in a closed loop, and TensorStore prints a
+    stack trace for each. Waiting for the folder is the first thing that a batch does in that loop.
     """
     handler = ocp.type_handlers.get_type_handler(jax.Array)
     serialize = handler.serialize
@@ -57,8 +57,10 @@ def _settle_and_close(loop: asyncio.AbstractEventLoop, close: Callable[[], None]
 
 
 class OneByOne(ocp.type_handlers.NumpyHandler):
-    """Writes host arrays one after the other, and reads each (`mapping.Unread`) only then: all at once, they and their
-    compressed copies need the memory of two networks and as much again."""
+    """Writes host arrays one after the other, and only then reads each of them (`mapping.Unread`).
+
+    All at once, the arrays and their compressed copies would need the memory of two networks and as much again.
+    """
 
     async def _background_serialize(self, values: Any, infos: Any, args: Any = None) -> None:
         for i, (value, info) in enumerate(zip(values, infos, strict=True)):
@@ -68,7 +70,7 @@ class OneByOne(ocp.type_handlers.NumpyHandler):
 
 
 def without_patterns(folder: pathlib.Path) -> pathlib.Path:
-    """A name of the folder that Orbax doesn't take for a pattern: it looks for what each host wrote with `glob`."""
+    """Return a name for the folder that contains no pattern, because Orbax uses `glob` to find what each host wrote."""
     if storage.is_remote(folder) or glob.escape(str(folder)) == str(folder):
         return folder
     name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]  # the same on every host

@@ -1,4 +1,4 @@
-"""Weights, averages and the state of training out of a checkpoint, onto any mesh."""
+"""Reads weights, averages and the training state from a checkpoint onto any mesh."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from deco_jax.run.state import State
 def load_average(
     path: pathlib.Path, shapes: Any, config: ml_collections.ConfigDict, mesh: Mesh, name: str | None = None
 ) -> Any:
-    """An average of the weights in a checkpoint, on the mesh.
+    """Load an average of the weights in a checkpoint onto the mesh.
 
     Args:
         name: of the average; None: config.sample.average.
 
     Raises:
-        UserError: the checkpoint has no such average, is another model's, or damaged.
+        UserError: the checkpoint has no such average, belongs to another model, or is damaged.
     """
     name = config.sample.average if name is None else name
     if name not in average_names(path):
@@ -55,7 +55,7 @@ def load_average(
 
 
 def load_measured(path: pathlib.Path, shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """What a run measured besides its weights, by name, whole on every device.
+    """Load what a run measured on its data, by name, whole on every device.
 
     Raises:
         UserError: the checkpoint lacks some of `shapes`, or is damaged.
@@ -72,24 +72,24 @@ def load_measured(path: pathlib.Path, shapes: Mapping[str, Any], mesh: Mesh) -> 
 
 
 def check_measured(path: pathlib.Path, found: Iterable[str], wanted: Iterable[str]) -> None:
-    """Raise UserError if a checkpoint lacks something that its prediction goes by."""
+    """Raise UserError if a checkpoint lacks something that its prediction depends on."""
     if lost := set(wanted) - set(found):
         raise UserError(f"the checkpoint {path} has no {MEASURED_ITEM}{min(lost)}; it is damaged: choose another")
 
 
 def load_step(path: pathlib.Path) -> int:
-    """Steps done when the checkpoint was written."""
+    """Return the number of steps done when the checkpoint was written."""
     counter = jax.ShapeDtypeStruct((), np.int32, sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     return int(_read(path / "counters", {"step": counter, "skipped": counter})["step"])
 
 
 def load_params(path: pathlib.Path, shapes: Any, config: ml_collections.ConfigDict, mesh: Mesh) -> Any:
-    """The raw weights {"denoiser", "projector"} of a checkpoint, on the mesh; errors as `load_average`."""
+    """Load the raw weights {"denoiser", "projector"} of a checkpoint onto the mesh; errors as for `load_average`."""
     return _load(path, "params", shapes, config, mesh)
 
 
 def load_optimizer(path: pathlib.Path, shapes: Any) -> Any:
-    """optax's state of a checkpoint; zeros where it has none (imported weights).
+    """Load optax's state from a checkpoint; zeros if it has none (imported weights).
 
     Args:
         shapes: of the state, with shardings.
@@ -121,10 +121,10 @@ def _load(path: pathlib.Path, item: str, shapes: Any, config: ml_collections.Con
 
 
 def load_state(path: pathlib.Path, shapes: State, config: ml_collections.ConfigDict) -> State:
-    """All of a named checkpoint, on the mesh; errors as `load_average`, and those of `check_projector`.
+    """Load the whole state of a checkpoint onto the mesh; errors as for `load_average` and `check_projector`.
 
     Args:
-        shapes: of the state, with shardings (`train_state.state_shapes`).
+        shapes: of the state, with shardings (`state.state_shapes`).
     """
     with readable(path):
         return checked_state(path, shapes, config)
@@ -162,7 +162,7 @@ def _restore_averages(path: pathlib.Path, shapes: dict[str, Any]) -> dict[str, A
             logging.warning("%s has no average %r; it starts from %r", path, name, EMA)
     if left := [name for name in there if name not in shapes]:
         logging.warning(
-            "%s has averages that config.optimizer.averages no longer names, and that end here: %s",
+            "%s has averages that config.optimizer.averages no longer names, so they are dropped: %s",
             path,
             ", ".join(left),
         )
@@ -186,7 +186,7 @@ class LostOptimizerError(ValueError):
 
 
 def _had_optimizer(path: pathlib.Path) -> bool:
-    """Whether Orbax's note of its writing names an optimizer state; imported checkpoints never had one."""
+    """Return whether Orbax's note of the checkpoint names an optimizer state; imported ones never had one."""
     try:
         return "optimizer" in json.loads((path / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
     except (OSError, ValueError, KeyError):
@@ -198,7 +198,7 @@ def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def without_empty(tree: Any) -> Any:
-    """Nested dictionaries without empty ones: optax's stateless parts, which Orbax can't store."""
+    """Return nested dictionaries without empty ones, optax's stateless parts, which Orbax can't store."""
     if not isinstance(tree, dict):
         return tree
     pruned = {key: without_empty(value) for key, value in tree.items()}

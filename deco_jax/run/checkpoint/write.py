@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written in the background, kept, found again when the run goes on."""
+"""The checkpoints of a run: written in the background, kept, and found again when the run resumes."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ policies = ocp.checkpoint_managers.preservation_policy
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, to write: from making it to `close`, no other process may.
+    """Writes the checkpoints of one workdir; until `close`, no other process may.
 
     Args:
-        keep: so many, the newest.
-        keep_every: and those whose step is a multiple of this, for good; 0: no others.
-        best: and the one with the best score.
-        copy: host arrays before they are written in the background; False where nobody changes them meanwhile.
+        keep: number of newest checkpoints to keep.
+        keep_every: also keep those whose step is a multiple of this, for good; 0: no others.
+        best: also keep the one with the best score.
+        copy: copy host arrays before they are written in the background; False if nobody changes them meanwhile.
 
     Raises:
         UserError: another run is in the workdir.
@@ -48,7 +48,8 @@ class Checkpoints:
         if orbax_s3.stands_for(self.folder):
             orbax_s3.enable()
         self._lock = lock.RunLock(self.folder.parent)
-        # All hosts of a run share the first one's. Before Orbax, which removes what others have begun to write.
+        # All hosts share the first one's lock. It is taken before Orbax starts, which removes others' unfinished
+        # writes.
         distributed.on_main_host(self._lock.acquire)
         kept: list[Any] = [policies.LatestN(keep)]
         kept += [policies.EveryNSteps(keep_every)] if keep_every else []
@@ -66,26 +67,26 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(without_patterns(self.folder), options=options)
 
     def steps(self) -> list[int]:
-        """Steps that have a complete checkpoint, ascending."""
+        """Return the steps with a complete checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: State, config: ml_collections.ConfigDict) -> None:
-        """Copy the state to the host and write it in the background; raises what the previous write ran into."""
+        """Copy the state to the host and write it in the background; raises the previous write's error, if any."""
         if step in self._manager.all_steps():
             return
-        self._guarded(None, self._manager.wait_until_finished)  # as Orbax would: `_writing` is one at a time
+        self._guarded(None, self._manager.wait_until_finished)  # as Orbax would: `_writing` holds one write at a time
         self._writing = step
         self._guarded(step, lambda: self._manager.save(step, args=_save_args(state, config)))
 
     def free(self, wait: float) -> bool:
-        """Whether nothing is being written any more, on all hosts, after at most so many seconds."""
+        """Wait for at most this many seconds; return whether all hosts have finished writing."""
         end = time.monotonic() + wait
         while self._manager.is_saving_in_progress() and time.monotonic() < end:
             time.sleep(0.01)
         return distributed.all_hosts(not self._manager.is_saving_in_progress())
 
     def _note_checksums(self) -> None:
-        """Called by Orbax in the background when all is written, before the folder gets its name or COMMITTED."""
+        """Store the checksums; Orbax calls this in the background before the folder gets its name or COMMITTED."""
         if jax.process_index() == 0:
             names = (str(self._writing), f"{self._writing}.orbax-checkpoint-tmp")
             for folder in self.folder.iterdir():
@@ -93,7 +94,7 @@ class Checkpoints:
                     checksums.write(folder)
 
     def wait(self) -> None:
-        """Until the last write is complete."""
+        """Wait until the last write is complete."""
         self._guarded(None, self._manager.wait_until_finished)
 
     def _guarded(self, step: int | None, action: Any) -> None:
@@ -109,7 +110,7 @@ class Checkpoints:
             ) from error
 
     def restore(self, shapes: State, config: ml_collections.ConfigDict) -> State | None:
-        """The newest readable state, or None if there is none yet; those that can't be read are named and passed over.
+        """Return the newest readable state, or None if there is none yet; unreadable ones are named and skipped.
 
         Args:
             shapes: of the state, with shardings (`train_state.state_shapes`).
@@ -117,7 +118,7 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint is another model's.
         """
-        weights: pathlib.Path | None = None  # the newest that lacks its moments alone
+        weights: pathlib.Path | None = None  # the newest that only lacks its moments
         for step in reversed(self.steps()):
             path, state = self.folder / str(step), None
             try:
@@ -127,20 +128,23 @@ class Checkpoints:
             except Exception as error:
                 weights = path if isinstance(error, LostOptimizerError) and weights is None else weights
                 logging.error("the checkpoint %s is damaged and passed over: %s", path, first_line(error))
-            # Each host reads its own part: what one can't read, none may go on from.
+            # Each host reads its own part; if one of them can't read a checkpoint, none may continue from it.
             if distributed.all_hosts(state is not None):
                 return state
         if self.steps():
             remedy = f", with --config.init_from={weights} for its weights" if weights else ""
             raise UserError(
-                f"none of the checkpoints in {self.folder} can be read (see above); put that right, or give another "
-                f"--workdir to start anew{remedy}"
+                f"none of the checkpoints in {self.folder} can be read (see above); fix that, or give another "
+                f"--workdir to start again{remedy}"
             )
         return None
 
     def set_aside_after(self, step: int) -> None:
-        """Rename checkpoints newer than `step` to STEP.damaged: the resumed run writes these steps again, and what one
-        host could not read for a moment is not lost."""
+        """Rename checkpoints newer than `step` to STEP.damaged.
+
+        The resumed run writes these steps again, and a checkpoint that one host only failed to read for a moment isn't
+        lost.
+        """
         later = [s for s in self.steps() if s > step]
 
         def rename() -> None:
@@ -155,12 +159,12 @@ class Checkpoints:
             self._manager.reload()
 
     def remove_unfinished(self) -> None:
-        """Remove what a write that failed has left; a run that goes on does so when it starts."""
+        """Remove what a failed write has left; a resumed run does this when it starts."""
         for entry in self.folder.glob("*.orbax-checkpoint-tmp*"):
             storage.remove_tree(entry)
 
     def close(self) -> None:
-        """Wait for the last write and let go of the folder; raises what that write ran into."""
+        """Wait for the last write and release the folder; raises that write's error, if any."""
         try:
             self._guarded(None, self._manager.close)
         finally:
