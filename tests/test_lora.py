@@ -166,7 +166,9 @@ def test_eight_devices_train_as_one():
 
 def test_what_cannot_be_adapted(parts):
     _, adapter, network, *_ = parts
-    with pytest.raises(UserError, match=r"config.lora.whole=colours is no part of this model; choose from .*decoder"):
+    with pytest.raises(
+        UserError, match=r"config.lora.whole=colours is not a part of this model; choose from .*decoder"
+    ):
         adapter.__class__(3, 1.0, ("qkv",), ("colours",)).trained_shapes(network.shapes)
     with pytest.raises(UserError, match="has no matrices text_kv"):
         adapter.__class__(3, 1.0, ("text_kv",)).trained_shapes(network.shapes)

@@ -132,7 +132,7 @@ def test_while_training(folder, tmp_path):
     ).stdout  # fmt: skip
     losses = {step: row["validation_loss"] for step, row in rows(tmp_path / "best").items()}
     best = min(losses, key=losses.__getitem__)
-    assert f"step {best} is the best so far by validation_loss, and kept" in said
+    assert f"step {best} is the best so far by validation_loss; its checkpoint is kept" in said
     # The last save, before step 4 was measured, kept the best until then.
     assert steps(tmp_path / "best") == [str(min((1, 2, 3), key=losses.__getitem__)), "4"]
     measured = {step: row.get("validation_loss") for step, row in found.items()}

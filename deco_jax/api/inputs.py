@@ -1,4 +1,4 @@
-"""What a caller of `Model` asks for, checked before anything compiles: what to draw, and how."""
+"""Checks what a caller of `Model` asks for (what to draw, and how) before anything compiles."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from deco_jax.sampling.settings import Sampling
 
 
 class Settings(TypedDict, total=False):
-    """How images are drawn; what is left out is as config.sample of the run says.
+    """How images are drawn; anything left out is taken from config.sample of the run.
 
     negative_prompt: what guidance leads away from, text to image only.
-    guidance: the scale, at least 0 (1: none), or a rule of another kind.
-    guidance_interval: (low, high), times within 0..1 between which guidance acts; low = -1: from the very first.
-    guidance_times: "step" or "evaluation", whose time it is.
+    guidance: the scale, at least 0 (1: none), or a guidance rule.
+    guidance_interval: (low, high), the times within 0..1 at which guidance acts; low = -1: from the first step on.
+    guidance_times: "step" or "evaluation", whose time decides.
     guidance_rule: "plain" or "zero_star".
     guidance_rescale: share of the guided velocity that gets the conditional one's spread, from 0 to 1.
-    guidance_model: a run or checkpoint whose weaker model guidance leads away from (autoguidance).
-    guidance_average: its average of the weights, or one of this run's.
-    num_steps: of the sampler, at least 1.
+    guidance_model: run or checkpoint of a weaker model that guidance leads away from (autoguidance).
+    guidance_average: the weaker model's average of the weights, or one of this run's.
+    num_steps: number of sampling steps, at least 1.
     sampler: a name in `sampling.samplers.SAMPLERS`, such as "euler", "heun", "adams2" or "sde".
-    shift: of the sampling times, above 0; more spends more steps near the noise.
-    seed: of the noise, from 0.
-    size: a side or (height, width) in pixels, multiples of the model's patch size.
+    shift: of the sampling times, above 0; a larger shift spends more steps near the noise.
+    seed: of the noise, at least 0.
+    size: one side or (height, width) in pixels, multiples of the model's patch size.
     noise: states to start from instead of the seed's noise, float32 [n, height, width, 3].
     """
 
@@ -74,12 +74,12 @@ class Snapshot(NamedTuple):
 
 
 class Inputs:
-    """Turns classes, prompts and settings into `Requests` and a `Sampling`, as a model's config says.
+    """Turns classes, prompts and settings into `Requests` and a `Sampling`, according to a model's config.
 
     Args:
-        condition: classes or texts, if open already; else it is opened when it is first asked for.
+        condition: classes or texts, if already open; otherwise it is opened when it is first needed.
         class_names: in the order of the labels, or None.
-        sampling_of: what a config says, with the weaker model that it may name.
+        sampling_of: makes a `Sampling` from a config, with the weaker model that it may name.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Inputs:
 
     @functools.cached_property
     def condition(self) -> Condition:
-        """Classes or texts; opening the latter reads a text encoder. UserError if its files are missing."""
+        """The condition, classes or texts. Opening texts reads a text encoder; UserError if its files are missing."""
         if self._given is not None:
             return self._given
         return open_condition(self.config, self.mesh, None, self.class_names)
@@ -106,7 +106,7 @@ class Inputs:
         return self.condition.load()
 
     def prepare(self, classes: Any, prompts: Any, context: Any, settings: Settings) -> tuple[Requests, Sampling]:
-        """Say what to draw and how, from the arguments of `Model.sample`; UserError for what can't be."""
+        """Return what to draw and how, from the arguments of `Model.sample`; UserError if they are invalid."""
         rest: dict[str, Any] = {**settings}
         noise, negative = rest.pop("noise", None), rest.pop("negative_prompt", None)
         if unknown := rest.keys() - Settings.__annotations__.keys():
@@ -126,7 +126,7 @@ class Inputs:
     def sampling(
         self, guidance: float | Guidance | None = None, size: int | Sequence[int] | None = None, **given: Any
     ) -> Sampling:
-        """Put what is given in the place of config.sample's, and check it as a config is checked."""
+        """Replace config.sample's settings by the given ones, and check them like a config."""
         values = self.config.to_dict()
         rule = guidance if isinstance(guidance, Guidance) else None
         given["guidance"] = None if rule else guidance
@@ -143,7 +143,7 @@ class Inputs:
         return dataclasses.replace(sampling, guidance=rule)
 
     def requests(self, classes: Any, prompts: Any, context: Any, negative_prompt: str | None) -> Requests:
-        """Say what to draw; just one of classes, prompts and context is given, as the model takes it."""
+        """Return what to draw; exactly one of classes, prompts and context must be given, the one the model takes."""
         ways = {"classes": classes, "prompts": prompts, "context": context}
         given = [name for name, value in ways.items() if value is not None]
         wanted = "prompts" if self.config.model.text_width else "classes"
@@ -164,7 +164,7 @@ class Inputs:
             return requests_lib.prompt_requests(self.condition, [text.strip() for text in texts], negative, self.frozen)
         labels = requests_lib.find_classes(classes, self.config.model.num_classes, self.class_names)
         if not labels:
-            raise UserError("no classes are given; classes=[0] draws one image of the first")
+            raise UserError("no classes are given; classes=[0] draws one image of the first class")
         return requests_lib.class_requests(labels, self.config.model.num_classes)
 
     def _null(self, negative_prompt: str | None) -> np.ndarray:
@@ -191,12 +191,12 @@ class Inputs:
         if len(context) == 1 and count > 1:
             context = np.broadcast_to(context, (count, *context.shape[1:]))
         if len(context) != count:
-            raise UserError(f"{len(context)} conditions for {count} states; give one, or one for each")
+            raise UserError(f"{len(context)} conditions for {count} states; give one, or one for each state")
         return context if text else context.astype(np.int32)
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's scalars as Python's, which the config's checks know; paths as text."""
+    """Convert NumPy scalars to Python's, which the config's checks know, and paths to text."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, (list, tuple, np.ndarray)):

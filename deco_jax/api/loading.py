@@ -1,4 +1,4 @@
-"""A `Model` from files: a run, a checkpoint, an exported folder, an official .ckpt."""
+"""Loads a `Model` from files: a run, a checkpoint, an exported folder, or an official .ckpt."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def load(
 
     Args:
         path: a run's workdir (its newest checkpoint), the folder of a checkpoint, the folder that --mode=export wrote,
-            or an official .ckpt file; of JiT a .pth.
-        average: which average of the weights, by its name in config.optimizer.averages; of a .ckpt "ema" or "raw", of a
-            .pth also "second".
-        config: only for a .ckpt file, which has none: the config it belongs to. By default the architecture is read
-            from the tensors' shapes, the image size is 256, and everything else is at its default.
+            or an official .ckpt file (JiT: .pth).
+        average: which average of the weights, by its name in config.optimizer.averages; for a .ckpt "ema" or "raw", for
+            a .pth also "second".
+        config: only for a .ckpt file, which has no config: the one it belongs to. By default, the architecture is
+            inferred from the tensors' shapes, the image size is 256, and everything else is at its default.
 
     Raises:
         UserError: there is nothing of that kind at `path`, it is damaged, or it has no such average.
@@ -61,14 +61,14 @@ def load(
 def open_model(
     config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str = "", source: Source | None = None
 ) -> Model:
-    """Open the model of a run as a config says: its mesh, its compute dtype, its settings.
+    """Open the model of a run with a config's mesh, compute dtype and settings.
 
     Args:
         checkpoint_path: a checkpoint, or another run's newest, instead of the workdir's newest.
-        source: of the data, where its captions are to be drawn.
+        source: the data, if its captions are to be drawn.
 
     Raises:
-        UserError: there is no checkpoint, or it is another model's; the condition's files are missing.
+        UserError: there is no checkpoint, it belongs to another model, or the condition's files are missing.
     """
     where = checkpoint.find(workdir, checkpoint_path, config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, slices=config.mesh.slices)
@@ -77,7 +77,7 @@ def open_model(
 
 
 def class_names(where: pathlib.Path) -> list[str] | None:
-    """The names of the classes that a checkpoint's run, or an exported folder, noted; None if it didn't."""
+    """Read the class names that a checkpoint's run, or an exported folder, stored; None if it didn't."""
     for folder in (where, where.parent.parent):
         if (folder / CLASSES).is_file():
             return json.loads((folder / CLASSES).read_text())
@@ -130,7 +130,7 @@ def _of_tensors(
     names: Sequence[str] | None = None,
     measured: Mapping[str, np.ndarray] | None = None,
 ) -> Model:
-    """A model of tensors under their official names, and of what its prediction goes by."""
+    """Make a model from tensors under their official names, and from what its prediction depends on."""
     denoiser = generate.make_denoiser(config)
     if lost := set(denoiser.prediction.measured) - set(measured or {}):
         raise UserError(f"{path.parent} has no {min(lost)} in {MEASURED}; export it again")

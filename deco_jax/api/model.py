@@ -29,17 +29,18 @@ from deco_jax.sampling.weaker import Guide, check_average, load_other
 
 
 class Model:
-    """A denoiser with one set of its weights; made by `load`.
+    """A denoiser with one set of weights; made by `load`.
 
     Images are uint8 [n, height, width, 3]; states are float32 of the same shape, images in ±1. Times run from 0 (noise)
-    to 1 (images). Each method compiles at its first call for an image size and a number of images, and never again for
-    other classes, prompts, steps, seeds or scales of guidance; without guidance it is another program.
+    to 1 (images). Each method compiles at its first call for an image size and a number of images, and not again for
+    other classes, prompts, steps, seeds or guidance scales; without guidance it is another program.
 
     Attributes:
-        config: of the run that it comes from; `config.sample` has the defaults of `sample`, `stream` and `invert`.
+        config: of the run that the weights come from; `config.sample` has the defaults of `sample`, `stream` and
+            `invert`.
         params: the weights, nested dictionaries of arrays.
-        name: where they come from, for people.
-        class_names: in the order of the labels; None where they are not known, or the model takes text.
+        name: a readable name for where they come from.
+        class_names: in the order of the labels; None if they aren't known, or the model takes text.
     """
 
     def __init__(
@@ -62,18 +63,18 @@ class Model:
 
     @property
     def num_classes(self) -> int:
-        """Classes that it draws; 0 for text to image."""
+        """The number of classes; 0 for text to image."""
         return self.config.model.num_classes
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) that it was trained at, and draws unless told."""
+        """(height, width) of the training images, and the default size to draw."""
         height, width = image_sides(self.config.data.image_size)
         return height, width
 
     @property
     def num_params(self) -> int:
-        """Parameters of the denoiser."""
+        """The number of parameters of the denoiser."""
         return self.denoiser.network.num_params
 
     def __repr__(self) -> str:
@@ -92,23 +93,23 @@ class Model:
         batch_size: int | None = None,
         **settings: Unpack[Settings],
     ) -> np.ndarray:
-        """Draw an image of each class or prompt.
+        """Draw one image for each class or prompt.
 
-        Image i depends on the seed, i, and its class or prompt alone, not on `batch_size` or on the other images.
+        Image i only depends on the seed, i, and its class or prompt, not on `batch_size` or the other images.
 
         Args:
-            classes: labels from 0 to num_classes − 1, or names; of class-to-image models.
-            prompts: of text-to-image models.
+            classes: labels from 0 to num_classes − 1, or names; for class-to-image models.
+            prompts: for text-to-image models.
             context: labels or text features instead of either, as `invert` returns them.
-            batch_size: images drawn at once; config.sample.batch_size at most by default.
-            **settings: what `Settings` says, guidance, num_steps, sampler, seed and others; by default those of
+            batch_size: images to draw at a time; by default at most config.sample.batch_size.
+            **settings: see `Settings`: guidance, num_steps, sampler, seed and others; the defaults are those of
                 config.sample.
 
         Returns:
             uint8 [n, height, width, 3].
 
         Raises:
-            UserError: neither or both of classes and prompts are given, one of them isn't there, or a setting can't be.
+            UserError: neither or both of classes and prompts are given, a class doesn't exist, or a setting is invalid.
 
         Examples:
             >>> model.sample(classes=["cat", "dog"], guidance=3.2, num_steps=50, sampler="heun", seed=1).shape
@@ -130,16 +131,16 @@ class Model:
         context: np.ndarray | None = None,
         **settings: Unpack[Settings],
     ) -> Iterator[Snapshot]:
-        """Draw the same images as `sample`, all at once, and look at them after each step.
+        """Draw the same images as `sample`, all at once, and yield them after each step.
 
         Args:
-            classes, prompts, context, **settings: as of `sample`.
+            classes, prompts, context, **settings: as for `sample`.
 
         Yields:
-            num_steps + 1 snapshots, the noise first, the images last.
+            num_steps + 1 snapshots: first the noise, last the images.
 
         Raises:
-            UserError: as `sample`, at the first snapshot.
+            UserError: as for `sample`, at the first snapshot.
 
         Examples:
             >>> [snapshot.step for snapshot in model.stream(classes=[1], num_steps=3)]
@@ -153,15 +154,15 @@ class Model:
 
         Args:
             x: states [n, height, width, 3], images in ±1.
-            t: [n] or one for all, from 0 (noise) to 1.
-            condition: classes (or prompts) by number or name, one for each state or one for all; or labels int32 [n];
+            t: [n], or one for all, from 0 (noise) to 1.
+            condition: classes (by number or name) or prompts, one for each state or one for all; or labels int32 [n];
                 or text features [n, length, text_width].
 
         Returns:
             float32 [n, height, width, 3].
 
         Raises:
-            UserError: shapes that don't fit, a class that isn't there.
+            UserError: shapes don't fit, or a class doesn't exist.
 
         Examples:
             >>> energy = lambda x: jnp.sum(jnp.square(model.velocity(x, 0.5, [3])))
@@ -176,7 +177,7 @@ class Model:
             raise UserError(f"times have shape {jnp.shape(t)}; give one, or one for each of {shape[0]} states")
         if self.denoiser.token:
             raise UserError(
-                "this model's velocity hangs on a class token as well (config.model.class_token), which states of "
+                "this model's velocity also depends on a class token (config.model.class_token), which states of "
                 "images don't have; sample and stream draw both"
             )
         context = self._inputs.context(condition, shape[0])
@@ -193,20 +194,20 @@ class Model:
         num_steps: int | None = None,
         shift: float | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Follow the ODE backwards, from images to the noise that they would be drawn from.
+        """Follow the ODE backwards, from images to the noise from which they would be drawn.
 
         Args:
             images: uint8 [n, height, width, 3], or float in ±1.
-            condition: as of `velocity`.
-            guidance: as of `Settings`, but none by default: with guidance the way back is unstable.
-            sampler: any but the stochastic "sde".
-            num_steps, shift: as of `Settings`; by default those of config.sample.
+            condition: as for `velocity`.
+            guidance: as in `Settings`, but off by default, because inversion is unstable with guidance.
+            sampler: any except the stochastic "sde".
+            num_steps, shift: as in `Settings`; the defaults are those of config.sample.
 
         Returns:
             The noise float32 [n, height, width, 3] and the context, for `sample(context=context, noise=noise)`.
 
         Raises:
-            UserError: settings that can't be, images of another shape.
+            UserError: a setting is invalid, or images have another shape.
 
         Examples:
             >>> noise, context = model.invert(images, [3, 3, 7], num_steps=100)
@@ -237,7 +238,7 @@ class Model:
         return self._inputs.frozen
 
     def sampling(self, config: ml_collections.ConfigDict) -> Sampling:
-        """What config.sample says, with the weaker model that guidance leads away from if it names one."""
+        """Return the sampling that config.sample describes, with the weaker model for guidance if it names one."""
         key = (config.sample.guidance_model, config.sample.guidance_average)
         if key not in self._guides:
             average = functools.cache(lambda name: self._other_average(config, name))
@@ -248,23 +249,23 @@ class Model:
     def _other_average(self, config: ml_collections.ConfigDict, name: str) -> Params:
         where = storage.path(self.name)
         if not (where / "ema").is_dir():
-            raise UserError(f"{self.name} has no other averages to be guided by; name a run by guidance_model")
+            raise UserError(f"{self.name} has no other averages for guidance; give a run as guidance_model")
         check_average(config.sample, checkpoint.average_names(where))
         return checkpoint.load_average(where, self.denoiser.network.shapes, config, self.mesh, name)
 
     def images(self, requests: Requests, sampling: Sampling, batch_size: int, first: int = 0) -> Iterator[np.ndarray]:
-        """Images first..requests.count − 1, batch by batch, as uint8 [at most batch_size, height, width, 3]."""
+        """Yield images first..requests.count − 1 in batches, uint8 [at most batch_size, height, width, 3]."""
         return self.generator.images(self.params, requests, sampling, batch_size, first)
 
     def snapshots(self, requests: Requests, sampling: Sampling) -> Iterator[Snapshot]:
-        """All of `requests` at once: the noise, then the state after each step."""
+        """Draw all of `requests` at once; yield the noise, then the state after each step."""
         times = sampling.times
         for step, (time, state) in enumerate(zip(times, self.states(requests, sampling), strict=True)):
             images = self.generator.on_host(state)[: requests.count]
             yield Snapshot(step, sampling.num_steps, float(time), images)
 
     def states(self, requests: Requests, sampling: Sampling) -> Iterator[jax.Array]:
-        """The same as float32 on the devices, filled up to a batch that they divide."""
+        """Yield the same as float32 on the devices, padded to a batch that divides evenly over them."""
         size = self.generator.filled(requests.count)
         batch = sharding.place_everywhere(self.mesh, requests.batch(0, size))
         return self.generator.states(self.params, batch, requests.null, sampling)
@@ -276,7 +277,7 @@ class Model:
         denoiser, mesh = self.denoiser, self.mesh
 
         def velocity(params: Params, x: jax.Array, t: jax.Array, context: Any) -> jax.Array:
-            more = -len(x) % mesh.size  # rows that fill a batch up to what the devices divide
+            more = -len(x) % mesh.size  # rows of padding, so that the batch divides evenly over the devices
             x, t, context = (jnp.concatenate([a, a[:1].repeat(more, 0)]) if more else a for a in (x, t, context))
             arguments = (sharding.specs(mesh, params), *[sharding.BATCH] * 3)
             v = sharding.each_device(denoiser.velocity, mesh, arguments, sharding.BATCH)(params, x, t, context)

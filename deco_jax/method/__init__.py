@@ -1,1 +1,1 @@
-"""What a paper varies, as values with small protocols: path, prediction, times, losses, averages; and the optimizer."""
+"""What papers vary, as values with small protocols: path, prediction, times, losses, averages; and the optimizer."""

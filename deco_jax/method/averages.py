@@ -1,7 +1,7 @@
 """Exponential moving averages of the weights, by name.
 
-`config.optimizer.averages` is a list such as "short=0.9996,k500=500kimg" beside the average called "ema". A new kind of
-average is a class with a `decay` and the `read` of its entries, and its name in `KINDS`.
+`config.optimizer.averages` is a list such as "short=0.9996,k500=500kimg", in addition to the average called "ema". A
+new kind of average is a class with `decay` and with `read`, which parses its entries, and its name in `KINDS`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from jax import Array
 from deco_jax.errors import UserError
 
 EMA = "ema"  # the name of the average that every run has
-RAMP_UP = 0.05  # at most this share of the run so far is a half-life: early weights fade
+RAMP_UP = 0.05  # a half-life is at most this share of the run so far, so that early weights fade
 
 
 class Average(Protocol):
     """How much of an average a step keeps."""
 
     def decay(self, images: Array, batch: int) -> Array | float:
-        """Return the factor of the average before a step of `batch` images, after which `images` were seen in all."""
+        """Return the factor for the old average at a step of `batch` images, after which `images` were seen in all."""
         ...
 
 
@@ -47,7 +47,7 @@ class Decay:
 
 @dataclasses.dataclass(frozen=True)
 class HalfLife:
-    """0.5^(batch / min(1000 · kimg, 0.05 · images)): halves what is older than so many thousand images.
+    """0.5^(batch / min(1000 · kimg, 0.05 · images)): halves the weight of what is `kimg` thousand images old.
 
     Source: EDM (Karras et al. 2022), training configuration.
     """
@@ -69,17 +69,17 @@ KINDS = (Decay, HalfLife)
 
 
 def number(text: str) -> float | None:
-    """Read a number of an entry; None if it is none."""
+    """Parse the number in an entry; None if it isn't one."""
     return float(text) if re.fullmatch(r"\d*\.?\d+(e-?\d+)?", text) else None
 
 
 def update_average(average: Any, params: Any, decay: Array | float) -> Any:
-    """decay · average + (1 − decay) · params, leaf by leaf, in float32."""
+    """Return decay · average + (1 − decay) · params, leaf by leaf, in float32."""
     return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
 
 
 def parse_averages(ema_decay: float, more: str = "") -> dict[str, Average]:
-    """Read the averages of a config: "ema" by `ema_decay`, and `more`, NAME=VALUE by commas.
+    """Parse the averages of a config: "ema" with `ema_decay`, and `more`, comma-separated NAME=VALUE.
 
     Raises:
         UserError: an entry can't be read, or a name is given twice.

@@ -1,8 +1,8 @@
-"""The balance of the perceptual losses: weighted so that they pull at the output layer as flow matching does.
+"""The balance of the perceptual losses: gives them a gradient at the output layer as large as that of flow matching.
 
-From a step on, every so many steps, the factor c of their weights goes to 0.8·c + 0.2·‖∇flow‖ / (‖∇perceptual‖ + 1e-4),
-where both gradients are those of the output layer's kernel (PixelGen, arXiv 2602.02493). Only in these steps is there
-more to do: another forward pass, and the backward pass of the losses and of that one layer.
+From a step on, every so many steps, the factor c of their weights becomes 0.8·c + 0.2·‖∇flow‖ / (‖∇perceptual‖ + 1e-4),
+where both gradients are those of the output layer's kernel (PixelGen, arXiv 2602.02493). Only these steps have extra
+work: another forward pass, and the backward pass of the losses and of that one layer.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-NAME = "balance"  # of the factor, among what a run measures
+NAME = "balance"  # the factor's name among the arrays that a run measures
 KEPT, LIMIT, EPSILON = 0.8, 100.0, 1e-4
 
-# Of the two groups, at the output layer's kernel: {"flow", "perceptual"}.
+# Gradients of the two groups at the output layer's kernel: {"flow", "perceptual"}.
 Gradients = dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Balance:
-    """When the factor changes: at step `start` and later, every `every` steps, counted from 1; it is 1 at first."""
+    """Changes the factor every `every` steps (counted from 1), from step `start` on; it is 1 at first."""
 
     start: int
     every: int
@@ -35,11 +35,11 @@ class Balance:
         return np.ones((), np.float32)
 
     def due(self, step: Array) -> Array:
-        """Whether the factor changes after a step."""
+        """Return whether the factor changes after a step."""
         return (step >= self.start) & (step % self.every == 0)
 
     def after(self, factor: Array, due: Array, gradients: Gradients) -> Array:
-        """Return the factor for the next step, from gradients of the whole batch; as it is if they aren't finite."""
+        """Return the factor for the next step, from gradients of the whole batch; unchanged if they aren't finite."""
         flow, perceptual = (jnp.linalg.norm(gradients[name].ravel()) for name in ("flow", "perceptual"))
         changed = KEPT * factor + (1 - KEPT) * jnp.clip(flow / (perceptual + EPSILON), 0, LIMIT)
         return jnp.where(due & jnp.isfinite(changed), changed, factor)
@@ -50,7 +50,7 @@ def output_gradients(
 ) -> Gradients:
     """Return the gradients of two losses for one parameter of the denoiser.
 
-    The losses are linearised in that parameter alone, so nothing before it is differentiated.
+    The losses are linearised in that parameter only, so nothing before it is differentiated.
 
     Args:
         groups: (params) → the losses "flow" and "perceptual", scalars.
@@ -66,12 +66,12 @@ def output_gradients(
 
 
 def zeros(params: Mapping[str, Any], path: str) -> Gradients:
-    """What stands for gradients in a step that doesn't need them."""
+    """Return placeholder gradients for a step that doesn't need them."""
     return dict.fromkeys(("flow", "perceptual"), jnp.zeros_like(_found(params["denoiser"], path)))
 
 
 def placed_like(placed: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """The PartitionSpecs of the gradients, from those of the parameters."""
+    """Return the PartitionSpecs of the gradients, from those of the parameters."""
     return dict.fromkeys(("flow", "perceptual"), _found(placed["denoiser"], path))
 
 

@@ -1,4 +1,4 @@
-"""The orthonormal block DCT, JPEG's YCbCr, and the zigzag order: what the frequency loss and the spectrum share."""
+"""The orthonormal block DCT, JPEG's YCbCr, and the zigzag order, shared by the frequency loss and the spectrum."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def _dct_matrix64(n: int) -> np.ndarray:
 
 
 def dct_matrix(n: int = 8) -> np.ndarray:
-    """The orthonormal DCT-II as a float32 [n, n] matrix, [frequency, position]: `dct_matrix(n) @ signal`."""
+    """Return the orthonormal DCT-II as a float32 [n, n] matrix, [frequency, position]: `dct_matrix(n) @ signal`."""
     return _dct_matrix64(n).astype(np.float32)
 
 
 def zigzag(n: int = 8) -> np.ndarray:
-    """JPEG's zigzag order: int [n * n] indices into a flattened [vertical, horizontal] block, lowest first."""
+    """Return JPEG's zigzag order: int [n * n] indices into a flattened [vertical, horizontal] block, lowest first."""
     vertical, horizontal = np.divmod(np.arange(n * n), n)
     diagonal = vertical + horizontal
     # Odd diagonals run down (vertical grows), even ones up.
@@ -36,11 +36,11 @@ def zigzag(n: int = 8) -> np.ndarray:
 
 
 def block_dct(images: Maps, block: int = 8, colour: np.ndarray | None = None) -> Tiles:
-    """Orthonormal two-dimensional DCT-II of each block × block tile.
+    """Compute the orthonormal two-dimensional DCT-II of each block × block tile.
 
     Args:
-        images: [batch, height, width, channels], any range. Sides that `block` does not divide are reflect-padded at
-            the bottom and on the right.
+        images: [batch, height, width, channels], any range. Sides that aren't multiples of `block` are reflect-padded
+            at the bottom and on the right.
         block: side of a tile, in pixels.
         colour: [channels_out, channels], applied to each pixel first (e.g. `RGB_TO_YCBCR`).
 
@@ -58,9 +58,9 @@ def block_dct(images: Maps, block: int = 8, colour: np.ndarray | None = None) ->
         tiles = images.reshape(batch, height // block, block, width // block, block, channels)
         tiles = jnp.einsum("bhiwjc,lj->bhiwlc", tiles, jnp.asarray(dct_matrix(block)), precision=exact)
     else:
-        # The transform is bound by memory, so no axis is moved before it: a tile's row of pixels with their channels
-        # lies contiguous already, and one [block * channels] matrix does its horizontal DCT and its colours together.
-        # Three to four times faster than one product over whole tiles.
+        # The transform is limited by memory bandwidth, so no axis is moved before it: a tile's row of pixels with their
+        # channels is already contiguous, and one [block * channels] matrix does its horizontal DCT and its colours
+        # together. This is three to four times faster than one product over whole tiles.
         across = np.einsum("lj,dc->jcld", _dct_matrix64(block), np.asarray(colour, np.float64))
         across = across.reshape(block * channels, -1)
         tiles = images.reshape(batch, height // block, block, width // block, block * channels)

@@ -1,11 +1,11 @@
-"""Blur an image by as much energy as a time allows: the endpoint of the energy-guided path (arXiv 2608.05811).
+"""The energy-guided path (arXiv 2608.05811): blurs an image so that it has as much energy as a time allows.
 
 The endpoint e(t) of an image is its Gaussian blur of standard deviation 3.5·√τ pixels, where τ(t) falls from 1 at
 the noise to 0 at the data so that the blur's missing energy follows a smooth release R(t). Everything is float32.
 
-The blur is circular, so it is diagonal in frequency. A real Fourier basis makes it three products with constant
-matrices a channel instead of complex transforms; energies at ±k stand side by side there and fold into one, which
-leaves a quarter of the frequencies for the bisection.
+The blur is circular, so it is diagonal in frequency. A real Fourier basis turns it into three products with constant
+matrices per channel instead of complex transforms. Energies at ±k are adjacent there and are added up, which leaves a
+quarter of the frequencies for the bisection.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from deco_jax.shapes import AnyFloats, Images, PerExample, Times
 
 MAX_BLUR = 3.5  # pixels, at τ = 1
 BISECTIONS = 16
-# Below these a release counts as none or all, and a slope as zero (the published implementation's limits).
+# Limits of the published implementation: closer than this, a release counts as 0 or 1, and a slope as zero.
 EDGE = 1e-6
 TINY = 1e-12
 
@@ -38,8 +38,8 @@ def fourier_basis(side: int) -> tuple[np.ndarray, np.ndarray]:
     """Build the real orthonormal Fourier basis of signals with `side` values.
 
     Returns:
-        float64 [side, side], a basis vector a column (the mean, then a cosine and a sine of each frequency), and the
-        frequency of each column in cycles per signal, int [side].
+        float64 [side, side], with a basis vector per column (the mean, then a cosine and a sine of each frequency), and
+        the frequency of each column in cycles per signal, int [side].
     """
     position = np.arange(side)
     columns, frequency = [np.full(side, 1 / math.sqrt(side))], [0]
@@ -68,7 +68,7 @@ def blurred_endpoint(x: Images, t: PerExample) -> Endpoint:
     height, width = x.shape[1:3]
     (rows, row_k), (columns, column_k) = fourier_basis(height), fourier_basis(width)
     rate = (math.pi * MAX_BLUR) ** 2
-    # exp(−rate·τ·q) with q = (fy² + fx²)/0.5 is a product of a factor a row and a factor a column.
+    # exp(−rate·τ·q) with q = (fy² + fx²)/0.5 is the product of a factor per row and a factor per column.
     row_q, column_q = 2 * (np.arange(height // 2 + 1) / height) ** 2, 2 * (np.arange(width // 2 + 1) / width) ** 2
     q = jnp.asarray(row_q[:, None] + column_q, jnp.float32)
     t = t.astype(jnp.float32)
@@ -104,7 +104,7 @@ def blurred_endpoint(x: Images, t: PerExample) -> Endpoint:
         still = (slope <= 0) | (total <= TINY) | (jnp.abs(denominator) <= TINY)
         tau_slope = jnp.where(still, 0.0, slope * total / jnp.where(still, 1.0, denominator))
 
-        spread = now[:, row_k][:, :, column_k, None]  # back to a value a basis vector
+        spread = now[:, row_k][:, :, column_k, None]  # back to a value per basis vector
         change = -rate * tau_slope[:, None, None] * q * now
         image = jnp.einsum("bklc,hk,wl->bhwc", spectrum * spread, *basis)
         velocity = jnp.einsum("bklc,hk,wl->bhwc", spectrum * change[:, row_k][:, :, column_k, None], *basis)

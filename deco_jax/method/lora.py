@@ -1,12 +1,12 @@
-"""Low-rank adaptation: a pretrained denoiser stays as it is, and factors beside its matrices are trained.
+"""Low-rank adaptation: a pretrained denoiser stays frozen, and low-rank factors for its matrices are trained.
 
-    W + (α / r) · A · B     W [depth, in, out] frozen, A [depth, in, r], B [depth, r, out], of every block by itself
+    W + (α / r) · A · B     W [depth, in, out] frozen, A [depth, in, r], B [depth, r, out], separate for each block
 
-A starts normal with variance 1 / in, B at zero, so that the adapted network starts as the pretrained one. What trains,
-{path of W: {"a", "b"}} and the parts that are trained whole, is all that the optimizer, the averages and the
-checkpoints of a run hold; `Adapter.merge` makes the network's parameters of it, in the step, in samplers and when a
-checkpoint is read. Under `sharding.each_device` it works on parts: the factor that has the axis along which W is split
-is split too.
+A is initialised from a normal distribution with variance 1 / in and B with zeros, so the adapted network starts as the
+pretrained one. The optimizer, the averages and the checkpoints of a run only hold the trained parameters: {path of W:
+{"a", "b"}} and the parts that are trained in full. `Adapter.merge` makes the network's parameters from them, in the
+step, in samplers and when a checkpoint is read. Under `sharding.each_device` it works on parts: the factor with the
+axis along which W is split is also split.
 
 Source: Hu et al. 2021 (arXiv 2106.09685), §4.1.
 """
@@ -58,8 +58,8 @@ class Adapter:
     """Which parameters of a denoiser are adapted, and how.
 
     Attributes:
-        matrices: names of the matrices in the transformer's blocks.
-        whole: top-level names of parameters that are trained as they are.
+        matrices: names of the adapted matrices in the transformer's blocks.
+        whole: top-level names of parameters that are trained in full.
     """
 
     rank: int
@@ -68,14 +68,14 @@ class Adapter:
     whole: tuple[str, ...] = ()
 
     def trained_shapes(self, shapes: Params) -> Params:
-        """What trains, for parameters of these shapes.
+        """Return the shapes of the trained parameters, for a network with these shapes.
 
         Raises:
-            UserError: the model has none of the matrices, or a part to be trained whole that it lacks.
+            UserError: the model has none of the matrices, or lacks a part that should be trained in full.
         """
         if unknown := [name for name in self.whole if name not in shapes or name in STACKS]:
             known = ", ".join(name for name in shapes if name not in STACKS)
-            raise UserError(f"config.lora.whole={unknown[0]} is no part of this model; choose from {known}")
+            raise UserError(f"config.lora.whole={unknown[0]} is not a part of this model; choose from {known}")
         found = self._trained(shapes, ())
         if not any(name in STACKS for name in found):
             raise UserError(f"this model has no matrices {', '.join(self.matrices)}; change config.lora.matrices")
@@ -96,11 +96,11 @@ class Adapter:
         return found
 
     def base_shapes(self, shapes: Params) -> Params:
-        """What stays frozen, for parameters of these shapes."""
+        """Return the shapes of the frozen parameters, for a network with these shapes."""
         return {name: leaf for name, leaf in shapes.items() if name not in self.whole}
 
     def init(self, key: jax.Array, network: Network) -> Params:
-        """Draw what trains; merged with any frozen parameters, it leaves their matrices as they are."""
+        """Initialise the trained parameters; merged with frozen parameters, they leave those matrices unchanged."""
         shapes, drawn = self.trained_shapes(network.shapes), network.init(key) if self.whole else {}
         leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
         keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
@@ -119,7 +119,7 @@ class Adapter:
         return jax.tree_util.tree_unflatten(treedef, values)
 
     def merge(self, base: Any, trained: Any) -> Any:
-        """The network's parameters, whole or the parts of them that a device holds, from what is frozen and trained."""
+        """Merge frozen and trained parameters into the network's, either whole or the parts that a device holds."""
         if not isinstance(trained, Mapping):
             return trained
         if trained.keys() == {A, B}:
@@ -129,12 +129,12 @@ class Adapter:
         return {**(base or {}), **merged}
 
     def network(self, network: Network) -> Network:
-        """The same network, whose `init` and `shapes` are of what trains; `apply` goes on taking merged parameters."""
+        """Return the network with `init` and `shapes` of the trained parameters; `apply` still takes merged ones."""
         return network._replace(init=lambda key: self.init(key, network), shapes=self.trained_shapes(network.shapes))
 
 
 def adapter_of(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Adapter | None:
-    """Read config.lora; None where it is off, or of a time before there was one."""
+    """Read config.lora; None if it is off, or the config is from before it existed."""
     lora = config.get("lora") or {}
     if not lora.get("rank"):
         return None
@@ -143,13 +143,13 @@ def adapter_of(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Adapter
 
 
 def adapted(config: ml_collections.ConfigDict, network: Network) -> Network:
-    """The denoiser as it is trained: `network` itself, or what config.lora leaves to train of it."""
+    """Return the denoiser as it is trained: `network` itself, or the part of it that config.lora trains."""
     adapter = adapter_of(config)
     return network if adapter is None else adapter.network(network)
 
 
 def with_base(config: ml_collections.ConfigDict, objective: Callable[..., Any]) -> Callable[..., Any]:
-    """`Method.objective`, or `groups`, as a function of what trains, where config.lora leaves the rest frozen."""
+    """Return `Method.objective`, or `groups`, as a function of the trained parameters if config.lora is on."""
     adapter = adapter_of(config)
     if adapter is None:
         return objective
@@ -164,7 +164,7 @@ def with_base(config: ml_collections.ConfigDict, objective: Callable[..., Any]) 
 
 
 def rules(of_networks: tuple[tuple[str, int | None], ...]) -> tuple[tuple[str, int | None], ...]:
-    """Sharding rules of the factors, from those of the networks' matrices: see `run.sharding`."""
+    """Return sharding rules for the factors, from those of the networks' matrices: see `run.sharding`."""
     found: list[tuple[str, int | None]] = []
     for pattern, axis in of_networks:
         if pattern.endswith("kernel$"):

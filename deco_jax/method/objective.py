@@ -39,13 +39,13 @@ class Method:
 
     Attributes:
         path: between noise and data.
-        prediction: what the denoiser's output stands for, on that path.
+        prediction: what the denoiser's output means, on that path.
         times: how training times are drawn.
-        losses: whose weighted sum is minimised.
+        losses: the losses whose weighted sum is minimised.
         averages: of the denoiser's weights, by name.
-        label_dropout: share of the examples trained without their label or caption.
-        mean_flow: how jumps are drawn where the mean velocity is learnt; None: the velocity is.
-        balance: of the losses that are `balanced` against the others; None: their weights stay.
+        label_dropout: share of the examples that are trained without their label or caption.
+        mean_flow: how jumps are drawn if the mean velocity is learnt; None: the velocity is learnt.
+        balance: changes the weight of losses that are `balanced` against the others; None: weights stay.
         noise_scale: standard deviation of the noise.
     """
 
@@ -75,12 +75,12 @@ class Method:
         Args:
             params: of each of `networks`.
             pixels: uint8 [batch, height, width, 3].
-            frozen: weights of `self.frozen` for losses that apply them; others are passed over.
+            frozen: weights of `self.frozen` for losses that apply them; others are ignored.
             measured: the arrays of `self.measured`.
             networks: "denoiser", and `self.trained`.
 
         Returns:
-            The loss, and its terms, unweighted, by name.
+            The loss, and its unweighted terms by name.
         """
         factor = measured[BALANCE] if measured and self.balance is not None else 1.0
         step = self._step(params, pixels, draws, observed, frozen, measured, networks)
@@ -109,7 +109,7 @@ class Method:
         return jnp.mean(sums[False]), jnp.mean(sums[True])
 
     def _terms(self, step: Step) -> Iterator[tuple[Loss, Array, Array | float]]:
-        """Each loss, its term [batch], and its weight at this step, without the balance's factor."""
+        """Yield each loss, its term [batch], and its weight at this step, without the balance's factor."""
         for loss in self.losses:
             term = loss(step) * step.draws.counts.get(loss.name, 1.0)
             yield loss, term, loss.weight * step.draws.shares.get(loss.name, 1.0)
@@ -139,10 +139,10 @@ class Method:
 
     @jax.named_scope("noise")
     def draw(self, key: Array, shape: tuple[int, ...], step: Array | None = None) -> Draws:
-        """Draw the random part of a step for image batches of `shape`; depends on the key alone, not on devices.
+        """Draw the random part of a step for image batches of `shape`; depends only on the key, not on devices.
 
         Args:
-            step: steps done, for weights that change on the way; None: they are what they are at first.
+            step: steps done, for weights that change over time; None: they have their initial values.
         """
         noise_key, time_key, drop_key = jax.random.split(key, 3)
         jump = None
@@ -170,28 +170,28 @@ class Method:
         )
 
     def at(self, step: int) -> Method:
-        """Return the method without the losses that have ended after so many steps."""
+        """Return the method without the losses that have ended after this many steps."""
         return dataclasses.replace(
             self, losses=tuple(loss for loss in self.losses if not loss.until_step or step < loss.until_step)
         )
 
     @property
     def ends(self) -> list[int]:
-        """Steps done after which a loss is left out, ascending."""
+        """Return the numbers of steps after which a loss is left out, ascending."""
         return sorted({loss.until_step for loss in self.losses if loss.until_step})
 
     def weighted(self, draws: Draws, weights: Array) -> Draws:
-        """The same draws, where each example counts `weights` [batch] times as much in every loss."""
+        """Return the same draws, with each example counting `weights` [batch] times as much in every loss."""
         counts = {loss.name: draws.counts.get(loss.name, 1.0) * weights for loss in self.losses}
         return draws._replace(counts=counts)
 
     def observe(self, frozen: Mapping[str, Params], pixels: Array) -> dict[str, Any]:
-        """Compute the features of clean images, uint8 [batch, height, width, 3], that losses ask for, by network."""
+        """Compute the features of clean images, uint8 [batch, height, width, 3], that losses need, by network."""
         return {name: self.frozen[name].apply(frozen[name], pixels) for name in self.features}
 
     @functools.cached_property
     def features(self) -> tuple[str, ...]:
-        """The frozen networks whose features of clean images losses ask for."""
+        """The frozen networks whose features of clean images losses need."""
         return tuple(dict.fromkeys(name for loss in self.losses for name in loss.features))
 
     @functools.cached_property
@@ -206,18 +206,18 @@ class Method:
 
     @functools.cached_property
     def frozen(self) -> dict[str, FrozenNetwork]:
-        """The networks that don't train, by name."""
+        """The networks that aren't trained, by name."""
         return {name: network for loss in reversed(self.losses) for name, network in loss.frozen.items()}
 
     @property
     def measured(self) -> dict[str, np.ndarray]:
-        """The arrays that are measured in a run and kept with its weights, by name, before they are."""
+        """The initial values of the arrays that a run measures and stores with its weights, by name."""
         measured = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in self.prediction.measured.items()}
         return measured if self.balance is None else measured | {BALANCE: self.balance.first}
 
     @functools.cached_property
     def layer(self) -> int | None:
-        """The number of blocks after which losses want the denoiser's hidden states; None if none does."""
+        """The number of blocks after which losses need the denoiser's hidden states; None if none does."""
         layers = {loss.layer for loss in self.losses if loss.layer is not None}
         if len(layers) > 1:
             raise UserError(f"the losses align different layers ({', '.join(map(str, sorted(layers)))}); choose one")
@@ -225,7 +225,7 @@ class Method:
 
 
 def counted(times: Array, min_time: float) -> Array:
-    """Return how much each example counts, [batch]: all alike from a time on, 0 before it; 1 on average if any does."""
+    """Return how much each example counts, [batch]: equal from a time on, 0 before it; 1 on average if any counts."""
     late = (times >= min_time).astype(jnp.float32)
     return late * len(times) / jnp.maximum(jnp.sum(late), 1)
 

@@ -1,4 +1,4 @@
-"""How gradients become steps: AdamW as the paper uses it, or Muon; clipping, and learning rates that change."""
+"""The optimizer: AdamW as in the paper, or Muon; clipping, and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Schedule = Callable[[Any], Any]  # steps done → value
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
     """Build the optimizer of config.optimizer: clip by global norm (0: off), then AdamW or Muon.
 
-    Decay, if any, is on every parameter, as torch.optim.AdamW does by default. The state's structure depends on
-    config.optimizer.name alone, so that a run can be resumed with other settings.
+    Weight decay applies to every parameter, as torch.optim.AdamW does by default. The state's structure only depends on
+    config.optimizer.name, so a run can be resumed with other settings.
 
     Raises:
         UserError: config.optimizer.stages can't be read.
@@ -50,10 +50,10 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
 
 
 def learning_rate(config: ml_collections.ConfigDict) -> Schedule:
-    """Build the learning rate by steps done.
+    """Build the learning rate as a function of the steps done.
 
-    It rises linearly over warmup_steps and stays; with a schedule of cosine or linear it then falls to
-    final_learning_rate from step decay_start to decay_end. From the step of a stage on, that stage's rate holds.
+    It rises linearly over warmup_steps and then stays constant; with schedule cosine or linear, it falls to
+    final_learning_rate from step decay_start to decay_end. From the step of a stage on, that stage's rate applies.
     """
     config = _completed(config)
     peak, final = config.learning_rate, config.final_learning_rate
@@ -64,7 +64,7 @@ def learning_rate(config: ml_collections.ConfigDict) -> Schedule:
         count = jnp.asarray(count, jnp.float32)
         done = jnp.clip((count - start) / length, 0.0, 1.0)
         share = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + jnp.cos(jnp.pi * done)) / 2}[config.schedule]
-        # Step 1 already moves: (i + 1) / warmup.
+        # The first step already moves: (i + 1) / warmup.
         warmed = jnp.minimum(1.0, (count + 1) / max(1, config.warmup_steps))
         value = warmed * (final + (peak - final) * share)
         for step, stage_rate, _ in stages:
@@ -75,7 +75,7 @@ def learning_rate(config: ml_collections.ConfigDict) -> Schedule:
 
 
 def _completed(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """AdamW's settings alone are enough: what they lack is as the paper has it."""
+    """Fill in the paper's values for missing settings, so that AdamW's own are enough."""
     paper = {
         "name": "adamw",
         "schedule": "constant",
@@ -88,7 +88,7 @@ def _completed(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def parse_stages(stages: str) -> list[tuple[int, float, float | None]]:
-    """Read config.optimizer.stages: (first step, learning rate, clip norm or None for the general one), ascending.
+    """Parse config.optimizer.stages: (first step, learning rate, clip norm or None for the general one), ascending.
 
     Raises:
         UserError: an entry can't be read, or the steps don't ascend.
@@ -107,9 +107,9 @@ def parse_stages(stages: str) -> list[tuple[int, float, float | None]]:
 
 
 def matrices(params: Any) -> Any:
-    """Say which parameters Muon orthogonalises: kernels, by their last two axes (a stack's blocks each by itself).
+    """Return which parameters Muon orthogonalises: kernels, by their last two axes (each block of a stack separately).
 
-    Embeddings and vectors have None, and go with AdamW, with optax's Nesterov momentum.
+    Embeddings and vectors get None and use AdamW, with optax's Nesterov momentum.
     """
 
     def axes(path: tuple[Any, ...], leaf: Array) -> MuonDimensionNumbers | None:
@@ -122,7 +122,7 @@ def matrices(params: Any) -> Any:
 def _clipped_by_stage(
     step: optax.GradientTransformation, limits: list[float], starts: list[int]
 ) -> optax.GradientTransformation:
-    """Clip by the limit of the stage; the state is that of `optax.chain(clip, step)`, whose steps it counts by."""
+    """Clip by the stage's limit; the state is that of `optax.chain(clip, step)`, which also provides the step count."""
 
     def init(params: Any) -> Any:
         return (optax.EmptyState(), step.init(params))

@@ -1,7 +1,7 @@
 """Paths between noise (t = 0) and data (t = 1): the state that a network sees, and its velocity.
 
-A path is a value with the three methods of `Path`; a new one is a class here or in a file beside this one, and a line
-in `PATHS`.
+A path is a value with the three methods of `Path`. To add one, write a class here or in a file beside this one, and add
+a line to `PATHS`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Path(Protocol):
         ...
 
     def velocity_of(self, x: Images, state: Images, t: Times, floor: float = MIN_REMAINING_TIME) -> Images:
-        """Return the velocity that a predicted image `x` stands for at a state; 1 − t counts as `floor` at least."""
+        """Return the velocity that a predicted image `x` implies at a state; 1 − t counts as at least `floor`."""
         ...
 
     def image_of(self, velocity: Images, state: Images, t: Times) -> Images:

@@ -1,4 +1,4 @@
-"""A point on a path, and times that multiply images: what all paths have in common."""
+"""What all paths share: a point on a path, and times shaped to multiply images."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ class Point(NamedTuple):
 
 
 def per_example(t: Array, like: Array) -> Array:
-    """Shape times, [batch] or one for all, so that they multiply `like` [batch, ...]."""
+    """Reshape times, [batch] or one for all, so that they multiply `like` [batch, ...]."""
     t = jnp.asarray(t, jnp.promote_types(like.dtype, jnp.float32))
     return t.reshape(t.shape + (1,) * (like.ndim - t.ndim)) if t.ndim else t

@@ -19,41 +19,42 @@ Params = dict[str, Any]
 
 
 class Draws(NamedTuple):
-    """What is random in a training step; a row for each example."""
+    """Everything random in a training step; a row for each example."""
 
     noise: Array  # [batch, height, width, 3], normal
     times: Array  # [batch] in (0, 1)
     dropped: Array  # bool [batch]: trained without its label or caption
-    keys: Array | None = None  # [batch], for what else is drawn
-    # Loss → how much each example counts, [batch] with the mean 1 over the whole batch; losses without: all the same.
+    keys: Array | None = None  # [batch], for anything else that is random
+    # Loss → how much each example counts, [batch], with mean 1 over the whole batch; losses without an entry: all
+    # equal.
     counts: Mapping[str, Array] = {}
     jump: Array | None = None  # [batch, 4], of MeanFlow; see `losses.mean_flow`
-    # Loss → the share of its weight that it has at this step, [batch], all the same; losses without: all of it.
+    # Loss → the share of its weight at this step, [batch], all equal; losses without an entry: the full weight.
     shares: Mapping[str, Array] = {}
     token_noise: Array | None = None  # [batch, channels], standard normal, of the class token where a loss has one
 
 
 class Observed(NamedTuple):
-    """What is known of a batch besides its images; nothing of it trains."""
+    """What is known about a batch besides its images; none of it is trained."""
 
     context: Array  # labels int32 [batch], or text features [batch, length, text_width]
-    null: Array  # stands for no condition: int32 [], or [length, text_width]
-    features: Mapping[str, Any] = {}  # frozen network → its features of the images, where a loss asks for them
+    null: Array  # the condition that means none: int32 [], or [length, text_width]
+    features: Mapping[str, Any] = {}  # frozen network → its features of the images, if a loss needs them
 
 
 class Step:
     """One batch on its way through the denoiser.
 
-    What costs anything is computed when it is first asked for, and once. It must be asked for outside of `lax.cond`,
-    `lax.scan` and the like, whose results can't be kept for later.
+    Anything costly is computed when it is first accessed, and only once. Access it outside of `lax.cond`, `lax.scan`
+    and the like, because results from inside those can't be kept for later.
 
     Attributes:
         params: the trained networks' parameters by name.
         pixels: the clean images, uint8 [batch, height, width, 3].
         images: the same, float32 in [−1, 1].
         draws: noise and times.
-        null: what stands for no condition.
-        context: labels or text features, already replaced where they are dropped.
+        null: the condition that means none.
+        context: labels or text features, already replaced by `null` where they are dropped.
         features: of the clean images, by frozen network (`Loss.features`).
     """
 
@@ -82,7 +83,7 @@ class Step:
 
     @property
     def times(self) -> Array:
-        """[batch] in (0, 1); 0 is noise."""
+        """The times, [batch] in (0, 1); 0 is noise."""
         return self.draws.times
 
     @functools.cached_property
@@ -128,7 +129,7 @@ class Step:
 
     @functools.cached_property
     def true_image(self) -> Array:
-        """What x̂ would be of a perfect network: the clean image, or where the true velocity leads."""
+        """The x̂ of a perfect network: the clean image, or where the true velocity leads."""
         return self._prediction.image_target(self.images, self.point, self.times)
 
     @functools.cached_property
@@ -138,14 +139,14 @@ class Step:
 
     @property
     def error_weight(self) -> Array | float:
-        """What the prediction multiplies squared errors of v̂ by, [batch] or one for all."""
+        """The prediction's factor for squared errors of v̂, [batch] or one for all."""
         return self._prediction.weight(self.times)
 
     def trained(self, name: str, *inputs: Any, **options: Any) -> Any:
-        """Apply a network that trains: "denoiser", or one that a loss brings (`Loss.trained`)."""
+        """Apply a trained network: "denoiser", or one that a loss provides (`Loss.trained`)."""
         return self._networks[name].apply(self.params[name], *inputs, **options)
 
     def frozen(self, name: str, *inputs: Any) -> Any:
-        """Apply a frozen network that a loss brings (`Loss.frozen`); gradients pass to the inputs."""
+        """Apply a frozen network that a loss provides (`Loss.frozen`); gradients pass to the inputs."""
         network, params = self._frozen[name]
         return network.apply(params, *inputs)

@@ -20,13 +20,13 @@ class Times(Protocol):
 
 
 def shift_time(t: Array, shift: float) -> Array:
-    """t / (t + (1 − t)·shift): shift > 1 moves times in [0, 1] towards the noise (Esser et al. 2024, §5.3.2)."""
+    """Return t / (t + (1 − t)·shift); shift > 1 moves times in [0, 1] towards the noise (Esser et al. 2024, §5.3.2)."""
     return t / (t + (1 - t) * shift)
 
 
 @dataclasses.dataclass(frozen=True)
 class LogitNormal:
-    """The logistic function of N(mean, std²), shifted (Esser et al. 2024, §3.1). JiT's choice is mean −0.8, std 0.8."""
+    """The logistic function of N(mean, std²), shifted (Esser et al. 2024, §3.1). JiT uses mean −0.8 and std 0.8."""
 
     mean: float = 0.0
     std: float = 1.0

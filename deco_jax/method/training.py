@@ -1,6 +1,6 @@
 """The training step over the mesh: the objective's gradient, the optimizer, the averages.
 
-What is minimised is `method.objective`'s sum over the losses. The context is labels, or the frozen text encoder's
+It minimises the sum over the losses from `method.objective`. The context is labels, or the frozen text encoder's
 features of captions.
 """
 
@@ -35,14 +35,14 @@ Frozen = dict[str, Any]  # arrays that a step reads, by name
 
 
 class Observer(Protocol):
-    """Computes what is known of a batch besides its images."""
+    """Computes what is known about a batch besides its images."""
 
     def __call__(self, frozen: dict[str, Any], batch: Batch, method: Method | None = None) -> Observed:
         """Observe a batch.
 
         Args:
             frozen: arrays by name.
-            method: whose losses say which features are wanted; None: the config's.
+            method: its losses say which features are needed; None: the config's method.
         """
         ...
 
@@ -51,7 +51,7 @@ PRIOR = "prior"  # bool [batch] of a batch: which images are those of config.dat
 
 COMPILER = "the compiler"
 
-# Keeps the noise of training apart from that of samples, whose keys are those of the seed and their index, below this.
+# Keeps the noise of training separate from that of samples, whose keys come from the seed and an index below this.
 TRAINING = 2**31
 
 
@@ -63,16 +63,16 @@ def make_train_step(
     mesh: Mesh | None = None,
     start: int = 0,
 ) -> Callable[[State, Batch, dict[str, Any]], tuple[State, Metrics]]:
-    """(state, batch, frozen) → (state, metrics), to be jitted with the state donated.
+    """Make the step (state, batch, frozen) → (state, metrics), to be jitted with the state donated.
 
-    `frozen` are the arrays that `observe` needs, weights of the teacher and of the text encoder, null features; and
-    what config.lora leaves frozen of the denoiser.
+    `frozen` has the arrays that `observe` needs: weights of the teacher and the text encoder, null features; and the
+    parameters of the denoiser that config.lora leaves frozen.
 
-    A step whose loss or gradient is not finite changes no weight; it is counted in state["skipped"].
+    A step with a non-finite loss or gradient changes no weight; it is counted in state["skipped"].
 
     Args:
         mesh: None: one device.
-        start: steps done before it is first run. Losses that have ended by then are not in it, nor what they need.
+        start: steps done before it is first run. Losses that have ended by then are left out, with what they need.
     """
     method = make_method(config).at(start)
     with_networks = [functools.partial(f, networks=networks) for f in (method.objective, method.groups)]
@@ -93,7 +93,7 @@ def make_train_step(
         return {"loss": loss, **parts}, found
 
     def loss_and_gradient(params: Any, batch: Batch, draws: Draws, frozen: Frozen, measured: Frozen) -> tuple[Any, Any]:
-        """Of all the rows that are given: a device's share of the batch."""
+        """Compute loss and gradient of the given rows, a device's share of the batch."""
         if accumulate == 1:
             return of_rows(params, batch, draws, frozen, measured)
         # Part i takes every accumulate-th row, so that each device works on its own rows in every part.
@@ -177,7 +177,7 @@ def lower_train_step(
     frozen: dict[str, Any],
     start: int = 0,
 ) -> jax.stages.Lowered:
-    """`make_train_step` for a state, batch and frozen arrays (or their shapes with shardings), to be compiled."""
+    """Lower `make_train_step` for a state, batch and frozen arrays (or their shapes with shardings)."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(
         make_train_step(networks, optimizer, config, observe, mesh, start),
@@ -190,7 +190,7 @@ def lower_train_step(
 def batch_shapes(
     config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """A global batch as ShapeDtypeStructs with shardings."""
+    """Return a global batch as ShapeDtypeStructs with shardings."""
     samples = {"image": ((*image_sides(config.data.image_size), 3), jnp.uint8), **condition.inputs}
     if config.data.get("prior_path"):
         samples[PRIOR] = ((), jnp.bool_)
@@ -203,7 +203,7 @@ def batch_shapes(
 def choose_remat(
     config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition
 ) -> tuple[ml_collections.ConfigDict, choices.Remat | None]:
-    """The config with config.model.remat=auto settled, and how; as it is, and None, where it says a policy itself."""
+    """Resolve config.model.remat=auto; return the config and the choice, or None if the config names a policy."""
     if config.model.remat != choices.AUTO:
         return config, None
 
@@ -227,9 +227,9 @@ def choose_remat(
 
 
 def lower_observe(observe: Observer, mesh: Mesh, frozen: dict[str, Any], batch: Batch) -> jax.stages.Lowered:
-    """A step's frozen networks by themselves, to be compiled."""
+    """Lower a step's frozen networks by themselves."""
     placed = sharding.specs(mesh, frozen)
-    # What stands for no condition is the same everywhere; the rest has a row for each example.
+    # The null condition is the same everywhere; the rest has a row for each example.
     results: Any = (sharding.BATCH, sharding.WHOLE, sharding.BATCH)
     local = sharding.each_device(lambda *arguments: tuple(observe(*arguments)), mesh, (placed, sharding.BATCH), results)
     return jax.jit(local).lower(frozen, batch)
@@ -238,9 +238,9 @@ def lower_observe(observe: Observer, mesh: Mesh, frozen: dict[str, Any], batch: 
 def make_networks(
     config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition
 ) -> tuple[dict[str, Network], Observer, dict[str, Any]]:
-    """The networks that train, and the frozen ones: as a function, and their weights on the mesh.
+    """Make the trained networks, and the frozen ones as a function and their weights on the mesh.
 
-    Without the weights that config.lora leaves frozen, which `run.adapted` reads.
+    The weights that config.lora leaves frozen aren't included; `run.adapted` reads them.
     """
     networks, observe, _ = abstract_networks(config, mesh, condition)
     return networks, observe, load_frozen(make_method(config), mesh) | condition.load()
@@ -249,12 +249,12 @@ def make_networks(
 def abstract_networks(
     config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition | None = None
 ) -> tuple[dict[str, Network], Observer, dict[str, Any]]:
-    """`make_networks` without reading a file: the frozen weights are ShapeDtypeStructs with shardings.
+    """Do the same as `make_networks` without reading a file: frozen weights are ShapeDtypeStructs with shardings.
 
-    Those that config.lora leaves frozen are among them, as "base".
+    The weights that config.lora leaves frozen are included, as "base".
 
     Args:
-        condition: by default one that is known by its shapes alone.
+        condition: by default one that only has shapes.
     """
     condition = condition or abstract_condition(config, mesh)
     whole = make_method(config)
@@ -269,9 +269,9 @@ def abstract_networks(
 
 
 def make_observer(whole: Method, condition: Condition) -> Observer:
-    """Make the part of a step that needs no gradient: (frozen, batch) → context, its absence, teachers' features.
+    """Make the part of a step that needs no gradient: (frozen, batch) → context, null condition, teachers' features.
 
-    It takes the method of some of the losses alone for their features alone.
+    Given a method with only some of the losses, it only computes their features.
     """
 
     def observe(frozen: dict[str, Any], batch: Batch, method: Method | None = None) -> Observed:
@@ -282,7 +282,7 @@ def make_observer(whole: Method, condition: Condition) -> Observer:
 
 
 def load_frozen(method: Method, mesh: Mesh) -> dict[str, Params]:
-    """Read the weights of a method's frozen networks onto the mesh. UserError if a file is missing."""
+    """Read the weights of a method's frozen networks onto the mesh; raise UserError if a file is missing."""
     shapes = sharding.placed_shapes(mesh, {name: network.shapes for name, network in method.frozen.items()})
     return {
         name: jax.device_put(network.load(), jax.tree.map(lambda leaf: leaf.sharding, shapes[name]))

@@ -1,8 +1,8 @@
 """The terms of the objective, one file each.
 
-A file has the loss as a pure function, a `Loss` that hands it what it needs of a step, and `from_config`, which builds
-it from the settings or returns None where they turn it off. `LOSSES` is their order in the sum; a program that
-appends to it trains with a loss of its own.
+A file has the loss as a pure function, a `Loss` that passes it what it needs from a step, and `from_config`, which
+builds it from the settings or returns None if they turn it off. `LOSSES` is their order in the sum; a program that
+appends to it trains with its own loss.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ CHROMINANCE_TABLE = np.array(
 
 
 def jpeg_weights(quality: float) -> np.ndarray:
-    """Weights of the squared DCT coefficients: the inverse of JPEG's quantisation steps at a quality.
+    """Return the weights of the squared DCT coefficients: the inverse of JPEG's quantisation steps at a quality.
 
     Args:
         quality: 1 (only the lowest frequencies count) to 100 (all weights equal); the paper's default is 85.
@@ -67,7 +67,7 @@ def jpeg_weights(quality: float) -> np.ndarray:
         UserError: the quality is outside [1, 100].
     """
     if not 1 <= quality <= 100:
-        raise UserError(f"The JPEG quality of the frequency loss is {quality}; give one from 1 to 100 (the paper: 85).")
+        raise UserError(f"the JPEG quality of the frequency loss is {quality}; give one from 1 to 100 (the paper: 85)")
     scale = 200 - 2 * quality if quality >= 50 else 5000 / quality
     tables = np.stack([LUMINANCE_TABLE, CHROMINANCE_TABLE, CHROMINANCE_TABLE])
     steps = np.clip(np.floor((tables * scale + 50) / 100), 1, 255)
@@ -77,7 +77,9 @@ def jpeg_weights(quality: float) -> np.ndarray:
 
 @jax.named_scope("loss")
 def frequency_loss(error: Images, weights: FrequencyWeights) -> PerExample:
-    """Weighted mean square of the YCbCr block DCT of v̂ − v: one transform, of the difference, because it is linear.
+    """Return the weighted mean square of the YCbCr block DCT of v̂ − v.
+
+    The DCT is linear, so one transform of the difference is enough.
 
     Args:
         error: predicted minus true velocity, [batch, height, width, 3] RGB, any sides (`block_dct` pads them).

@@ -1,4 +1,4 @@
-"""What a loss is."""
+"""The protocol of a loss."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from deco_jax.shapes import PerExample
 
 
 class Loss(Protocol):
-    """A term of the objective. Subclass it and say only what differs.
+    """A term of the objective. Subclass it and only override what differs.
 
     Attributes:
         name: of the unweighted term in the metrics.
         weight: in the objective.
-        min_time: time from which examples count; the mean is over those that do, and 0 where none does.
-        until_step: steps after which it is left out, and whatever only it needs is not computed; 0: never.
-        schedule: how the weight goes on until then: "constant", or falling to 0, "linear" or "cosine".
+        min_time: time from which examples count; the mean is over those that do, and 0 if none does.
+        until_step: number of steps after which the loss is left out, with everything that only it needs; 0: never.
+        schedule: the weight until then: "constant", or falling to 0, "linear" or "cosine".
         balanced: whether its weight is multiplied by the factor of `Method.balance`.
-        layer: blocks after which the denoiser's hidden states are wanted, as `Step.hidden["aligned"]`; None: they
-            aren't.
+        layer: number of blocks after which the loss needs the denoiser's hidden states, as `Step.hidden["aligned"]`;
+            None: it needs none.
         trained: networks that train along with the denoiser, by name.
-        frozen: networks that don't train, by name; losses that name the same share it.
-        token: of `frozen`, the one whose view of the whole image is denoised as one more token, and its channels.
-        features: those of `frozen` whose features of the clean images are wanted in `Step.features`.
+        frozen: networks that aren't trained, by name; losses that give the same name share the network.
+        token: the name in `frozen` whose view of the whole image is denoised as one more token, and its channels.
+        features: the names in `frozen` whose features of the clean images the loss needs in `Step.features`.
     """
 
     name: str

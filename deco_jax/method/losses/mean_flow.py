@@ -1,7 +1,7 @@
-"""Learn the mean velocity of the rest of the way, so that one step draws an image (MeanFlow in pixels).
+"""Learns the mean velocity of the rest of the path, so that one step draws an image (MeanFlow in pixels).
 
-The network is told how far it shall jump, h, and predicts u(x_t, t, h), the mean of the velocity over [t, t + h]. It
-follows from the definition that u − h·du/dt = v with the derivative along the path, which a forward-mode product gives:
+The network gets the length h of a jump and predicts u(x_t, t, h), the mean of the velocity over [t, t + h]. It follows
+from the definition that u − h·du/dt = v, where the derivative is along the path and comes from a forward-mode product:
 
     x_t, t, h ─ network ──────────────────── u ─┐
               └ its JVP along (v̂, 1, −1) ─ du/dt ┴─ u − h·du/dt, compared with v
@@ -30,7 +30,7 @@ from deco_jax.method.times import Times
 from deco_jax.schema import above, at_least, between, setting
 from deco_jax.shapes import Images, PerExample
 
-# Columns of what the network is told, [batch, 4]; see `models.jumps.JumpEmbedding`.
+# Columns of the network's input, [batch, 4]; see `models.jumps.JumpEmbedding`.
 LENGTH, GUIDANCE, LOW, HIGH = range(4)
 
 
@@ -67,9 +67,9 @@ class MeanFlow:
     max_guidance: float = 8.0
 
     def draw(self, key: Array, times: Times, batch: int) -> tuple[Array, Array]:
-        """Draw times [batch], and [batch, 4]: the jump's length, the scale of guidance, its interval (low, high].
+        """Draw times [batch], and [batch, 4]: the jump's length, the guidance scale and its interval (low, high].
 
-        Both ends of a jump are distributed as `times`. Examples with a jump of length 0 are at its beginning.
+        Both ends of a jump are distributed like `times`. Examples with a jump of length 0 are at its beginning.
         """
         keys = jax.random.split(key, 5)
         ends = [times(each, batch) for each in keys[:2]]
@@ -84,11 +84,11 @@ class MeanFlow:
 
 
 def instantaneous(mean: Images, derivative: Images, length: PerExample) -> Images:
-    """Return the velocity at the beginning of jumps, u − h·du/dt (MeanFlow, eq. 6, with its time turned around).
+    """Return the velocity at the beginning of jumps, u − h·du/dt (MeanFlow, eq. 6, with time reversed).
 
     Args:
         mean: u, [batch, height, width, 3].
-        derivative: of u by t, along the path and with the jump's end held fast.
+        derivative: of u with respect to t, along the path and with the jump's end fixed.
         length: of the jumps, [batch].
     """
     return mean - per_example(length, mean) * derivative
@@ -97,7 +97,7 @@ def instantaneous(mean: Images, derivative: Images, length: PerExample) -> Image
 def along_path(
     mean: Callable[[Images, PerExample, Array], Images], state: Images, times: PerExample, jump: Array, velocity: Images
 ) -> Images:
-    """Return du/dt along the path with the jump's end held fast, by one forward-mode product.
+    """Return du/dt along the path with the jump's end fixed, by one forward-mode product.
 
     Args:
         mean: u, a function of the state [batch, height, width, 3], times [batch] and jump [batch, 4].
@@ -110,7 +110,7 @@ def along_path(
 def guided_velocity(
     velocity: Images, conditional: Images, unconditional: Images, scale: PerExample, inside: Array
 ) -> Images:
-    """Return v + (1 − 1/ω)(v̂_class − v̂_none) where `inside`, else v: a network that learns it has the guided velocity.
+    """Return v + (1 − 1/ω)(v̂_class − v̂_none) where `inside`, else v; a network that learns this learns guidance.
 
     Args:
         velocity: the path's.
@@ -122,17 +122,17 @@ def guided_velocity(
 
 
 def adaptive(error: Images, power: float, offset: float) -> PerExample:
-    """Return S / (S + offset)^power with the denominator held fast, S the sum of squares of an example's error."""
+    """Return S / (S + offset)^power, without a gradient of the denominator; S is an example's sum of squared errors."""
     squares = jnp.sum(jnp.square(error.astype(jnp.float32)), axis=(1, 2, 3))
     return squares / jax.lax.stop_gradient(squares + offset) ** power
 
 
 class MeanStep(Step):
-    """A step whose `velocity` is the mean one, and whose `error` is that of the velocity which follows from it."""
+    """A step whose `velocity` is the mean velocity, and whose `error` is that of the velocity implied by it."""
 
     @property
     def jump(self) -> Array:
-        """What the network is told, [batch, 4]."""
+        """The network's input about the jump and guidance, [batch, 4]."""
         assert self.draws.jump is not None
         return self.draws.jump
 
@@ -142,7 +142,7 @@ class MeanStep(Step):
         return self.trained("denoiser", *inputs, jump=self.jump)
 
     def _heads(self, state: Images, times: Array, context: Array, jump: Array, keys: Any = None) -> tuple[Array, Array]:
-        """Mean and instantaneous velocity as the weights stand, which get no gradient from them."""
+        """Return mean and instantaneous velocity with the current weights, without a gradient to them."""
         params = jax.lax.stop_gradient(self.params["denoiser"])
         mean, more = self._networks["denoiser"].apply(params, state, times, context, None, keys, jump=jump)
         mean, velocity = (self._prediction.velocity(output, state, times) for output in (mean, more["velocity"]))
@@ -161,7 +161,7 @@ class MeanStep(Step):
 
     @functools.cached_property
     def target(self) -> Images:
-        """The velocity to be learnt: the path's, led away from what the network draws without a condition."""
+        """The velocity to learn: the path's, guided away from the network's velocity without a condition."""
         velocity = self._prediction.target(self.images, self.point, self.times)
         inside = (self.jump[:, LOW] < self.times) & (self.times <= self.jump[:, HIGH])
         target = guided_velocity(velocity, *self.own_velocities, self.jump[:, GUIDANCE], inside)
@@ -169,8 +169,9 @@ class MeanStep(Step):
 
     @functools.cached_property
     def derivative(self) -> Images:
-        """du/dt along the path with the jump's end held fast."""
-        # Apart from the pass that is differentiated, which costs a forward pass and saves the tangents' memory in it.
+        """du/dt along the path with the jump's end fixed."""
+        # Separate from the pass that is differentiated: this costs a forward pass and saves that pass the tangents'
+        # memory.
 
         def mean(state: Images, times: Array, jump: Array) -> Images:
             return self._heads(state, times, self.context, jump, self.draws.keys)[0]
@@ -184,14 +185,14 @@ class MeanStep(Step):
 
     @functools.cached_property
     def head_error(self) -> Array:
-        """That of the second head, float32 [batch, height, width, 3]."""
+        """The error of the second head, float32 [batch, height, width, 3]."""
         velocity = self._prediction.velocity(self.hidden["velocity"], self.point.state, self.times)
         return velocity - self.target
 
 
 @dataclasses.dataclass(frozen=True)
 class MeanVelocityLoss(Loss):
-    """Flow matching by the velocity that follows from the mean one."""
+    """Flow matching of the velocity that the mean velocity implies."""
 
     name = "mean_velocity"
     weight: float = 1.0
@@ -204,7 +205,7 @@ class MeanVelocityLoss(Loss):
 
 @dataclasses.dataclass(frozen=True)
 class VelocityHeadLoss(Loss):
-    """Flow matching by the second head."""
+    """Flow matching of the second head."""
 
     name = "velocity_head"
     weight: float = 1.0
@@ -229,6 +230,6 @@ def head_from_config(config: ml_collections.ConfigDict) -> VelocityHeadLoss | No
 
 
 def make_mean_flow(config: ml_collections.ConfigDict) -> MeanFlow | None:
-    """Build what config.loss.mean_flow asks for; None if nothing."""
+    """Build the jumps of config.loss.mean_flow; None if it is off."""
     loss = config.loss
     return MeanFlow(loss.mean_flow_equal, loss.mean_flow_guidance) if loss.mean_flow else None

@@ -1,8 +1,8 @@
 """Perceptual losses: the predicted image looks like the true one (PixelGen, arXiv 2602.02493).
 
-LPIPS compares VGG16's features, P-DINO those of the teacher that REPA has. Both see the predicted image x̂, whatever the
-network predicts, and the one that a perfect network would lead to; only examples from `perceptual_min_time` on count,
-since the images of early times are all blur.
+LPIPS compares VGG16's features, P-DINO those of REPA's teacher. Both compare the predicted image x̂, whatever the
+network predicts, with that of a perfect network. Only examples from `perceptual_min_time` on count, because images
+predicted at early times are blurred.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class PixelLoss(Loss):
 
 @jax.named_scope("loss")
 def flow_matching_loss(error: Images) -> PerExample:
-    """Mean square of v̂ − v over everything but the batch (Lipman et al. 2023, eq. 9).
+    """Return the mean square of v̂ − v over everything except the batch (Lipman et al. 2023, eq. 9).
 
     Args:
         error: predicted minus true velocity, [batch, height, width, 3].
@@ -38,5 +38,5 @@ def flow_matching_loss(error: Images) -> PerExample:
 
 
 def from_config(config: ml_collections.ConfigDict) -> PixelLoss | None:
-    """Build the loss that every run has; None where MeanFlow stands in its place."""
+    """Build the loss that every run has; None if MeanFlow replaces it."""
     return None if config.loss.mean_flow else PixelLoss()

@@ -1,6 +1,6 @@
-"""The pseudo-Huber loss: flow matching that a few large errors don't rule (Song & Dhariwal 2023, section 3.3).
+"""The pseudo-Huber loss: flow matching that a few large errors don't dominate (Song & Dhariwal 2023, section 3.3).
 
-Near 0 it grows with the square of an image's error, far from it with the error itself. Lee et al. 2024 train rectified
+Near 0 it grows with the square of an image's error, far from 0 with the error itself. Lee et al. 2024 train rectified
 flows with it.
 """
 
@@ -33,7 +33,7 @@ class PseudoHuberSettings:
 
 @dataclasses.dataclass(frozen=True)
 class PseudoHuberLoss(Loss):
-    """Compares velocities by the pseudo-Huber loss of a scale."""
+    """Compares velocities by the pseudo-Huber loss."""
 
     weight: float = 1.0
     scale: float = 0.03
@@ -47,10 +47,10 @@ class PseudoHuberLoss(Loss):
 def pseudo_huber(mean_square: PerExample, scale: float) -> PerExample:
     """Compute √(m + c²) − c of mean squares m [batch] of each image's error; its gradient at 0 is finite.
 
-    Song & Dhariwal take the error's norm, √d times its root mean square over d values, and c in proportion to √d: their
+    Song & Dhariwal use the error's norm, √d times its root mean square over d values, and a c proportional to √d. Their
     loss is √d times this one, which doesn't depend on the size of the image.
     """
-    # As m / (√(m + c²) + c): the difference of near equal numbers would lose m where it is small.
+    # As m / (√(m + c²) + c), because the difference of nearly equal numbers would lose a small m.
     return mean_square / (jnp.sqrt(mean_square + scale**2) + scale)
 
 

@@ -1,7 +1,7 @@
 """REG: the teacher's class token is noised like the image and denoised as one more token (Wu et al. 2025).
 
-Its path is the straight line c_t = t·c + (1 − t)·ε whatever the image's is, and the network predicts its velocity c − ε
-whatever it predicts of the image.
+Its path is the straight line c_t = t·c + (1 − t)·ε, whatever the image's path is, and the network predicts its velocity
+c − ε, whatever it predicts for the image.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ClassTokenLoss(Loss):
     """Flow matching of the teacher's view of the whole image.
 
     Args:
-        channels: of that view.
+        channels: the number of channels of that view.
     """
 
     teacher: FrozenNetwork

@@ -1,7 +1,8 @@
-"""Representation alignment: hidden states pulled towards a frozen encoder's features.
+"""Representation alignment: pulls hidden states towards a frozen encoder's features.
 
-Sources: REPA (Yu et al. 2025); iREPA, whose target and projector heed where a token is; HASTE, which stops on the way;
-PixelREPA, which hides some of the tokens from a deeper projector.
+Sources: REPA (Yu et al. 2025); iREPA, whose target and projector take a token's position into account; HASTE, which
+    stops
+the alignment during training; PixelREPA, which hides some of the tokens from a deeper projector.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from deco_jax.shapes import Features, PerExample
 TEACHER = "teacher"
 
 EPSILON = 1e-8
-MEAN_SHARE = 0.8  # of the tokens' mean that iREPA removes
+MEAN_SHARE = 0.8  # the share of the tokens' mean that iREPA removes
 SPREAD_EPSILON = 1e-6
-MASK = 2**20  # keeps its draws apart from those of dropout, which are the blocks' numbers
+MASK = 2**20  # keeps its random draws separate from those of dropout, which use the blocks' numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +67,9 @@ class RepaSettings:
 
 @jax.named_scope("loss")
 def alignment_loss(projected: Features, teacher: Features) -> PerExample:
-    """One minus the cosine similarity of matching tokens, averaged over the tokens.
+    """Return one minus the cosine similarity of matching tokens, averaged over the tokens.
 
-    Each norm has the floor 1e-8, so an all-zero token has similarity 0 and a finite gradient.
+    Each norm is at least 1e-8, so an all-zero token has similarity 0 and a finite gradient.
 
     Args:
         projected: the projector's output, [batch, tokens, features].
@@ -81,14 +82,14 @@ def alignment_loss(projected: Features, teacher: Features) -> PerExample:
         raise ValueError(f"projected tokens {projected.shape} and teacher features {teacher.shape} differ in shape")
     projected, teacher = projected.astype(jnp.float32), teacher.astype(jnp.float32)
     dot = jnp.sum(projected * teacher, axis=-1)
-    # The floor sits under the root: the root's gradient at zero would be infinite.
+    # The floor is inside the root, because the root's gradient at zero would be infinite.
     squares = [jnp.maximum(jnp.sum(jnp.square(x), axis=-1), EPSILON**2) for x in (projected, teacher)]
     cosine = dot / (jnp.sqrt(squares[0]) * jnp.sqrt(squares[1]))
     return jnp.mean(1 - cosine, axis=-1)
 
 
 def spatial_target(features: Features) -> Array:
-    """Return iREPA's target: each image's features less 0.8 of their mean over tokens, divided by their deviation.
+    """Return iREPA's target: each image's features minus 0.8 of their mean over tokens, divided by their deviation.
 
     Args:
         features: [batch, tokens, width], at least two tokens.
@@ -102,11 +103,11 @@ def spatial_target(features: Features) -> Array:
 
 
 def hidden_tokens(keys: Array, tokens: int, share: float) -> Array:
-    """Draw which tokens a projector doesn't see, bool [batch, tokens], as many in each example.
+    """Draw the tokens that a projector doesn't see, bool [batch, tokens], equally many in each example.
 
     Args:
         keys: [batch].
-        share: of the tokens, rounded to a whole number of them.
+        share: of the tokens, rounded to a whole number of tokens.
     """
     draws = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, MASK), (tokens,)))(keys)
     return jnp.argsort(jnp.argsort(draws, axis=1), axis=1) < round(share * tokens)
@@ -114,10 +115,10 @@ def hidden_tokens(keys: Array, tokens: int, share: float) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class AlignmentLoss(Loss):
-    """Pulls the hidden states after `layer` blocks, projected, towards a teacher's features of the clean images.
+    """Pulls the projected hidden states after `layer` blocks towards a teacher's features of the clean images.
 
     Args:
-        teacher: uint8 [batch, height, width, 3] → `View`, a token for each of the denoiser's.
+        teacher: uint8 [batch, height, width, 3] → `View`, with a token for each of the denoiser's tokens.
         projector: a `models.projector.Projector`.
         patch_size: of the denoiser.
         spatial: whether the target is `spatial_target`.

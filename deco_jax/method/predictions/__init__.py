@@ -1,7 +1,7 @@
-"""What a network's output stands for: the velocity, the clean image, or something of both.
+"""What a network's output means: the velocity, the clean image, or a mixture of both.
 
-A prediction is bound to its path. A new one is a file here with a class that has the methods of `Prediction`, and a
-line in `PREDICTIONS`.
+A prediction is bound to its path. To add one, write a file here with a class that has the methods of `Prediction`, and
+add a line to `PREDICTIONS`.
 """
 
 from __future__ import annotations
@@ -36,5 +36,5 @@ def make_prediction(config: ml_collections.ConfigDict) -> Prediction:
     """
     name = config.model.prediction
     if name not in PREDICTIONS:
-        raise UserError(f"There is no prediction type {name!r}; choose one of {', '.join(PREDICTIONS)}.")
+        raise UserError(f"there is no prediction type {name!r}; choose one of {', '.join(PREDICTIONS)}")
     return PREDICTIONS[name](config, make_path(config))

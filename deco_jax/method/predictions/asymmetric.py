@@ -1,11 +1,11 @@
-"""Predict the noise within a small subspace of a patch and the clean image outside it (AsymFlow, arXiv 2605.12964).
+"""Predicts the noise within a small subspace of a patch and the clean image outside it (AsymFlow, arXiv 2605.12964).
 
 The subspace is spanned by the top eigenvectors A [patch dimension, rank] of the uncentred Gram matrix of the data's
 patches; P = A·Aᵀ. The network predicts y ≈ P·ε − x, whose velocity is v = −[P·y + (I − P)(x_t + y)/(1 − t)]. Rank 0 is
-x-prediction, full rank v-prediction, both with the sign turned.
+x-prediction and full rank is v-prediction, both with the opposite sign.
 
-Within the subspace −y is the velocity, outside it the image: read like that it holds on every path, and on the straight
-one it is the published formula.
+Within the subspace, −y is the velocity; outside it, −y is the image. Read this way it works on every path, and on the
+straight line it is the published formula.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class AsymmetricPrediction(Prediction):
     """The output is P·ε − x on the straight path; on any path, −v within the subspace and −x outside it.
 
     Args:
-        rank: of the subspace, 0 to 3·patch_size²; at either end there is nothing to measure.
+        rank: of the subspace, 0 to 3·patch_size²; at either extreme there is nothing to measure.
         floor: of 1 − t.
         basis: [3·patch_size², rank], orthonormal columns; see `given`.
     """
@@ -115,7 +115,7 @@ class AsymmetricPrediction(Prediction):
         return 3 * self.patch_size**2
 
     def _inside(self, images: Images) -> Images:
-        """The part within the subspace."""
+        """Return the part within the subspace."""
         if self.rank == 0:
             return jnp.zeros_like(images)
         if self.rank == self._full:
@@ -125,7 +125,7 @@ class AsymmetricPrediction(Prediction):
         return project(images, jnp.asarray(self.basis), self.patch_size)
 
     def _image(self, mixed: Images, inside: Images, state: Images, t: Times) -> Images:
-        """The image that is `mixed` outside the subspace and where the velocity `inside` leads to within it."""
+        """Return the image that is `mixed` outside the subspace, and inside it where the velocity `inside` leads."""
         return mixed - inside + self._inside(self.path.image_of(inside, state, t))
 
 

@@ -1,4 +1,4 @@
-"""Predicting the clean image, as JiT does."""
+"""Prediction of the clean image, as in JiT."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deco_jax.shapes import Images, Times
 
 @dataclasses.dataclass(frozen=True)
 class XPrediction(Prediction):
-    """The output is the clean image (JiT, Li & He 2025); compared where it becomes a velocity."""
+    """The output is the clean image (JiT, Li & He 2025); it is compared after conversion to a velocity."""
 
     path: Path
 
@@ -24,7 +24,7 @@ class XPrediction(Prediction):
         return output
 
     def target(self, x: Images, point: Point, t: Times) -> Images:
-        # Both sides through the same conversion, so that its floor is in both.
+        # Both sides go through the same conversion, so that both have its floor.
         return self.path.velocity_of(x, point.state, t)
 
     def image_target(self, x: Images, point: Point, t: Times) -> Images:

@@ -1,4 +1,4 @@
-"""The protocol of a prediction: what a network's output stands for."""
+"""The protocol of a prediction: what a network's output means."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from deco_jax.shapes import Images, Times
 
 
 class Prediction(Protocol):
-    """Reads a network's output at a state; images [batch, height, width, 3], times [batch] or one for all.
+    """Interprets a network's output at a state; images [batch, height, width, 3], times [batch] or one for all.
 
-    Subclass it and say what differs.
+    Subclass it and override what differs.
 
     Attributes:
-        measured: arrays that it goes by and that are measured of the data once, before a run's first step; by name.
+        measured: arrays that it depends on, by name; they are measured once on the data, before a run's first step.
     """
 
     measured: Mapping[str, jax.ShapeDtypeStruct] = {}
 
     def velocity(self, output: Images, state: Images, t: Times) -> Images:
-        """Return the velocity v̂ that the output stands for."""
+        """Return the velocity v̂ that the output implies."""
         ...
 
     def image(self, output: Images, state: Images, t: Times) -> Images:
-        """Return the clean image x̂ that the output stands for."""
+        """Return the clean image x̂ that the output implies."""
         ...
 
     def target(self, x: Images, point: Point, t: Times) -> Images:
@@ -41,11 +41,11 @@ class Prediction(Protocol):
         ...
 
     def weight(self, t: Array) -> Array | float:
-        """Return what the squared error of v̂ is multiplied by, [batch] or one for all."""
+        """Return the factor for the squared error of v̂, [batch] or one for all."""
         ...
 
     def in_sampling(self) -> Prediction:
-        """Return the prediction that samplers use, for those that floor 1 − t otherwise there than in training."""
+        """Return the prediction for samplers, which may floor 1 − t differently than training does."""
         return self
 
     def measure(self, images: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
@@ -53,5 +53,5 @@ class Prediction(Protocol):
         return {}
 
     def given(self, measured: Mapping[str, Any]) -> Prediction:
-        """Return the prediction with the arrays of `measured`, without which those that have any compute nothing."""
+        """Return the prediction with the arrays of `measured`; predictions that have any can't be used without them."""
         return self

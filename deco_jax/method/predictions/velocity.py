@@ -1,4 +1,4 @@
-"""Predicting the velocity, as DeCo does."""
+"""Prediction of the velocity, as in DeCo."""
 
 from __future__ import annotations
 
