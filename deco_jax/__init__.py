@@ -5,9 +5,9 @@
     model = deco_jax.load("runs/quickstart")
     images = model.sample(classes=[3, 3, 7], num_steps=40, seed=0)  # uint8 [3, height, width, 3]
 
-`load` opens a run, a checkpoint, an exported folder or an official .ckpt file; `Model` says what can be done with it.
-What can't be done is a `UserError` with the remedy. Importing this package starts no device: JAX is imported by the
-first use of `load`.
+`load` opens a run, a checkpoint, an exported folder or an official .ckpt file; see `Model` for what you can do with it.
+A request that can't be fulfilled raises a `UserError` with the remedy. Importing this package starts no device: JAX is
+only imported when `load` is first used.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The words of the command line: which config is meant, what is wrong with a setting, and --help.
+"""Reads the command line: finds the config, explains what is wrong with a setting, and prints --help.
 
-`main` defines the flags; absl and ml_collections parse them. What they would answer with a traceback is one line here.
+`main` defines the flags; absl and ml_collections parse them. Where they would raise a traceback, this prints one line.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Named(NamedTuple):
     """The config of a command line."""
 
     name: str  # as it was given, for messages
-    path: str  # as ml_collections takes it: FILE.py, or FILE.py:VARIANT
+    path: str  # as ml_collections accepts it: FILE.py, or FILE.py:VARIANT
     saved: bool  # whether it is a run's config.json
 
 
@@ -41,7 +41,7 @@ def asks_for_help(argv: list[str]) -> bool:
 
 
 def value_of(argv: list[str], flag: str) -> str | None:
-    """The last value of a flag, as absl reads it; None if it isn't given."""
+    """Return the last value of a flag, as absl reads it; None if it isn't given."""
     value = None
     for i, argument in enumerate(argv):
         if match := re.match(rf"--?{flag}(=|$)(.*)", argument, re.DOTALL):
@@ -50,9 +50,9 @@ def value_of(argv: list[str], flag: str) -> str | None:
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Parse the flags, the config and its overrides; a mistake is one line and exit status 1.
+    """Parse the flags, the config and its overrides; a mistake prints one line and exits with status 1.
 
-    Without --config, the settings are those of the run in --checkpoint, or in --workdir.
+    Without --config, the settings are those of the run in --checkpoint or --workdir.
     """
     config_files.make_importable()
     named = find_config(argv)
@@ -63,12 +63,12 @@ def parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
         if named is not None:
-            _settings()  # an OSError of the config file waits for the first look
+            _settings()  # an OSError of the config file only occurs at the first access
     except flags.IllegalFlagValueError as error:
         fail(_wrong_value(named, error))
     except flags.Error as error:
         fail(str(error))
-    except Exception as error:  # a key that isn't there, or the config file, which is a program of its own
+    except Exception as error:  # an unknown key, or any error of the config file, which is a program itself
         fail(_unknown_key(argv, named) or unreadable(named, error))
     if len(rest) > 1:
         fail(f"unexpected argument {rest[1]!r}; settings are given as --config.KEY=VALUE")
@@ -82,7 +82,7 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def overridden() -> list[str]:
-    """Dotted names of the settings that the command line gives."""
+    """Return the dotted names of the settings given on the command line."""
     from ml_collections import config_flags
 
     return list(config_flags.get_override_values(flags.FLAGS["config"]))
@@ -92,7 +92,7 @@ def overridden() -> list[str]:
 
 
 def find_config(argv: list[str]) -> Named | None:
-    """The config that is given, or else that of the run that is named; None if there is neither."""
+    """Return the config that is given, or else that of the given run; None if there is neither."""
     name = value_of(argv, "config")
     if name is None:
         return _config_of_run(argv)
@@ -111,7 +111,7 @@ def find_config(argv: list[str]) -> Named | None:
 
 
 def _is_file(name: str) -> bool:
-    """Whether there is such a file, in a bucket too; a bucket that doesn't answer ends the program."""
+    """Return whether a file exists, also in a bucket; a bucket that doesn't answer ends the program."""
     from deco_jax.run import storage
 
     try:
@@ -121,7 +121,7 @@ def _is_file(name: str) -> bool:
 
 
 def _places_of(path: str) -> list[str]:
-    """Where NAME and configs/NAME.py may lie."""
+    """Return the places where NAME and configs/NAME.py may be."""
     folder, file = os.path.split(path)
     stem = file.removesuffix(".py")
     if not stem or folder not in ("", "configs"):
@@ -141,7 +141,7 @@ def _config_of_run(argv: list[str]) -> Named | None:
     checkpoint, workdir = value_of(argv, "checkpoint"), value_of(argv, "workdir")
     folders = [folder for folder in (checkpoint, workdir) if folder]
     if value_of(argv, "mode") in (None, "train"):
-        folders.reverse()  # a run that has begun goes on with its own settings
+        folders.reverse()  # a resumed run continues with its own settings
     if not folders:
         return None
     from deco_jax.config import saved
@@ -157,7 +157,7 @@ def _config_of_run(argv: list[str]) -> Named | None:
 
 
 def _with_config(argv: list[str], path: str) -> list[str]:
-    """The arguments with --config first, for ml_collections takes no override before it."""
+    """Return the arguments with --config first, because ml_collections accepts no override before it."""
     rest, skip = [], False
     for argument in argv[1:]:
         if skip:
@@ -170,7 +170,7 @@ def _with_config(argv: list[str], path: str) -> list[str]:
 
 
 def with_todays_names(argv: list[str]) -> list[str]:
-    """The arguments with renamed settings under their new names; each such prints a line."""
+    """Return the arguments with renamed settings under their new names; print a line for each."""
     if not any(re.match(r"--?(no)?config\.", argument) for argument in argv):
         return argv
     from deco_jax.config.values import earlier_names
@@ -181,7 +181,7 @@ def with_todays_names(argv: list[str]) -> list[str]:
         if not match or match[2] not in earlier:
             continue
         new, setting = earlier[match[2]]
-        print(f"config.{match[2]} is now config.{new}; the old name goes on working", file=sys.stderr)
+        print(f"config.{match[2]} is now config.{new}; the old name still works", file=sys.stderr)
         if match[3] is not None:
             renamed[i] = f"--config.{new}={_converted(match[3], setting.convert)}"
         elif match[1]:
@@ -205,7 +205,7 @@ def _converted(value: str, convert: Callable[[Any], Any]) -> str:
 
 
 def _settings() -> dict[str, Any]:
-    """The config as it stands, by dotted key."""
+    """Return the current config by dotted key."""
     from deco_jax.config import flatten
 
     value = flags.FLAGS["config"].value
@@ -213,7 +213,7 @@ def _settings() -> dict[str, Any]:
 
 
 def unreadable(named: Named | None, error: Exception) -> str:
-    """What to say of an exception that the config file, or a saved config, ended with."""
+    """Return a message for an exception that a config file, or a saved config, raised."""
     if isinstance(error, UserError) or named is None:
         return str(error)
     message = f"the config {named.name} could not be read: {error}"
@@ -236,14 +236,14 @@ def _wrong_value(named: Named | None, error: flags.IllegalFlagValueError) -> str
 
 
 def _unknown_key(argv: list[str], named: Named | None) -> str:
-    """What is wrong with the first override of a key that the config hasn't; "" if there is none."""
+    """Return what is wrong with the first override of an unknown key; "" if there is none."""
     from deco_jax.config import flatten
     from deco_jax.config.words import suggestion
 
     try:  # without the overrides
         default: Any = flags.FLAGS["config"].parser.parse(named.path if named else "")
         known = flatten(default.to_dict())
-    except Exception:  # then it isn't the overrides
+    except Exception:  # then the overrides aren't the cause
         return ""
     for given in (match[1] for argument in argv if (match := re.match(r"--?(?:no)?config\.([\w.]+)", argument))):
         if given not in known and not any(key.startswith(f"{given}.") for key in known):
@@ -259,7 +259,7 @@ def _of_another_model(given: str, known: Mapping[str, Any]) -> str:
     having = [model for model, settings in MODEL.items() if section == "model" and name in settings]
     if not having or "model.name" not in known:
         return ""
-    return f"it is one of model.name={' or '.join(having)}, and this config's is {known['model.name']}"
+    return f"it belongs to model.name={' or '.join(having)}, but this config's is {known['model.name']}"
 
 
 def _name_what_is_left_out(named: Named) -> None:
@@ -274,7 +274,7 @@ def _name_what_is_left_out(named: Named) -> None:
 
 
 def configs() -> list[tuple[str, str]]:
-    """Names of the project's configs and what each is, in a line."""
+    """Return the names of the project's configs, and a line about each."""
     found = []
     for path in sorted(config_files.folder().glob("*.py")):
         if path.stem != "__init__":
@@ -284,7 +284,7 @@ def configs() -> list[tuple[str, str]]:
 
 
 def help_text(modes: Mapping[str, str]) -> str:
-    """What --help prints.
+    """Return the text of --help.
 
     Args:
         modes: what each mode does.
@@ -302,7 +302,7 @@ def help_text(modes: Mapping[str, str]) -> str:
         "",
         "  python -m deco_jax.main --config=CONFIG[:VARIANT] --workdir=DIR [--mode=MODE] [--config.KEY=VALUE ...]",
         "",
-        "CONFIG is a name of those below, a file (configs/NAME.py), or a run's config.json. Without --config the",
+        "CONFIG is one of the names below, a file (configs/NAME.py), or a run's config.json. Without --config, the",
         "settings are those of the run in --workdir. Settings given as --config.KEY=VALUE apply on top.",
         "",
         "Modes:",

@@ -1,4 +1,4 @@
-"""Where the config files are, in a checkout and in an installed package."""
+"""Finds the config files, in a checkout and in an installed package."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def folder() -> pathlib.Path:
 
 
 def make_importable() -> None:
-    """Let config files say `from configs import imagenet256` wherever the program is started.
+    """Make `from configs import imagenet256` work in config files, wherever the program is started.
 
-    A folder `configs` in the current directory adds to the project's files.
+    A folder `configs` in the current directory is searched in addition to the project's.
     """
     package = types.ModuleType("configs")
     package.__path__ = [str(folder()), os.path.abspath("configs")]

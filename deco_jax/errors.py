@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this, and the message says how."""
+"""The exception for everything that the user can fix; its message says how."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 
 class UserError(Exception):
-    """A mistake in what was asked for, not in the program.
+    """A mistake in the request, not in the program.
 
     Its message is one line: what is wrong and what to do about it. `main.py` prints that line without a
     traceback and exits with status 1.
@@ -14,7 +14,7 @@ class UserError(Exception):
 
 
 def reason(error: BaseException, most: int = 120) -> str:
-    """Return an error's first line without what a terminal would obey, such as colours that are switched on."""
+    """Return an error's first line without terminal escape codes, such as colours."""
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", str(error)).strip()
     line = (text.splitlines() or [type(error).__name__])[0]
     return "".join(c for c in line if c.isprintable())[:most]

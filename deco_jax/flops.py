@@ -1,11 +1,11 @@
 """The model's own arithmetic: floating-point operations of a forward pass and of a training step.
 
 A multiply-add counts as two. Only matrix products are counted, as the architecture defines them: what an
-implementation computes twice (rematerialisation) or manages to avoid (the folded pixel embedding) doesn't change
-the figure, so that shares of a chip's peak can be compared between codes. XLA's own cost analysis can't serve: it
-counts the body of a loop once.
+implementation computes twice (rematerialisation) or avoids (the folded pixel embedding) doesn't change the figure, so
+shares of a chip's peak can be compared between codes. XLA's own cost analysis isn't suitable, because it counts the
+body of a loop only once.
 
-A forward pass of DeCo-L takes 155 GFLOP an image at 256², of DeCo-XL 245.
+A forward pass takes 155 GFLOP per image for DeCo-L at 256², and 245 for DeCo-XL.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def forward(model: Mapping[str, Any], image_size: int | tuple[int, int]) -> dict
 
     Args:
         model: config.model.
-        image_size: a side, or (height, width), in pixels.
+        image_size: one side, or (height, width), in pixels.
     """
     parts = architecture(model["name"]).flops(model, *image_sides(image_size))
     return {name: 2.0 * multiply_adds for name, multiply_adds in parts.items()}
@@ -40,7 +40,7 @@ def forward_total(model: Mapping[str, Any], image_size: int | tuple[int, int]) -
 
 
 def training(config: ml_collections.ConfigDict) -> float:
-    """Count the FLOPs of training on one image: forward, twice that for gradients, and the frozen networks' forward."""
+    """Count the FLOPs of training on one image: forward, twice that for gradients, and frozen networks' forward."""
     model, size = config.model, config.data.image_size
     total = 3 * forward_total(model, size)
     if config.loss.mean_flow:  # the network's own velocities with and without a condition, and a forward-mode product
@@ -52,7 +52,7 @@ def training(config: ml_collections.ConfigDict) -> float:
             features_width(config.teacher.name, config.teacher.size),
         )
         total += 3 * projector.flops(config.loss.repa_projector, model.width, features, tokens)
-    # A perceptual loss's network sees the predicted image, and gradients pass through it.
+    # The network of a perceptual loss sees the predicted image, and gradients pass through it.
     if config.loss.lpips_weight:
         total += 3 * vgg.flops(image_sides(size), model.patch_size)  # and the true image
     if config.loss.dino_weight:
@@ -61,7 +61,7 @@ def training(config: ml_collections.ConfigDict) -> float:
 
 
 def frozen(config: ml_collections.ConfigDict) -> float:
-    """FLOPs on one training image of the networks that aren't trained: REPA's teacher, the text encoder; 0 without."""
+    """Count the FLOPs per training image of networks that aren't trained: teacher, text encoder; 0 if none."""
     total, model = 0.0, config.model
     if config.loss.repa_weight or config.loss.dino_weight or config.loss.class_token_weight:
         total += make_teacher(config).network.flops(*image_sides(config.data.image_size))
@@ -71,5 +71,5 @@ def frozen(config: ml_collections.ConfigDict) -> float:
 
 
 def sampling(config: ml_collections.ConfigDict) -> float:
-    """Count the FLOPs of sampling one image by config.sample; a guided evaluation runs the network twice."""
+    """Count the FLOPs of sampling one image with config.sample; a guided evaluation runs the network twice."""
     return Sampling.of(config).num_evaluations() * forward_total(config.model, config.data.image_size)

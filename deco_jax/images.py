@@ -1,4 +1,4 @@
-"""Between uint8 pixels and the model's range, and grids of images."""
+"""Converts between uint8 pixels and the model's range, and makes grids of images."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ CAPTION_SIZE, CAPTION_LINES = 11, 4  # pixels, lines
 
 
 def to_float(images: AnyBytes) -> AnyFloats:
-    """uint8 0..255 → float32 in [−1, 1]."""
+    """Convert uint8 0..255 to float32 in [−1, 1]."""
     return images.astype(jnp.float32) / 127.5 - 1
 
 
 def to_uint8(images: AnyFloats) -> AnyBytes:
-    """float in [−1, 1] → uint8: clip (x + 1)·127.5 + 0.5 to [0, 255] and truncate, as the reference saves samples."""
+    """Convert float in [−1, 1] to uint8 like the reference: clip (x + 1)·127.5 + 0.5 to [0, 255] and truncate."""
     return jnp.clip((images.astype(jnp.float32) + 1) * 127.5 + 0.5, 0, 255).astype(jnp.uint8)
 
 
 def grid(images: Pictures, columns: int | None = None, gap: int = 2) -> Sheet:
-    """Tile uint8 [count, height, width, 3] row by row into one uint8 image on white, near square unless told."""
+    """Tile uint8 [count, height, width, 3] row by row into one uint8 image on white, by default nearly square."""
     count, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
@@ -38,7 +38,7 @@ def grid(images: Pictures, columns: int | None = None, gap: int = 2) -> Sheet:
 
 
 def caption_grid(images: Pictures, captions: Sequence[str], columns: int | None = None) -> Sheet:
-    """A grid of enlarged images, near square unless told, each with its caption beneath.
+    """Make a grid of enlarged images, by default nearly square, each with its caption below.
 
     A caption that is too long ends with "...".
     """
@@ -61,9 +61,9 @@ def caption_grid(images: Pictures, captions: Sequence[str], columns: int | None 
 
 
 def _wrapped(text: str, width: int, font: Any) -> list[str]:
-    """At most CAPTION_LINES lines of at most `width` pixels."""
+    """Wrap a text into at most CAPTION_LINES lines of at most `width` pixels."""
     lines, line = [], ""
-    # Longer ones can't fit, and measuring each start of a very long text takes its time.
+    # Longer texts can't fit, and measuring each beginning of a very long text takes a while.
     for letter in " ".join(text[:500].split()):
         if font.getlength(line + letter) <= width or not line:
             line += letter
@@ -80,9 +80,9 @@ def _wrapped(text: str, width: int, font: Any) -> list[str]:
 
 
 def sample_grid(images: Pictures, columns: int | None = None, captions: Sequence[str] | None = None) -> Sheet:
-    """A grid of samples, with their captions if there are any, near square unless `columns` says otherwise.
+    """Make a grid of samples, with their captions if there are any, nearly square unless `columns` is given.
 
-    Small images are enlarged until the longer side of the grid is about 720 pixels.
+    Small images are enlarged until the longer side of the grid has about 720 pixels.
     """
     if captions is not None:
         return caption_grid(images, captions, columns)
@@ -91,5 +91,5 @@ def sample_grid(images: Pictures, columns: int | None = None, captions: Sequence
 
 
 def enlarge(image: Picture, factor: int) -> Picture:
-    """Repeat each pixel factor × factor times: small images stay visible and exact."""
+    """Repeat each pixel factor × factor times, which keeps small images visible and exact."""
     return image.repeat(factor, axis=0).repeat(factor, axis=1)

@@ -11,18 +11,18 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-LINE = "interrupted; the same command goes on from what is saved"
+LINE = "interrupted; the same command continues from what is saved"
 
 
 def end_at_once() -> None:
-    """Answer Ctrl-C with the line and the end, while modules are imported and nothing needs to be closed."""
+    """Answer Ctrl-C with the line and exit, while modules are imported and nothing needs to be closed."""
     signal.signal(signal.SIGINT, _end)
 
 
 def raise_always() -> None:
-    """Answer Ctrl-C with KeyboardInterrupt, also where it strikes a callback that Python takes no exception from.
+    """Answer Ctrl-C with KeyboardInterrupt, also if it hits a callback whose exceptions Python ignores.
 
-    JAX has such callbacks for the garbage collector. Python reports the exception as ignored and goes on; then the
+    JAX has such callbacks for the garbage collector. Python reports the exception as ignored and continues; then the
     signal is sent again.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -40,10 +40,10 @@ def raise_always() -> None:
 
 @contextlib.contextmanager
 def waits_for(what: str) -> Iterator[None]:
-    """While entered, say at once that a signal is noticed only when `what` is done; a second Ctrl-C ends the process.
+    """While entered, say at once that a signal only takes effect after `what`; a second Ctrl-C ends the process.
 
-    Python runs its handlers between two of its own instructions, and compiling is one that takes minutes. Only the file
-    descriptor that `signal.set_wakeup_fd` sets is written to at once; a thread reads it.
+    Python runs signal handlers between two of its instructions, and compiling is an instruction that takes minutes.
+    Only the file descriptor set by `signal.set_wakeup_fd` is written to at once; a thread reads it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -61,7 +61,7 @@ def waits_for(what: str) -> Iterator[None]:
             said = f"asked to end ({signal.Signals(number).name}): waiting for {what}"
             if number == signal.SIGINT:
                 said = f"interrupted: waiting for {what}; Ctrl-C again ends at once"
-            # On a terminal after its ^C, or a live line.
+            # On a terminal, start a new line after its ^C or a live line.
             os.write(2, f"{chr(10) if os.isatty(2) else ''}{said}\n".encode())
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -77,11 +77,11 @@ def waits_for(what: str) -> Iterator[None]:
 
 
 def end() -> NoReturn:
-    """Say the line and exit with status 130.
+    """Print the line and exit with status 130.
 
-    Python remembers a KeyboardInterrupt that struck code from a string, of which dataclasses and named tuples make much
-    while modules are imported, even though it was caught: under -m the process would then end itself with SIGINT. Any
-    other code from a string makes it forget.
+    Python remembers a KeyboardInterrupt that hit code compiled from a string, even if it was caught; dataclasses and
+    named tuples compile much such code while modules are imported. Under -m the process would then end itself with
+    SIGINT. Running any other code from a string makes Python forget it.
     """
     exec("")
     print(LINE, file=sys.stderr)

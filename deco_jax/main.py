@@ -1,4 +1,4 @@
-"""The command line: flags, platform, and which program a mode is. Nothing else.
+"""The entry point: flags, platform, and the program of each mode. Nothing else.
 
 python -m deco_jax.main --config=configs/NAME.py[:VARIANT] --workdir=DIR [--mode=MODE] [--config.KEY=VALUE ...]
 """
@@ -35,57 +35,59 @@ class Mode(NamedTuple):
     about: str
     reads: tuple[str, ...] = ()  # flags, in the order of the function's arguments
     computes: bool = False  # runs the model on this machine
-    trains: bool = False  # so that it needs the memory for it
-    draws: bool = False  # images of the size in config.data.image_size
-    joins: bool = True  # the other processes of a run on several hosts
+    trains: bool = False  # trains, and so needs the memory for that
+    draws: bool = False  # draws images of size config.data.image_size
+    joins: bool = True  # joins the other processes of a run on several hosts
 
 
 MODES = {
     "train": Mode(
         "train:train",
-        "Train. Started again in the same workdir, it goes on from the newest checkpoint.",
+        "Train. If started again in the same workdir, it continues from the newest checkpoint.",
         ("checkpoint",),
         computes=True,
         trains=True,
     ),
     "sample": Mode("sample:sample", "Draw images from a checkpoint.", ("checkpoint",), computes=True, draws=True),
-    "prepare": Mode("prepare:prepare", "Write the images of the data once as shards that training reads fast."),
+    "prepare": Mode("prepare:prepare", "Write the images of the data once, as shards that training reads quickly."),
     "encode": Mode("encode:encode", "Encode the captions of the data once, for training to read."),
     "evaluate": Mode(
         "evaluate:evaluate", "Measure FID, sFID, IS, precision and recall.", ("checkpoint",), computes=True, draws=True
     ),
     "spectrum": Mode(
         "spectrum:spectrum",
-        "Measure the spectra of the transformer's output and of the velocity.",
+        "Plot the spectra of the transformer's output and of the velocity.",
         ("checkpoint",),
         computes=True,
     ),
-    "report": Mode("report:report", "Write a page about a run, or several side by side.", joins=False),
-    "demo": Mode("demo:demo", "Serve a page to draw images on.", ("checkpoint", "port"), computes=True, draws=True),
+    "report": Mode("report:report", "Write an HTML page about a run, or about several side by side.", joins=False),
+    "demo": Mode("demo:demo", "Serve a web page that draws images.", ("checkpoint", "port"), computes=True, draws=True),
     "compile": Mode(
         "compile:compile_program",
-        "Compile a program for a machine that need not be here; say whether it fits and how fast it would be.",
+        "Compile a program, also for a machine you don't have; say whether it fits and how fast it would be.",
         ("topology", "what", "search"),
         joins=False,
     ),
     "benchmark": Mode(
         "benchmark:benchmark",
-        "Time training, sampling and reading of data.",
+        "Time training, sampling and reading data.",
         ("import_seconds",),
         computes=True,
         trains=True,
     ),
     "import": Mode("convert:import_checkpoint", "Read an official PyTorch checkpoint.", ("source",)),
-    "export": Mode("convert:export_checkpoint", "Write a checkpoint as PyTorch's and as safetensors.", ("checkpoint",)),
+    "export": Mode(
+        "convert:export_checkpoint", "Write a checkpoint as PyTorch's and safetensors files.", ("checkpoint",)
+    ),
 }
 
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="A config's name or file, or a run's config.json.")
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="Name or file of a config, or a run's config.json.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.")
 _MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do; see above.")
 _SOURCE = flags.DEFINE_string("source", "", "import: the official checkpoint, a .ckpt file.")
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", "", "compile: the machine to compile for, such as v5e:16x16 or cpu:8; this one if empty."
+    "topology", "", "compile: the machine to compile for, such as v5e:16x16 or cpu:8; empty: this one."
 )
 _WHAT = flags.DEFINE_enum(
     "what",
@@ -95,22 +97,22 @@ _WHAT = flags.DEFINE_enum(
 )
 _SEARCH = flags.DEFINE_bool("search", False, "compile: try meshes, remat, unroll and batch sizes; print a table.")
 _PORT = flags.DEFINE_integer(
-    "port", 7860, "demo: of the page on 127.0.0.1; 0: any that is free.", lower_bound=0, upper_bound=65535
+    "port", 7860, "demo: port of the page on 127.0.0.1; 0: any free one.", lower_bound=0, upper_bound=65535
 )
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "Several processes: HOST:PORT of process 0.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Several processes: how many.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Several processes: which one this is, from 0.")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other hosts of a TPU pod; SLURM and MPI are noticed.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Several processes: their number.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Several processes: the number of this one, from 0.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other hosts of a TPU pod; SLURM and MPI are detected.")
 _TIMEOUT = flags.DEFINE_integer("distributed_timeout", 300, "Seconds that each stage of joining may take.")
 _HEARTBEAT = flags.DEFINE_integer(
-    "heartbeat_timeout", 30, "Seconds of another process's silence after which the others end, with status 75."
+    "heartbeat_timeout", 30, "Seconds of silence of one process after which the others end with status 75."
 )
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "", "Checkpoint to read instead of the workdir's newest; train: to go on from in a new workdir."
+    "checkpoint", "", "Checkpoint to read instead of the workdir's newest; train: to continue from in a new workdir."
 )
 
 
-# By whether the mode trains.
+# The message by whether the mode trains.
 OUT_OF_MEMORY = {
     True: "a device is out of memory; raise --config.optimizer.accumulate_steps or --config.mesh.fsdp, set "
     "--config.model.remat=full, or lower --config.data.batch_size; --mode=compile --search shows what fits",
@@ -139,7 +141,7 @@ def main(_: list[str]) -> None:
 
 
 def _several_processes() -> bool:
-    """Whether this process joined others; without starting JAX only to ask."""
+    """Return whether this process joined others, without starting JAX only to ask."""
     if "jax" not in sys.modules:
         return False
     import jax
@@ -158,7 +160,7 @@ def _run() -> None:
     logging.set_verbosity(logging.WARNING)
     set_xla_flags()
     keep_compiled_programs()
-    # The shell leaves the ~ of --workdir=~/runs alone.
+    # The shell doesn't expand the ~ in --workdir=~/runs.
     workdir, checkpoint, source = (os.path.expanduser(flag.value or "") for flag in (_WORKDIR, _CHECKPOINT, _SOURCE))
     try:
         for flag in ("checkpoint", "source", "topology", "what", "search"):
@@ -204,7 +206,7 @@ def _run() -> None:
         program(_CONFIG.value, workdir, *(given[name] for name in mode.reads))
     except UserError as error:
         command_line.fail(str(error))
-    except KeyboardInterrupt:  # before or between what can be saved
+    except KeyboardInterrupt:  # before there was anything to save, or in between
         interrupts.end()
     except Exception as error:
         from deco_jax.run import files, storage

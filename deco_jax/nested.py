@@ -1,4 +1,4 @@
-"""Nested dictionaries and flat ones of dotted names: settings and parameters alike."""
+"""Converts between nested dictionaries and flat ones with dotted names, for settings and parameters."""
 
 from __future__ import annotations
 

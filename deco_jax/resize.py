@@ -1,6 +1,6 @@
 """Bicubic resizing as PyTorch's `interpolate` does it.
 
-Two things differ from `jax.image.resize`: the cubic's parameter is a = −0.75 (not −0.5), and shrinking takes
+It differs from `jax.image.resize` in two ways: the cubic's parameter is a = −0.75 (not −0.5), and shrinking uses
 the same four neighbours (no antialiasing). Neighbours beyond the border repeat the border.
 Source: Keys 1981; `torch.nn.functional.interpolate(mode="bicubic", align_corners=False)`.
 """
@@ -17,16 +17,16 @@ A = np.float32(-0.75)
 
 
 def bicubic_matrix(size: int, new_size: int, scale: float | None = None) -> np.ndarray:
-    """The weights that take `size` samples of a line to `new_size`.
+    """Return the weights that resample a line from `size` to `new_size` samples.
 
     Args:
         size, new_size: numbers of samples.
-        scale: the distance of two new samples in old ones; size / new_size unless given.
+        scale: the distance between two new samples, measured in old ones; size / new_size by default.
 
     Returns:
         float32 [new_size, size]; each row has at most four weights, which sum to 1.
     """
-    # float32 as in the reference: at these coordinates a float64 one differs in the fourth digit of a weight.
+    # float32 as in the reference; with float64 coordinates, weights differ in the fourth digit.
     step = np.float32(size / new_size if scale is None else scale)
     source = step * (np.arange(new_size, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)
     left = np.floor(source)
@@ -49,9 +49,9 @@ def bicubic_matrix(size: int, new_size: int, scale: float | None = None) -> np.n
 def resize_bicubic(
     images: Maps, height: int, width: int, *, scales: tuple[float | None, float | None] = (None, None)
 ) -> jax.Array:
-    """[batch, old height, old width, channels] → float32 [batch, height, width, channels].
+    """Resize [batch, old height, old width, channels] → float32 [batch, height, width, channels].
 
-    Two dense products instead of gathers: fast on matrix units, and exact in float32 there too.
+    Two dense products replace gathers: they are fast on matrix units, and exact in float32 there, too.
 
     Args:
         scales: vertical and horizontal `scale` of `bicubic_matrix`.

@@ -1,7 +1,7 @@
-"""The shapes of arrays, by name: annotations that the tests check at every call.
+"""Named array shapes: annotations that the tests check at every call.
 
-An axis that two arguments of a function share has the same length in both. Functions of the mathematics take NumPy
-arrays as well as JAX's, and return JAX's.
+An axis that two arguments of a function share has the same length in both. Mathematical functions accept NumPy and JAX
+arrays, and return JAX arrays.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Pixels = UInt8[AnyArray, "*batch height width 3"]
 PerExample = Float[AnyArray, " batch"]
 Times = Float[AnyArray, "#batch"] | Float[AnyArray, ""]  # one for each example, or one for all
 Tokens = Float[AnyArray, "batch tokens features"]
-Features = Float[AnyArray, "batch _ _"]  # [batch, tokens, features] that a function compares with others itself
+Features = Float[AnyArray, "batch _ _"]  # [batch, tokens, features], for functions that compare shapes themselves
 Hidden = Float[AnyArray, "batch tokens width"]
 Patches = Shaped[AnyArray, "batch tokens pixels channels"]
 Heads = Float[AnyArray, "batch tokens heads head_width"]

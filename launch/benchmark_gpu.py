@@ -1,8 +1,8 @@
-"""Measures a GPU machine, most important figures first; `launch/benchmark_gpu.sh` starts it.
+"""Measures a GPU machine, the most important figures first; `launch/benchmark_gpu.sh` starts it.
 
-Each row is `--mode=benchmark` in a process of its own, so that one that runs out of memory is a row and not the end.
-After every row benchmark.json is written anew; a row that is there and not cut off isn't measured again. Rows that
-the time doesn't reach are named. Nothing is read but this repository: images are digits enlarged, weights random.
+Each row runs `--mode=benchmark` in its own process, so running out of memory is a row and not the end. benchmark.json
+is rewritten after every row; rows that are finished there aren't measured again. Rows that don't fit in the time are
+named. Only this repository is read: images are enlarged digits, and weights are random.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-# What the paper (arXiv 2511.19365) gives: a training step of L on 8 H800 at batch 256, which is 32 on each; one image
+# The paper's figures (arXiv 2511.19365): a training step of L on 8 H800 at batch 256, which is 32 on each; one image
 # of XL with 100 steps on an A800.
 PUBLISHED = {"L, batch 32": 0.19, "XL, sampling": 1.05}
 
@@ -35,7 +35,7 @@ class Row(NamedTuple):
 
 
 def rows() -> list[Row]:
-    """In the order in which they are worth their time."""
+    """Return the rows to measure, the most valuable ones first."""
 
     def step(variant: str, batch: int, note: str = "", **settings: Any) -> Row:
         return Row(f"{variant}, batch {batch}{note}", variant, "train", {"data.batch_size": batch, **settings})
@@ -62,7 +62,7 @@ def rows() -> list[Row]:
 
 
 def smoke_rows() -> list[Row]:
-    """The same program at a size for two CPU cores; the last has no chance."""
+    """Return rows of the same program at a size for two CPU cores; the last one is meant to fail."""
     return [
         Row("smoke, batch 8", "smoke", "train", {"data.batch_size": 8, "benchmark.repeats": 2}),
         Row("smoke, sampling", "smoke", "sample,inception", {"sample.num_steps": 2, "benchmark.repeats": 2}),
@@ -71,7 +71,7 @@ def smoke_rows() -> list[Row]:
 
 
 def command(row: Row, folder: pathlib.Path) -> list[str]:
-    """The process that measures a row."""
+    """Return the command that measures a row."""
     settings = {
         "data.source": "digits",
         "data.path": "",
@@ -90,7 +90,7 @@ def command(row: Row, folder: pathlib.Path) -> list[str]:
 
 
 def measure(row: Row, folder: pathlib.Path, seconds: float) -> dict[str, Any]:
-    """One row: "status" (ok, out of memory, failed, out of time), what the process measured, or its last words."""
+    """Measure a row: "status" (ok, out of memory, failed, out of time), and the figures or the last lines of output."""
     began = time.monotonic()
     environment = {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "cache"), **os.environ}
     process = subprocess.Popen(
@@ -121,7 +121,7 @@ def measure(row: Row, folder: pathlib.Path, seconds: float) -> dict[str, Any]:
 
 
 def line(name: str, found: dict[str, Any]) -> list[str]:
-    """A row of the table, or several if several things were timed."""
+    """Return a row of the table, or several if several things were timed."""
     if found["status"] != "ok":
         last = found.get("output") or [""]
         return [f"{name:<32}{found['status']}" + (f": {last[-1][:80]}" if found["status"] == "failed" else "")]
@@ -151,7 +151,9 @@ HEADER = f"{'':<32}{'':<18}{'seconds':>10}{'images/s':>11}{'of peak':>9}{'GiB':>
 def main(arguments: list[str], measure: Callable[..., dict[str, Any]] = measure) -> int:
     parser = argparse.ArgumentParser(prog="launch/benchmark_gpu.sh")
     parser.add_argument("folder", type=pathlib.Path)
-    parser.add_argument("--minutes", type=float, default=10.0, help="begin no row after so long, and end the last one")
+    parser.add_argument(
+        "--minutes", type=float, default=10.0, help="time limit: no row starts later, and the last one ends"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny, for a machine without a GPU")
     options = parser.parse_args(arguments)
     end = time.monotonic() + 60 * options.minutes
@@ -178,7 +180,7 @@ def main(arguments: list[str], measure: Callable[..., dict[str, Any]] = measure)
     (options.folder / "benchmark.txt").write_text("\n".join(table) + "\n")
     print(f"wrote {file} and benchmark.txt")
     if missing:
-        print(f"not reached in {options.minutes:g} minutes: {'; '.join(missing)}; the same command goes on with them")
+        print(f"not done in {options.minutes:g} minutes: {'; '.join(missing)}; the same command continues with them")
     return 0 if any(results.get(row.name, {}).get("status") == "ok" for row in wanted) else 1
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything worth knowing of this machine's GPU in under ten minutes: training steps, sampling, Inception, memory.
-# Leaves benchmark.json and a table in a folder; the same command goes on where it was stopped.
+# Measures this machine's GPU in under ten minutes: training steps, sampling, Inception, memory.
+# Writes benchmark.json and a table to a folder; the same command continues where it was stopped.
 #
 #   launch/benchmark_gpu.sh runs/benchmark_gpu [--minutes=10] [--smoke]
 set -euo pipefail

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# N processes on this machine, joined as if each were a host: for trying several hosts without having them.
+# Starts N processes on this machine, joined as if each were a host, to try several hosts without having them.
 #
 #   launch/local_processes.sh [--dry-run] N [--devices=D] [--restarts=R] -- \
 #       --config=configs/quickstart.py --workdir=runs/two
 #
-# On a CPU each process gets D devices (4 if not said). Process 0 writes to the terminal, the others to
-# process_I.log in a temporary folder, shown if they fail. SIGTERM and Ctrl-C are passed on to all. When one is killed,
-# or ends with 75 (a step that hangs, another process lost), all are started again, up to R times (0 if not said).
+# On a CPU each process gets D devices (default: 4). Process 0 writes to the terminal, the others to process_I.log in
+# a temporary folder, shown if they fail. SIGTERM and Ctrl-C are passed on to all. If one is killed, or ends with
+# status 75 (a step hangs, another process is lost), all are started again, up to R times (default: 0).
 set -euo pipefail
 
 usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
@@ -57,10 +57,10 @@ pids=()
 stopped=""
 # shellcheck disable=SC2329  # by the traps
 forward() { stopped=1; kill -TERM "${pids[@]}" 2>/dev/null || true; }
-# Ctrl-C reaches the processes by itself where a terminal sends it; this is for those that ignore it.
+# Ctrl-C from a terminal reaches the processes directly; this is for those that ignore it.
 trap forward TERM INT
 
-# Sets status, and again: whether the processes ended in a way that starting anew may mend.
+# Sets status, and again: whether the processes ended in a way that a restart may fix.
 run_all() {
   local i code
   pids=()

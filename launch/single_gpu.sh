@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One GPU of this machine.
+# Runs on one GPU of this machine.
 #
 #   launch/single_gpu.sh [--dry-run] [--gpu=0] -- --config=configs/cifar10.py --workdir=runs/cifar10
 set -euo pipefail

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# GPUs of one or several SLURM nodes: one process a GPU, joined by jax.distributed through SLURM's own variables.
+# Runs on the GPUs of one or several SLURM nodes: one process per GPU, joined by jax.distributed.
 #
 #   launch/slurm.sh [--dry-run] [--nodes=2] [--gpus=8] [--cpus=8] [--time=24:00:00] [--name=deco] \
 #       [--restarts=20] [--sbatch=OPTION ...] -- --config=configs/imagenet256.py --workdir=/shared/runs/xl --config.mesh.fsdp=8
 #
-# --gpus is for each node, --cpus for each GPU (its data workers share them); --sbatch=--partition=x and the like are
-# passed on. The workdir must be on a file system that all nodes share, or a bucket. Two minutes before its time is over
-# the job gets SIGTERM, saves, and is put into the queue again; so it is after a process was killed or a step hung
-# (status 75), up to --restarts times, unless it had run for less than two minutes. --dry-run prints the batch script.
+# --gpus is per node, --cpus per GPU (shared by its data workers); options such as --sbatch=--partition=x are passed on.
+# The workdir must be on a file system that all nodes share, or in a bucket. Two minutes before its time limit, the job
+# gets SIGTERM, saves, and is queued again. The same happens after a process was killed or a step hung (status 75), up
+# to --restarts times, unless the job had run for less than two minutes. --dry-run prints the batch script.
 set -euo pipefail
 
 usage() { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
@@ -62,9 +62,9 @@ stopped=""
 # shellcheck disable=SC2329  # by the trap
 stop() { stopped=1; kill -TERM "\$step"; }
 trap stop TERM
-# srun doesn't take it from the job by itself.
+# srun doesn't inherit it from the job.
 export SRUN_CPUS_PER_TASK=$cpus
-# Every task sees all GPUs of its node and takes the one of its local number.
+# Every task sees all GPUs of its node and uses the one with its local number.
 srun --kill-on-bad-exit=1 --gpu-bind=none ${PYTHON:-python} -m deco_jax.main $arguments&
 step=\$!
 wait "\$step"
@@ -74,7 +74,7 @@ if [[ \$stopped ]]; then
   code=\$?
   if [[ \$code -eq 0 ]]; then scontrol requeue "\$SLURM_JOB_ID"; fi
 elif [[ \$code -eq 75 || \$code -gt 130 ]] && ((SECONDS > 120 && \${SLURM_RESTART_COUNT:-0} < $restarts)); then
-  echo "status \$code after \$SECONDS s: into the queue again"
+  echo "status \$code after \$SECONDS s: queued again"
   scontrol requeue "\$SLURM_JOB_ID"
 fi
 exit "\$code"

@@ -1,24 +1,25 @@
-"""Many runs that differ in a few settings, one after another or as a SLURM array; their last metrics in one table.
+"""Starts runs that differ in a few settings, one after another or as a SLURM array; puts their last metrics in a table.
 
     python launch/sweep.py --config=configs/cifar10.py --workdir=runs/sweep \\
         --grid optimizer.learning_rate=1e-4,2e-4 --grid seed=0,1 [-- --config.train.num_steps=50000]
 
     --variants A,B     variants of the config, as in configs/ablation.py:A
-    --grid KEY=A,B     each value with each of the other grids'; commas within brackets don't split
-    --list FILE        a run a line, KEY=VALUE words; with --grid: each line with each of the grid
-    --modes A,B        what to do with each run, in order; train if not said: train,evaluate measures it too
-    --measure KEY=A,B  the modes after training with each value, as of sample.guidance: one training, a row a value
-    --plot KEY         also draw a logged value over the steps, a line a run, such as fid: WORKDIR/KEY.png
-    --sort KEY         the table's column to sort by, ascending; loss if not said. --descending turns it round
-    --slurm            submit as an array, a run a task; --sbatch=--gpus=1 and the like are passed on
+    --grid KEY=A,B     combine each value with those of the other grids; commas within brackets don't split
+    --list FILE        one run per line, as KEY=VALUE words; with --grid: combine each line with the grid
+    --modes A,B        what to do with each run, in order; default: train. train,evaluate also measures it
+    --measure KEY=A,B  run the modes after training with each value, such as sample.guidance=1.0,1.5: one training,
+                       one row per value
+    --plot KEY         also plot a logged value, such as fid, over the steps, one line per run: WORKDIR/KEY.png
+    --sort KEY         column to sort the table by, ascending; default: loss. --descending reverses the order
+    --slurm            submit as an array, one task per run; options such as --sbatch=--gpus=1 are passed on
     --gather           only write the table; --dry-run: print what would run
 
-A run lies in WORKDIR/NAME, its name made of its settings, and what --measure asks for in a folder of its own in there.
-One that has reached its last step is skipped, one that was cut off goes on; what was measured is measured again only
-after more training or with other overrides. A folder that holds a run of other settings is an error.
-The table: WORKDIR/sweep.md and sweep.json; beside ours, the figures that the paper has for a variant, where the config
-file lists them as PAPER. With --config.train.wandb=PROJECT after the -- it is a table at Weights & Biases too, and the
-runs there are a group of WORKDIR's name. Exit status 1 if a run failed.
+A run's folder is WORKDIR/NAME, where NAME consists of its settings; each value of --measure has a folder inside it.
+Runs that have reached their last step are skipped, and interrupted ones continue. Measurements are only repeated after
+more training or with other overrides. A folder that holds a run with other settings is an error. The table is
+WORKDIR/sweep.md and sweep.json. It shows the paper's figures for a variant beside ours if the config file lists them as
+PAPER. With --config.train.wandb=PROJECT after the --, it is also a table at Weights & Biases, where the runs form a
+group with WORKDIR's name. The exit status is 1 if a run failed.
 """
 
 from __future__ import annotations
@@ -47,13 +48,13 @@ from deco_jax.run import files, storage, tracking  # noqa: E402
 from deco_jax.run.metrics import read_rows  # noqa: E402
 
 METRICS = "metrics.jsonl"
-# Modes that a sweep can go through, and what one leaves in the workdir when it is done.
+# Modes that a sweep can run, and the file that each writes in the workdir when it is done.
 MODES = {"train": "", "sample": "samples/grid.png", "evaluate": "evaluation.json", "spectrum": "spectrum.json"}
 VARIANT = "variant"
 
 
 class Run(NamedTuple):
-    """One run: its overrides by key, without the leading "config.", and under VARIANT the config's variant."""
+    """One run: its overrides by key, without the leading "config."; the key VARIANT has the config's variant."""
 
     settings: dict[str, str]
     folder: pathlib.Path
@@ -112,14 +113,14 @@ def folders(points: Iterable[dict[str, str]], parent: pathlib.Path) -> dict[path
     found: dict[pathlib.Path, dict[str, str]] = {}
     for settings in points:
         folder = parent / (name_of(settings) or "run")
-        while folder in found and found[folder] != settings:  # values that differ in a replaced letter only
+        while folder in found and found[folder] != settings:  # values that only differ in a replaced character
             folder = folder.with_name(f"{folder.name}+")
         found.setdefault(folder, settings)
     return found
 
 
 def measurements(run: Run, grids: Sequence[str]) -> list[Run]:
-    """List what to measure of a trained run: every combination of the grids' values; itself without grids."""
+    """List the measurements of a trained run: every combination of the grids' values; without grids, the run itself."""
     if not grids:
         return [run]
     points = folders(map(dict, itertools.product(*grid_axes(grids))), run.folder)
@@ -139,11 +140,11 @@ def plan(workdir: pathlib.Path, grids: list[str], lines: list[str], variants: li
 def last_metrics(run: Run) -> dict[str, Any]:
     """Gather a run's last logged line, its evaluation and its hours of training; {} if there is nothing yet.
 
-    The hours are those of the steps alone, without compiling, sampling and measuring, added up from the logged speeds.
+    The hours only include the steps, not compiling, sampling and measuring; they are summed from the logged speeds.
     """
     rows, _ = read_rows((run.trained or run.folder) / METRICS)
     metrics = dict(rows[-1]) if rows else {}
-    if "fid" in metrics:  # of a few samples while training: not to be sorted among evaluations
+    if "fid" in metrics:  # it is from a few samples during training and must not be sorted with evaluations
         metrics["quick_fid"] = metrics.pop("fid")
     config = (run.trained or run.folder) / "config.json"
     if rows and config.exists() and all("images_per_second" in row for row in rows):
@@ -176,11 +177,11 @@ def equal(text: str, value: Any) -> bool:
         read = json.loads(json.dumps(ast.literal_eval(text)))  # tuples are lists there
     except (ValueError, SyntaxError):
         read = {"true": True, "false": False}.get(text, text)
-    return value in (read, text) or value == [read, read]  # a side stands for both of data.image_size
+    return value in (read, text) or value == [read, read]  # one side means both of data.image_size
 
 
 def check_settings(run: Run) -> None:
-    """Raise SystemExit if the folder holds a run of other settings: names leave out sections, so sweeps can clash."""
+    """Raise SystemExit if the folder holds a run with other settings; names leave out sections, so sweeps can clash."""
     path = run.folder / "config.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
     for key, text in run.settings.items():
@@ -192,7 +193,7 @@ def check_settings(run: Run) -> None:
 
 
 def measured_with(run: Run, mode: str) -> pathlib.Path:
-    """Return the file where a sweep notes the overrides that it ran a mode with."""
+    """Return the file in which a sweep records the overrides of a mode."""
     return run.folder / f"sweep_{mode}.json"
 
 
@@ -200,7 +201,7 @@ def is_done(run: Run, mode: str = "train", more: Sequence[str] = ()) -> bool:
     """Return whether a run has saved its last step; or, for other modes, written its file since it was trained.
 
     Args:
-        more: overrides of all runs: they may ask for more steps than the run had, or measure it in another way.
+        more: overrides of all runs, which may ask for more steps than the run had, or for another measurement.
     """
     config, metrics = run.folder / "config.json", (run.trained or run.folder) / METRICS
     if mode != "train":
@@ -213,7 +214,7 @@ def is_done(run: Run, mode: str = "train", more: Sequence[str] = ()) -> bool:
     try:
         asked = (overrides(more) | run.settings).get("train.num_steps")
         steps = int(asked) if asked else json.loads(config.read_text())["train"]["num_steps"]
-    except ValueError:  # the run says it itself
+    except ValueError:  # the run reports this itself
         return False
     remote = storage.is_remote(run.folder)  # where what is put last makes a checkpoint whole, on a disk its name
     entries = [entry for entry in (run.folder / "checkpoints").glob("*") if entry.name.isdigit()]
@@ -222,7 +223,7 @@ def is_done(run: Run, mode: str = "train", more: Sequence[str] = ()) -> bool:
 
 
 def modified(path: pathlib.Path) -> float:
-    """Return when a file was written last, in seconds."""
+    """Return when a file was last written, in seconds."""
     return storage.modified(path) if storage.is_remote(path) else path.stat().st_mtime_ns / 1e9
 
 
@@ -235,7 +236,7 @@ def papers_figures(config: str) -> dict[str, dict[str, float]]:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception:  # each run says so itself, in one line
+    except Exception:  # each run reports this itself, in one line
         return {}
     return getattr(module, "PAPER", {})
 
@@ -249,7 +250,7 @@ def gather(
     more: Sequence[str] = (),
     measure: Sequence[str] = (),
 ) -> str:
-    """Write sweep.json and sweep.md; return the latter. `paper` stands beside ours, as "paper's METRIC"."""
+    """Write sweep.json and sweep.md; return the latter. `paper` is shown beside ours, as "paper's METRIC"."""
     rows = []
     measured = [(run, of_run) for run in runs for of_run in measurements(run, measure)]
     for trained, run in measured:
@@ -323,19 +324,19 @@ def main(argv: list[str]) -> int:
     at = argv.index("--") if "--" in argv else len(argv)
     arguments, more = parser.parse_args(argv[:at]), argv[at + 1 :]
     if arguments.list and not arguments.list.is_file():
-        raise SystemExit(f"error: there is no list {arguments.list}")
+        raise SystemExit(f"error: there is no file {arguments.list} (--list)")
     lines = arguments.list.read_text().splitlines() if arguments.list else []
     if unknown := [mode for mode in arguments.modes if mode not in MODES]:
-        raise SystemExit(f"error: a sweep has no mode {unknown[0]!r}; choose of {', '.join(MODES)}")
+        raise SystemExit(f"error: a sweep has no mode {unknown[0]!r}; choose from {', '.join(MODES)}")
     if arguments.variants and ":" in arguments.config:
-        raise SystemExit(f"error: {arguments.config} names a variant already; leave it out, or --variants")
+        raise SystemExit(f"error: {arguments.config} already names a variant; leave it out, or --variants")
     # The runs start in this repository, wherever the sweep does.
     try:
         arguments.workdir = storage.absolute(arguments.workdir)
     except UserError as error:
         raise SystemExit(f"error: {error}") from error
     if arguments.slurm and storage.is_remote(arguments.workdir):
-        raise SystemExit("error: SLURM writes its logs to disks only; give --slurm a --workdir on one")
+        raise SystemExit("error: SLURM can only write its logs to a disk; with --slurm, give a --workdir on one")
     runs = plan(arguments.workdir, arguments.grid, lines, arguments.variants)
 
     if arguments.slurm:
@@ -351,7 +352,7 @@ def main(argv: list[str]) -> int:
         arguments.workdir.mkdir(parents=True, exist_ok=True)
         return subprocess.run(["sbatch"], input=script, text=True).returncode
 
-    os.environ.setdefault("WANDB_RUN_GROUP", arguments.workdir.name)  # of the runs, where they are tracked
+    os.environ.setdefault("WANDB_RUN_GROUP", arguments.workdir.name)  # the group of the runs at Weights & Biases
     failed = []
     for run in runs:
         check_settings(run)
@@ -368,7 +369,7 @@ def main(argv: list[str]) -> int:
             name = task.folder.relative_to(arguments.workdir)
             command = task.command(arguments.config, mode, more)
             if is_done(task, mode, more):
-                print(f"done already: {name}, {mode}", flush=True)
+                print(f"already done: {name}, {mode}", flush=True)
             elif arguments.dry_run:
                 print(shlex.join(command))
             else:

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# All hosts of Cloud TPU slices: the same command on each, joined by jax.distributed through the slices' metadata.
+# Runs the same command on all hosts of Cloud TPU slices, joined by jax.distributed.
 #
 #   launch/tpu_pod.sh [--dry-run] --name=xl --zone=us-west4-a [--project=P] [--folder=deco_jax] [--restarts=100] \
 #       [--type=v5litepod-256 --version=v2-alpha-tpuv5-lite [--slices=N] [--spot] [--setup=COMMAND]] -- \
 #       --config=configs/imagenet256.py --workdir=gs://bucket/runs/xl --config.mesh.fsdp=16
 #
-# Without --type the slice --name must be there, the code in --folder on every host, installed with:
+# Without --type, the slice --name must exist, with the code in --folder on every host, installed by:
 #   pip install -r requirements.txt "jax[tpu]"
-# With it, N slices are asked for as a queued resource, waited for, and set up by --setup in the home folder of every
-# host (git clone, pip install). When they are taken away they are asked for again and the run goes on, up to --restarts
-# times; so it is started again where a process was killed or a step hung (status 75), but not after an error (1).
-# The workdir must be a bucket, or on a file system that all hosts share. Slices are left running at the end; this
-# machine must stay on (tmux). For several slices give --config.mesh.slices=N as well.
+# With --type, the script requests N slices as a queued resource, waits for them, and runs --setup in the home folder of
+# every host (git clone, pip install). If the slices are taken away, it requests them again and the run continues, up to
+# --restarts times. It also restarts after a process was killed or a step hung (status 75), but not after an error (1).
+# The workdir must be in a bucket, or on a file system that all hosts share. Slices are left running at the end; this
+# machine must stay on (tmux). For several slices, also give --config.mesh.slices=N.
 set -euo pipefail
 
 usage() { sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 2; }
@@ -90,7 +90,7 @@ everywhere() {
   return "$code"
 }
 
-# Until the slices are there, asking for them anew where they were taken away.
+# Waits until the slices exist; requests them again if they were taken away.
 ready() {
   local now fresh=""
   while :; do
@@ -99,7 +99,7 @@ ready() {
       ACTIVE) break ;;
       "") create; fresh=1 ;;
       FAILED | SUSPENDED)
-        echo "the slices are $now: asking for them again" >&2
+        echo "the slices are $now: requesting them again" >&2
         gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
         continue
         ;;
@@ -110,7 +110,7 @@ ready() {
   [[ -z $fresh || -z $setup ]] || everywhere "$setup"
 }
 
-# A host whose process was killed, or ended with 75 as the others then do, starts it again by itself.
+# A host restarts a process that was killed, or that ended with 75, as the others then do.
 program="${PYTHON:-python3} -m deco_jax.main --distributed $(printf '%q ' "$@")"
 remote="cd $(printf '%q' "$folder") && for i in \$(seq 0 $restarts); do $program; code=\$?; if [ \$code -ne 75 ] && [ \$code -le 130 ]; then break; fi; echo \"status \$code: starting again\" >&2; sleep 10; done; exit \$code"
 
@@ -128,9 +128,9 @@ for ((attempt = 0; ; attempt++)); do
   code=0
   everywhere "$remote" || code=$?
   if ((code == 0)); then exit 0; fi
-  # An error of the run's own comes again; slices that are gone don't.
+  # An error of the run itself would happen again, so only lost slices lead to a restart.
   if [[ -z $type ]] || ((attempt >= restarts)); then exit "$code"; fi
   sleep "$poll"
   if [[ $(state) == ACTIVE ]]; then exit "$code"; fi
-  echo "the slices were taken away ($(state)); going on with new ones ($((attempt + 1)) of $restarts)" >&2
+  echo "the slices were taken away ($(state)); continuing on new ones ($((attempt + 1)) of $restarts)" >&2
 done

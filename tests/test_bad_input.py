@@ -54,7 +54,7 @@ FLAGS = [
     (["--config=quickstart:smoke", "--config.sample.colours=3"], "sample.colours; --help lists all settings"),
     ([SMOKE, "--config.model.batch_size=3"], "did you mean --config.data.batch_size or --config.evaluate.b.*"),
     ([SMOKE, "--config.sample.steps=3"], "did you mean --config.sample.num_steps"),
-    ([SMOKE, "--config.model.decoder_ratio=3"], "decoder_ratio; it is one of model.name=pixnerd, and this .* deco"),
+    ([SMOKE, "--config.model.decoder_ratio=3"], "decoder_ratio; it belongs to model.name=pixnerd, but this .* deco"),
     (["--workdir={run}", "--config.model.depth=3"], "another model .*depth: 2 there, 3 here"),
     (["--workdir={run}", "--config.model.deep=3"], "no setting --config.model.deep; did you mean .*depth"),
     ([SMOKE, "--config.data.num_workers=1000"], "num_workers=1000 must be at least 0 and at most 256"),

@@ -83,7 +83,7 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     measured.clear()
     assert benchmark_gpu.main([str(tmp_path), "--minutes=0"], measure) == 0
     assert measured == []
-    assert "not reached in 0 minutes: XL, batch 32; Inception" in capsys.readouterr().out
+    assert "not done in 0 minutes: XL, batch 32; Inception" in capsys.readouterr().out
 
 
 def process(monkeypatch, code):

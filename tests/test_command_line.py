@@ -97,8 +97,8 @@ def test_renamed_settings_keep_their_old_names(renamed, capsys):
     expected = ["main", "--config=x", "--config.train.log_every=7", "--config.train.save_every", "120"]
     assert command_line.with_todays_names(argv) == [*expected, "--config.seed=1"]
     assert capsys.readouterr().err == (
-        "config.train.print_every is now config.train.log_every; the old name goes on working\n"
-        "config.checkpoint.hours is now config.train.save_every; the old name goes on working\n"
+        "config.train.print_every is now config.train.log_every; the old name still works\n"
+        "config.checkpoint.hours is now config.train.save_every; the old name still works\n"
     )
 
 

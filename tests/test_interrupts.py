@@ -26,7 +26,7 @@ def test_one_line_whenever_it_comes(tmp_path, seconds):
     assert "Traceback" not in errors
     assert "ignored" not in errors
     assert process.returncode == 130, errors
-    assert errors.count("interrupted; the same command goes on") <= 1
+    assert errors.count("interrupted; the same command continues") <= 1
 
 
 def test_the_status_is_130_also_where_it_struck_code_from_a_string(tmp_path):

@@ -203,7 +203,7 @@ def test_one_training_is_measured_with_each_value(tmp_path):
             values = {"fid": 10.0 * i - j, "parameters": 7, "missing": {}}
             (folder / f"guidance={guidance}" / "evaluation.json").write_text(json.dumps(values))
     result = run(*command)
-    assert result.stdout.count("done already") == 6, result.stderr
+    assert result.stdout.count("already done") == 6, result.stderr
     rows = json.loads((tmp_path / "sweep.json").read_text())
     assert [row["fid"] for row in rows] == [-1.0, 0.0, 9.0, 10.0]
     assert [row["sample.guidance"] for row in rows] == ["1.5", "1.0"] * 2
@@ -240,7 +240,7 @@ def test_sweep_runs_skips_and_gathers(tmp_path):
     assert "running seed=0" in first.stdout
     assert (tmp_path / "sweep.md").read_text().count("True") == 2
     again = run(sys.executable, *arguments)
-    assert again.stdout.count("done already") == 2
+    assert again.stdout.count("already done") == 2
 
 
 def test_variants_modes_and_the_papers_figures(tmp_path):
@@ -266,7 +266,7 @@ def test_variants_modes_and_the_papers_figures(tmp_path):
         finished(tmp_path / f"variant={name}_seed=0", 1.0)
         (tmp_path / f"variant={name}_seed=0" / "evaluation.json").write_text(json.dumps({"fid": fid}))
     again = run(*command, "--sort=fid")
-    assert again.stdout.count("done already") == 4, again.stderr
+    assert again.stdout.count("already done") == 4, again.stderr
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in again.stdout.splitlines()[4:]]
     assert table[0][:5] == ["variant", "seed", "done", "fid", "paper's fid"]
     assert [row[0] for row in table[2:]] == ["dit", "deco"]  # Table 1: 61.10 and 31.35
@@ -274,7 +274,7 @@ def test_variants_modes_and_the_papers_figures(tmp_path):
 
 
 def test_sweep_refuses_what_it_cannot_do(tmp_path):
-    for bad, message in (("--modes=trian", "no mode 'trian'"), ("--variants=a", "names a variant already")):
+    for bad, message in (("--modes=trian", "no mode 'trian'"), ("--variants=a", "already names a variant")):
         result = run(sys.executable, "launch/sweep.py", *ARGUMENTS[:1], f"--workdir={tmp_path}", bad)
         assert (result.returncode, message in result.stderr) == (1, True)
 

@@ -95,7 +95,7 @@ def test_slices_that_are_taken_away_are_asked_for_again(play):
     for flag in ("--node-id=xl", "--accelerator-type=v5litepod-16", "--spot", "--runtime-version=v2-alpha-tpuv5-lite"):
         assert flag in create
     assert play.calls("train") == [f"-m deco_jax.main --distributed {' '.join(ARGUMENTS)}"] * 2
-    assert "going on with new ones (1 of 3)" in result.stderr
+    assert "continuing on new ones (1 of 3)" in result.stderr
 
 
 def test_an_error_of_the_run_is_not_tried_again(play):

@@ -136,7 +136,7 @@ def test_a_sweep_its_report_and_an_export_in_a_bucket(here, whole_run, tmp_path)
     where = upload(here, images, "images6")
     command = [sys.executable, "launch/sweep.py", SMOKE, "--workdir=gs://bucket/sweep", "--grid=seed=0,1"]
     command += ["--plot=loss", "--", *RUN[1:], *FOUR_STEPS, f"--config.data.path={where}"]
-    for said in ("running seed=0, train", "done already: seed=1, train"):
+    for said in ("running seed=0, train", "already done: seed=1, train"):
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
         assert result.returncode == 0, result.stderr
         assert said in result.stdout

@@ -119,7 +119,7 @@ def test_ctrl_c_is_answered_while_native_code_runs_and_twice_ends_it():
             assert run.poll() is None
             run.send_signal(signal.SIGINT)
             assert run.wait(timeout=20) == 130
-            assert run.stderr.read() == "interrupted; the same command goes on from what is saved\n"
+            assert run.stderr.read() == "interrupted; the same command continues from what is saved\n"
         finally:
             run.kill()
 
