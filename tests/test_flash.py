@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from deco_jax.models import flash, layers
-from deco_jax.models.blocks import Attention
+from deco_jax.models.blocks import Attention, Block
 from deco_jax.models.layers import rotary_angles
 from deco_jax.run.sharding import compiling_for
 from tests.helpers import relative_error
@@ -88,8 +91,6 @@ def test_bfloat16_is_close():
 @pytest.mark.parametrize("text", [0, 8])
 def test_the_layer_is_the_same_with_and_without_the_kernel(text, monkeypatch):
     """Through XLA's attention and through the kernel, gradients of the weights too."""
-    import flax.nnx as nnx
-
     monkeypatch.setattr(layers, "on_tpu", lambda: True)
     layer = Attention(32, 4, with_text=bool(text), implementation="auto", dtype=jnp.float32, rngs=nnx.Rngs(0))
     graph, weights = nnx.split(layer)
@@ -122,3 +123,22 @@ def test_sizes_of_the_models(tokens, keys, width, taken):
 @pytest.mark.parametrize(("tokens", "keys", "width"), [(256, 256, 36), (1100, 1100, 72), (16384, 16384, 72)])
 def test_what_does_not_fit_is_left_to_xla(tokens, keys, width):
     assert not flash.fits(tokens, keys, width)
+
+
+@pytest.mark.parametrize(("platform", "spared"), [("cpu", 4), ("tpu", 2)])
+def test_what_remat_attention_spares_the_backward_pass(platform, spared):
+    """Output projections of attention and MLP; without the kernel also queries, keys and values, and their mixture."""
+    make = functools.partial(Block, 32, 4, 40, attention="auto", dtype=jnp.float32)
+    graph, weights = nnx.split(layers.stack(lambda rngs: make(rngs=rngs), 2, nnx.Rngs(0)))
+    x, condition, angles = jnp.ones((2, 16, 32)), jnp.ones((2, 32)), jnp.ones((16, 4))
+
+    def products(remat):
+        def loss(weights):
+            blocks = nnx.merge(graph, weights)
+            h = layers.run_stack(blocks, x, lambda block, h: block(h, condition, angles), remat=remat)
+            return jnp.sum(jnp.sin(h))
+
+        with compiling_for(platform):
+            return str(jax.make_jaxpr(jax.grad(loss))(weights)).count("dot_general[")
+
+    assert products("full") - products("attention") == spared

@@ -12,10 +12,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from deco_jax.models import flash
-from deco_jax.models.layers import Dtype, Linear, RMSNorm, SwiGLU, modulate, rotate, xavier
+from deco_jax.models.layers import Dtype, Linear, RMSNorm, SwiGLU, kept, modulate, rotate, xavier
 from deco_jax.run.devices import on_tpu
 
 
@@ -86,7 +85,7 @@ class Attention(nnx.Module):
         keys = x.shape[1] + (0 if text is None else text.shape[1])
         if self.implementation == "auto" and on_tpu() and flash.fits(x.shape[1], keys, x.shape[-1] // self.num_heads):
             return self.by_kernel(x, angles, text)
-        q, k, v = (checkpoint_name(part, flash.KEPT) for part in self.qkv.to_heads(x, self.num_heads, 3))
+        q, k, v = (kept(part) for part in self.qkv.to_heads(x, self.num_heads, 3))
         q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
@@ -96,7 +95,7 @@ class Attention(nnx.Module):
             v = jnp.concatenate([v, text_v], axis=1)
         implementation: Literal["xla", "cudnn"] = "cudnn" if self.implementation == "cudnn" else "xla"
         mixed = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
-        return self.out.from_heads(checkpoint_name(mixed, flash.KEPT))
+        return self.out.from_heads(kept(mixed))
 
     def by_kernel(self, x: jax.Array, angles: jax.Array | None, text: jax.Array | None) -> jax.Array:
         """The same by `flash.attention`, heads as [batch, heads, head_width, tokens]."""
@@ -104,7 +103,6 @@ class Attention(nnx.Module):
         if text is not None:
             text_k, text_v = self.text_kv.to_heads_down(text, self.num_heads, 2)
             k, v = jnp.concatenate([k, text_k], axis=-1), jnp.concatenate([v, text_v], axis=-1)
-        q, k, v = (checkpoint_name(part, flash.KEPT) for part in (q, k, v))
         if angles is None:
             angles = jnp.zeros((x.shape[1], q.shape[2] // 2))
         scales = (self.q_norm.scale[...], self.k_norm.scale[...])
@@ -155,12 +153,12 @@ class Block(nnx.Module):
             dropout: of attention's output and of the MLP's hidden units; None: nothing is dropped.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(condition)[:, None], 6, axis=-1)
-        attended = self.attention(modulate(self.norm1(h), shift1, scale1), angles, text)
+        attended = kept(self.attention(modulate(self.norm1(h), shift1, scale1), angles, text))
         drop_hidden = None
         if dropout is not None:
             attended, drop_hidden = dropout.drop(attended, 0), functools.partial(dropout.drop, place=1)
         h = h + gate1 * attended
-        return h + gate2 * self.mlp(modulate(self.norm2(h), shift2, scale2), drop_hidden)
+        return h + gate2 * kept(self.mlp(modulate(self.norm2(h), shift2, scale2), drop_hidden))
 
 
 class TextEmbedding(nnx.Module):

@@ -16,7 +16,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -24,7 +23,6 @@ LANES, SUBLANES = 128, 8
 BLOCK = 512  # queries at a time, at most
 HEADS = 2  # in a program of the grid, at BLOCK tokens
 SCORES = 2**20  # of a block at most, 4 MB in float32
-KEPT = "attention"  # the name of output and sums, for rematerialisation policies
 # Of examples, and of the groups of heads, which add to one sum.
 ORDER: tuple[Literal["parallel"], Literal["arbitrary"]] = ("parallel", "arbitrary")
 MEMORY = 64 * 2**20  # bytes of the fast memory that a kernel may take
@@ -101,7 +99,7 @@ def _attention(options: Options, q: Any, k: Any, v: Any, scales: Any, rotation: 
 
 
 def _attention_forward(options: Options, q: Any, k: Any, v: Any, scales: Any, rotation: Any) -> tuple[jax.Array, Any]:
-    out, sums = (checkpoint_name(x, KEPT) for x in _call_forward(options, q, k, v, scales, rotation))
+    out, sums = _call_forward(options, q, k, v, scales, rotation)
     return out, (q, k, v, scales, rotation, out, sums)
 
 

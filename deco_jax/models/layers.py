@@ -18,20 +18,25 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 
-from deco_jax.models import flash
 from deco_jax.run.devices import gather, on_tpu
 from deco_jax.shapes import Angles, Heads, Maps, Patches, PerExample
 
 Dtype = Any
 
+KEPT = "kept"  # the name of what such a policy may keep: as wide as the hidden states, and dear to compute
+GATHERED = "gathered"  # that of a parameter that was made whole
+
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,  # keep every activation for the backward pass
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the matrix products' outputs
-    "attention": jax.checkpoint_policies.save_only_these_names(flash.KEPT),  # queries, keys, values and their mixture
+    "attention": jax.checkpoint_policies.save_only_these_names(KEPT),  # keep the outputs of attention and the MLP
     "full": jax.checkpoint_policies.nothing_saveable,  # keep each block's input only
 }
 
-GATHERED = "gathered"  # the name of a parameter that was made whole, for such policies
+
+def kept(x: jax.Array) -> jax.Array:
+    """x, which remat=attention keeps for the backward pass."""
+    return checkpoint_name(x, KEPT)
 
 
 def uniform(bound: float) -> Callable:

@@ -90,8 +90,9 @@ class TrunkSettings:
     remat: str = setting(
         "auto",
         "What the backward pass recomputes. none: nothing, which takes the most memory; dots: all but matrix products; "
-        "attention: all but attention's queries, keys, values and output; full: everything, which takes the least "
-        "memory; auto: the first of these whose compiled step fits, on TPUs the one with the fewest estimated cycles.",
+        "attention: all but the outputs of attention and MLP and, where the kernel for TPUs isn't used, attention's "
+        "queries, keys and values; full: everything, which takes the least memory; auto: the first of these whose "
+        "compiled step fits, on TPUs the one with the fewest estimated cycles.",
         one_of("auto", *REMAT_POLICIES),
         computed=True,
     )
