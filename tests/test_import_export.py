@@ -169,7 +169,7 @@ def with_state(tmp_path, change):
 
 BAD = {
     "missing file": (lambda tmp: tmp / "none.ckpt", "no such file"),
-    "damaged file": (damaged, "no readable PyTorch file"),
+    "damaged file": (damaged, "not a readable PyTorch weight file"),
     "missing tensor": (
         lambda tmp: with_state(tmp, lambda s: s.pop("denoiser.blocks.1.attn.qkv.weight")),
         "blocks.1.attn.qkv.weight",

@@ -125,8 +125,8 @@ def test_the_library_loads_a_file_with_its_config(jit_file):
         (lambda config, content: config.data.update(image_size=(32, 32)), "set config.data.image_size"),
         (lambda config, content: content["model"].pop("net.in_context_posemb"), "in_context_posemb"),
         (lambda config, content: content["model"].update({"net.more": torch.ones(1)}), "more"),
-        (lambda config, content: content["model_ema1"].update({"more": torch.ones(1)}), "no known network"),
-        (lambda config, content: content.update(model_ema1=3), "no dictionary of tensors"),
+        (lambda config, content: content["model_ema1"].update({"more": torch.ones(1)}), "an unknown network"),
+        (lambda config, content: content.update(model_ema1=3), "not a dictionary of tensors"),
         (lambda config, content: config.model.update(bottleneck=8), r"x_embedder.proj[12].weight"),
     ],
 )

@@ -81,7 +81,7 @@ def test_damaged_and_wrong_files(torch, tmp_path):
     path = tmp_path / "x.ckpt"
     for damaged in (b"", b"not a checkpoint " * 100, content[:-4000], content[: len(content) // 2]):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"x\.ckpt: no readable PyTorch file") as error:
+        with pytest.raises(UserError, match=r"x\.ckpt: not a readable PyTorch weight file") as error:
             files.read_lightning(path)
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"none\.ckpt: no such file"):
@@ -91,14 +91,14 @@ def test_damaged_and_wrong_files(torch, tmp_path):
     for other, message in (
         ([1, 2], "holds a list"),
         ({"model": {}}, "no `state_dict`"),
-        ({"state_dict": {"denoiser.a": torch.zeros(1), "vae.b": torch.zeros(1)}}, r"no known network: 1 \(vae\.b\)"),
+        ({"state_dict": {"denoiser.a": torch.zeros(1), "vae.b": torch.zeros(1)}}, r"an unknown network: 1 \(vae\.b\)"),
         ({"state_dict": {"diffusion_trainer.proj.0.0.bias": torch.zeros(1)}}, "neither denoiser"),
     ):
         torch.save(other, path)
         with pytest.raises(UserError, match=message):
             files.read_lightning(path)
     torch.save({"step": 1}, path)
-    with pytest.raises(UserError, match="no state dictionary"):
+    with pytest.raises(UserError, match="not a state dictionary"):
         files.read_tensors(path)
 
 
@@ -111,7 +111,7 @@ def test_code_in_a_file_is_not_run(torch, tmp_path):
     with pytest.raises(UserError, match="no `state_dict` of tensors"):
         files.read_lightning(tmp_path / "evil.ckpt")
     torch.save({"state_dict": Evil()}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
-    with pytest.raises(UserError, match="no readable PyTorch file") as error:
+    with pytest.raises(UserError, match="not a readable PyTorch weight file") as error:
         files.read_lightning(tmp_path / "old.ckpt")
     assert str(error.value).isprintable()  # PyTorch's reason switches a terminal to bold
     assert not (tmp_path / "ran").exists()
@@ -171,7 +171,7 @@ def test_what_lightning_keeps_beside_the_weights(torch, tmp_path):
 
 @pytest.mark.parametrize("step", [-1, 2**31, "many", 1.5, float("nan"), [1]])
 def test_steps_that_are_none(torch, tmp_path, step):
-    with pytest.raises(UserError, match=r"global_step=.* is no count from 0 to"):
+    with pytest.raises(UserError, match=r"global_step=.* is not a count from 0 to"):
         files.read_lightning(lightning(torch, tmp_path / "x.ckpt", global_step=step))
 
 
@@ -193,7 +193,7 @@ def test_tensors_that_are_no_weights_are_named(torch, tmp_path, said):
     path = lightning(torch, tmp_path / "x.ckpt", {"denoiser.a": odd_tensors(torch)[said]})
     with pytest.raises(UserError, match=rf"x\.ckpt: a .*{said}"):
         files.read_lightning(path).denoiser["a"]
-    with pytest.raises(UserError, match=r"names are no text: 1 \(3\)"):
+    with pytest.raises(UserError, match=r"names aren't text: 1 \(3\)"):
         files.read_lightning(lightning(torch, path, {3: torch.ones(1)}))
 
 
@@ -269,7 +269,7 @@ def test_an_index_and_its_files_have_to_agree(tmp_path):
     with pytest.raises(UserError, match=r"4\.safetensors: no such file"):
         files.read_safetensors(tmp_path)
     index.write_text("{}")
-    with pytest.raises(UserError, match="no readable index"):
+    with pytest.raises(UserError, match="not a readable index"):
         files.read_safetensors(tmp_path)
 
 

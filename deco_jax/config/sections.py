@@ -180,7 +180,7 @@ class Loss(FrequencySettings, RepaSettings, RegSettings, PerceptualSettings, Mea
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """The frozen encoder to align with; used if repa_weight, class_token_weight or dino_weight is above 0."""
+    """The frozen encoder of loss.repa_weight, loss.class_token_weight and loss.dino_weight."""
 
     name: str = setting("dinov2", "Kind of encoder.", one_of(*TEACHERS))
     path: str = setting("", "File of its weights, such as dinov2_vitb14_pretrain.pth.")

@@ -1,1 +1,1 @@
-"""PyTorch checkpoints to our parameters and back, by tables that are strict both ways."""
+"""Converts PyTorch checkpoints to our parameters and back, by tables that are strict in both directions."""

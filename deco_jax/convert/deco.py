@@ -1,4 +1,4 @@
-"""A denoiser and the REPA projector: the official checkpoints' tensors ↔ our parameters."""
+"""Converts a denoiser and the REPA projector: the official checkpoints' tensors ↔ our parameters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROJECTOR: list[Row] = [
 
 
 def table(model: Mapping[str, Any]) -> list[Row]:
-    """Return the rows of a denoiser, as its file in models/ has them.
+    """Return the rows of a denoiser, from its file in models/.
 
     Args:
         model: the config's `model` section.
@@ -39,7 +39,7 @@ def table(model: Mapping[str, Any]) -> list[Row]:
 
 
 def _mean_velocity(rows: list[Row]) -> list[Row]:
-    """What MeanFlow adds to a model, under names of our own: a second head, and the embedding of jumps."""
+    """Return the rows of what MeanFlow adds, under our own names: a second head, and the embedding of jumps."""
     heads = [
         dataclasses.replace(row, torch=f"velocity_head.{row.torch}", ours=f"velocity_{row.ours}")
         for row in rows
@@ -60,7 +60,7 @@ def from_torch(
     dtype: Any = None,
     what: str = "the checkpoint",
 ) -> dict[str, Any]:
-    """A denoiser's official tensors (names without `denoiser.`) as our parameters; see `mapping.to_ours`.
+    """Convert a denoiser's official tensors (names without `denoiser.`) to our parameters; see `mapping.to_ours`.
 
     Args:
         dtype: of all parameters; None keeps the file's.
@@ -72,13 +72,13 @@ def from_torch(
 def unread(
     model: Any, tensors: Mapping[str, np.ndarray], *, like: Mapping[str, Any], dtype: Any, what: str = "the checkpoint"
 ) -> dict[str, Any]:
-    """`from_torch` as arrays that are read when they are asked for; see `mapping.unread`."""
+    """Do the same as `from_torch`, with arrays that are only read when they are needed; see `mapping.unread`."""
     ignore = architecture(model["name"]).ignored
     return table_unread(table(model), tensors, like=like, dtype=dtype, ignore=ignore, what=what)
 
 
 def to_torch(model: Any, params: Mapping[str, Any], *, consume: bool = False) -> dict[str, np.ndarray]:
-    """Our parameters of a denoiser under the official names and layouts; undoes `from_torch`.
+    """Convert a denoiser's parameters to the official names and layouts; the inverse of `from_torch`.
 
     Args:
         consume: see `mapping.to_torch`.
@@ -87,18 +87,18 @@ def to_torch(model: Any, params: Mapping[str, Any], *, consume: bool = False) ->
 
 
 def fixed(model: Any, sides: tuple[int, int]) -> dict[str, np.ndarray]:
-    """The tensors of an official file that follow from the model's and the image's sizes."""
+    """Return the tensors of an official file that follow from the model's and the image's sizes."""
     return architecture(model["name"]).fixed(model, *sides)
 
 
 def check_fixed(model: Any, sides: tuple[int, int], tensors: Mapping[str, np.ndarray], what: str) -> None:
-    """Raise UserError if such tensors of a file are those of another image size."""
+    """Raise UserError if such tensors in a file belong to another image size."""
     for name, expected in fixed(model, sides).items():
         if name in tensors:
             found = np.asarray(tensors[name], np.float32)
             if found.shape != expected.shape or not np.allclose(found, expected, atol=1e-2):
                 raise UserError(
-                    f"{what}: its {name} {found.shape} isn't that of {sides[0]}x{sides[1]} pixels {expected.shape}; "
+                    f"{what}: its {name} {found.shape} doesn't fit {sides[0]}x{sides[1]} pixels {expected.shape}; "
                     "set config.data.image_size to the size that it was trained on"
                 )
 
@@ -110,10 +110,10 @@ def projector_from_torch(
     dtype: Any = None,
     what: str = "the checkpoint",
 ) -> dict[str, Any]:
-    """The REPA projector's official tensors (names without `diffusion_trainer.proj.`) as our parameters."""
+    """Convert the REPA projector's official tensors (names without `diffusion_trainer.proj.`) to our parameters."""
     return to_ours(PROJECTOR, tensors, like=like, dtype=dtype and (lambda _: dtype), what=what)
 
 
 def projector_to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Our projector's parameters under the official names; undoes `projector_from_torch`."""
+    """Convert our projector's parameters to the official names; the inverse of `projector_from_torch`."""
     return table_to_torch(PROJECTOR, params)

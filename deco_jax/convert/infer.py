@@ -1,4 +1,4 @@
-"""The architecture that official tensors are of, read from their names and shapes."""
+"""Infers the architecture of official tensors from their names and shapes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from deco_jax.errors import UserError
 
 
 def model_of(tensors: Mapping[str, np.ndarray], what: str) -> dict[str, Any]:
-    """The config's `model` section for a denoiser's tensors, official names without `denoiser.`.
+    """Return the config's `model` section for a denoiser's tensors, given official names without `denoiser.`.
 
     Args:
         what: the file, for errors.
 
     Raises:
-        UserError: they are not of a DeCo or DiT denoiser.
+        UserError: they don't belong to a DeCo or DiT denoiser.
     """
     if "x_embedder.proj1.weight" in tensors:
         raise UserError(
@@ -48,7 +48,7 @@ def model_of(tensors: Mapping[str, np.ndarray], what: str) -> dict[str, Any]:
     if "y_embedder.embedding_table.weight" in tensors:
         return model | {"num_classes": len(tensors["y_embedder.embedding_table.weight"]) - 1}
     if "y_embedder.proj.weight" not in tensors or "y_pos_embedding" not in tensors:
-        raise UserError(f"{what}: has neither a table of labels nor an embedding of text; give its config=")
+        raise UserError(f"{what}: has neither a label table nor a text embedding; give its config=")
     return model | {
         "num_classes": 0,
         "text_width": tensors["y_embedder.proj.weight"].shape[1],
@@ -58,6 +58,6 @@ def model_of(tensors: Mapping[str, np.ndarray], what: str) -> dict[str, Any]:
 
 
 def _count(tensors: Mapping[str, np.ndarray], prefix: str) -> int:
-    """Blocks under a prefix."""
+    """Count the blocks under a prefix."""
     numbers = [int(match[1]) for name in tensors if (match := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))]
     return max(numbers, default=-1) + 1

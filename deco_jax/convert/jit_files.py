@@ -1,4 +1,4 @@
-"""JiT's own checkpoints (`checkpoint-last.pth`): the model and two averages under `net.`; and which layout a file has.
+"""Reads and writes JiT's checkpoints (`checkpoint-last.pth`), the model and two averages under `net.`; detects layouts.
 
     {"model": {"net.…": …}, "model_ema1": …, "model_ema2": …, "epoch": …, perhaps "optimizer" and others}
 
@@ -19,16 +19,16 @@ from deco_jax.convert.mapping import listed
 from deco_jax.convert.torch_files import Checkpoint
 from deco_jax.errors import UserError
 
-FILE = "checkpoint-last.pth"  # as JiT's --resume looks for it
+FILE = "checkpoint-last.pth"  # the name that JiT's --resume looks for
 PREFIX = "net."
 ENTRIES = {"denoiser": "model", "ema": "model_ema1", "second_ema": "model_ema2"}
 
 
 def read_official(path: str | os.PathLike[str]) -> Checkpoint:
-    """A checkpoint of JiT's code, or a Lightning checkpoint of DeCo's or PixelGen's.
+    """Read a checkpoint of JiT's code, or a Lightning checkpoint of DeCo or PixelGen.
 
     Raises:
-        UserError: the file can't be read, is neither, or holds tensors of no known network.
+        UserError: the file can't be read, is neither, or holds tensors of an unknown network.
     """
     content = torch_files.read_pickled(path)
     if ENTRIES["denoiser"] not in content:
@@ -44,10 +44,10 @@ def read_official(path: str | os.PathLike[str]) -> Checkpoint:
 def _network(path: Path, key: str, tensors: Any) -> Mapping[str, np.ndarray]:
     if tensors is None:
         return {}
-    state = torch_files.state_dict(path, tensors, f"its `{key}` is no dictionary of tensors, as JiT's files have it")
+    state = torch_files.state_dict(path, tensors, f"its `{key}` is not a dictionary of tensors, unlike in JiT's files")
     if unknown := [name for name in state if not name.startswith(PREFIX)]:
         raise UserError(
-            f"{path}: `{key}` has tensors of no known network: {len(unknown)} ({listed(unknown)}); known are {PREFIX}*"
+            f"{path}: `{key}` has tensors of an unknown network: {len(unknown)} ({listed(unknown)}); known: {PREFIX}*"
         )
     return torch_files.tensors(path, {name.removeprefix(PREFIX): tensor for name, tensor in state.items()})
 

@@ -1,11 +1,11 @@
-"""Weights between PyTorch's names and layouts and ours, by one table a model, strict both ways.
+"""Converts weights between PyTorch's names and layouts and ours, with one table per model, strict in both directions.
 
-A table is a list of rows; a row ties PyTorch tensors to our parameters and says how the layout changes:
+A table is a list of rows; a row links PyTorch tensors to our parameters and says how the layout changes:
 
     Row("blocks.{i}.attn.qkv.weight", "blocks.attention.qkv.kernel", TRANSPOSE, count=depth)
 
-`{i}` stands for the block's number: our blocks are one array with a leading depth axis. Every transform
-only moves numbers, so a round trip is exact to the bit. What no row names, on either side, is an error.
+`{i}` is the block's number: our blocks are one array with a leading depth axis. Transforms only move numbers, so a
+round trip is exact to the bit. Tensors or parameters without a row are an error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from deco_jax.errors import UserError
 from deco_jax.nested import flatten, unflatten
 
 Arrays = Sequence[np.ndarray]
-SHOWN = 4  # names an error lists before it only counts
+SHOWN = 4  # names that an error lists before it only counts the rest
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,18 @@ class Transform:
 def one_to_one(
     name: str, ndim: int, to_ours: Callable[[np.ndarray], np.ndarray], to_torch: Callable[[np.ndarray], np.ndarray]
 ) -> Transform:
-    """A transform of one tensor into one parameter."""
+    """Make a transform of one tensor into one parameter."""
     return Transform(name, (ndim,), lambda arrays: [to_ours(arrays[0])], lambda arrays: [to_torch(arrays[0])])
 
 
 VECTOR = one_to_one("vector", 1, lambda a: a, lambda a: a)
-MATRIX = one_to_one("matrix as it is", 2, lambda a: a, lambda a: a)
+MATRIX = one_to_one("unchanged matrix", 2, lambda a: a, lambda a: a)
 TRANSPOSE = one_to_one("[out, in] to [in, out]", 2, lambda a: a.T, lambda a: a.T)
 DROP_FIRST = one_to_one("[1, length, width] to [length, width]", 3, lambda a: a.squeeze(0), lambda a: a[None])
 
 
 def halves(name: str = "two halves of the rows, each transposed") -> Transform:
-    """One [2·out, in] matrix to two [in, out] kernels."""
+    """Make a transform of one [2·out, in] matrix into two [in, out] kernels."""
     return Transform(
         name,
         (2,),
@@ -61,7 +61,7 @@ def halves(name: str = "two halves of the rows, each transposed") -> Transform:
 
 
 def fused(count: int, *, bias: bool = False) -> Transform:
-    """`count` equally tall [out, in] matrices (or [out] vectors) to one [in, count·out] kernel (or [count·out])."""
+    """Make a transform of `count` [out, in] matrices (or [out] vectors) into one [in, count·out] kernel (or vector)."""
     if bias:
         return Transform(
             f"{count} vectors joined",
@@ -88,11 +88,11 @@ class Row:
     """PyTorch tensors ↔ our parameters.
 
     Attributes:
-        torch: a name, or several where a transform joins tensors; `{i}` is the block's number.
-        ours: a dotted path into our nested dictionary, or several where a transform splits a tensor.
-        transform: how a PyTorch tensor becomes ours.
-        count: the number of blocks, stacked on our side's first axis; None for a parameter that stands alone.
-        first: the first block's number.
+        torch: a name, or several if the transform joins tensors; `{i}` is the block's number.
+        ours: a dotted path in our nested dictionary, or several if the transform splits a tensor.
+        transform: how PyTorch tensors become our parameters.
+        count: the number of blocks, stacked along our first axis; None for a single parameter.
+        first: the number of the first block.
     """
 
     torch: str | tuple[str, ...]
@@ -102,7 +102,7 @@ class Row:
     first: int = 0
 
     def torch_names(self) -> Iterator[list[str]]:
-        """The PyTorch names, a list for each block."""
+        """Yield the PyTorch names, a list for each block."""
         patterns = (self.torch,) if isinstance(self.torch, str) else self.torch
         if self.count is None:
             yield list(patterns)
@@ -118,9 +118,9 @@ Table = Sequence[Row]
 
 
 class Unread(np.ndarray):
-    """The shape and type of an array that isn't read yet: it takes no memory, and `read` makes the array.
+    """The shape and type of an array that isn't read yet. It takes no memory, and `read` returns the real array.
 
-    Its own values mean nothing.
+    Its own values are meaningless.
     """
 
     read: Callable[[], np.ndarray]
@@ -141,18 +141,19 @@ def to_ours(
     ignore: Iterable[str] = (),
     what: str = "the file",
 ) -> dict[str, Any]:
-    """PyTorch tensors as our nested dictionary.
+    """Convert PyTorch tensors to our nested dictionary.
 
-    Tensors are read one at a time, so a memory-mapped or lazily read file costs the result and one tensor.
+    Tensors are read one at a time, so a memory-mapped or lazily read file takes the memory of the result and one
+    tensor.
 
     Args:
         table: the model's rows.
-        tensors: by PyTorch name; the names have to be exactly the table's.
+        tensors: by PyTorch name; the names must be exactly those of the table.
         like: our parameters' shapes (any leaves with `.shape`), checked name by name. The tensors of one row
-            have to agree even without it.
-        dtype: our path to the dtype it gets; None keeps the file's.
-        ignore: PyTorch names that may be there and mean nothing to us.
-        what: how errors name the source.
+            must agree even without it.
+        dtype: from our path to the parameter's dtype; None keeps the file's.
+        ignore: PyTorch names that may exist and aren't needed.
+        what: the name of the source in errors.
 
     Raises:
         UserError: tensors are missing, left over, or of the wrong shape.
@@ -173,7 +174,7 @@ def unread(
     ignore: Iterable[str] = (),
     what: str = "the file",
 ) -> dict[str, Any]:
-    """`to_ours` as Unread arrays: a network that is larger than memory can be written parameter by parameter.
+    """Do the same as `to_ours` with Unread arrays, so that a network larger than memory can be written by parameter.
 
     Raises:
         UserError: tensors are missing or left over; from `read`, those of `to_ours`.
@@ -193,7 +194,7 @@ def unread(
 def _checked_shapes(
     table: Table, tensors: Mapping[str, np.ndarray], like: Mapping[str, Any] | None, ignore: Iterable[str], what: str
 ) -> dict[str, Any] | None:
-    """The shapes in `like` by path, once the names on both sides are known to be the table's."""
+    """Check that the names on both sides are those of the table; return the shapes in `like` by path."""
     wanted = [name for row in table for names in row.torch_names() for name in names]
     ignored = set(ignore)
     _check_names(wanted, (name for name in tensors if name not in ignored), what)
@@ -211,7 +212,7 @@ def _checked_row(
     dtype: Callable[[str], Any] | None,
     what: str,
 ) -> dict[str, np.ndarray]:
-    """A row's parameters by path, in the shapes that are expected."""
+    """Read a row's parameters by path, and check their shapes."""
     ours = dict(zip(row.our_paths(), _read_row(row, tensors, dtype, what), strict=True))
     for path, array in ours.items():
         if expected is not None and array.shape != tuple(expected[path].shape):
@@ -225,7 +226,7 @@ def _checked_row(
 def _read_row(
     row: Row, tensors: Mapping[str, np.ndarray], dtype: Callable[[str], Any] | None, what: str
 ) -> list[np.ndarray]:
-    """A row's parameters, filled block by block into arrays allocated once."""
+    """Read a row's parameters, block by block, into arrays that are allocated once."""
     results: list[np.ndarray] = []
     paths = row.our_paths()
     for i, names in enumerate(row.torch_names()):
@@ -268,7 +269,7 @@ def _read_row(
 
 
 def _copy(target: np.ndarray, source: np.ndarray) -> None:
-    """target[...] = source; a transposed matrix in strips that stay in the cache, which is 2 to 4 times faster."""
+    """Set target[...] = source; a transposed matrix is copied in strips that fit the cache, 2 to 4 times faster."""
     if source.ndim != 2 or source.flags.c_contiguous:
         target[...] = source
         return
@@ -277,11 +278,11 @@ def _copy(target: np.ndarray, source: np.ndarray) -> None:
 
 
 def to_torch(table: Table, params: Mapping[str, Any], *, consume: bool = False) -> dict[str, np.ndarray]:
-    """Our nested dictionary as PyTorch tensors by name, each contiguous; undoes `to_ours`.
+    """Convert our nested dictionary to PyTorch tensors by name, each contiguous; the inverse of `to_ours`.
 
     Args:
-        consume: take each parameter out of `params` (nested dictionaries) as it is converted, so that never both are
-            whole in memory.
+        consume: remove each parameter from `params` (nested dictionaries) as it is converted, so that memory never
+            holds both in full.
 
     Raises:
         UserError: parameters are missing, left over, or stacked to another depth than the table's.
@@ -326,8 +327,8 @@ def _remove(tree: Any, path: str) -> None:
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first few of many names, and how many more there are."""
-    # A file's names may hold anything, also what a terminal obeys.
+    """List the first few of many names, and how many more there are."""
+    # Names in a file may contain anything, even terminal escape codes.
     names = [name if name.isprintable() else repr(name) for name in names]
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

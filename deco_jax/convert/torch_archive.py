@@ -1,8 +1,9 @@
-"""The zip archives that PyTorch and TorchScript write, read without PyTorch and without running what is in them.
+"""Reads the zip archives of PyTorch and TorchScript, without PyTorch and without running any code in them.
 
-An archive holds a pickle, which names tensors by their storages, and a file of raw bytes for each storage. The pickle
-is read with a table of the few functions that tensors are made by. Whatever else it names, a class of hyper-parameters
-or code, becomes an inert `Other`: nothing is looked up, so nothing can be called. TorchScript's code is not opened.
+An archive holds a pickle, which refers to tensors by their storages, and a file of raw bytes for each storage. The
+pickle is read with a table of the few functions that make tensors. Anything else it names, such as a class of
+hyper-parameters or code, becomes an inert `Other`: nothing is looked up, so nothing can be called. TorchScript's code
+is never opened.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, NoReturn
 import ml_dtypes
 import numpy as np
 
-CHUNK = 2**22  # bytes that a checksum takes at once
+CHUNK = 2**22  # bytes per step of a checksum
 
 DTYPES: dict[str, Any] = {
     "float64": np.float64,
@@ -60,9 +61,9 @@ STORAGES = {
 
 
 class Other:
-    """A value whose class or function is not in the table: kept as its name and what it was given, never called."""
+    """A value whose class or function isn't in the table: kept as its name and arguments, and never called."""
 
-    path = ""  # of the class; each name has a subclass of its own
+    path = ""  # of the class; each name has its own subclass
 
     def __new__(cls, *arguments: Any, **_: Any) -> Other:
         self = super().__new__(cls)
@@ -94,11 +95,11 @@ class Storage:
 
 
 class Tensor:
-    """A dense tensor of an archive; its bytes are read by `numpy`.
+    """A dense tensor in an archive; `numpy` reads its bytes.
 
     Attributes:
         shape: its sizes.
-        problem: why it has no values that can be read ("" if it has), for instance because it is sparse.
+        problem: why its values can't be read, for instance because it is sparse; "" if they can.
     """
 
     def __init__(
@@ -108,14 +109,14 @@ class Tensor:
 
     @property
     def dtype(self) -> str:
-        """PyTorch's name of the type of the elements."""
+        """PyTorch's name for the type of the elements."""
         return self.storage.dtype if self.storage else ""
 
     def numpy(self) -> np.ndarray:
         """Read the elements from the file and compare their checksum.
 
         Raises:
-            ValueError: the tensor reaches out of its storage, or the bytes are damaged, or see `problem`.
+            ValueError: the tensor exceeds its storage, the bytes are damaged, or see `problem`.
         """
         if self.storage is None or self.problem:
             raise ValueError(self.problem)
@@ -124,8 +125,8 @@ class Tensor:
             return np.zeros(self.shape, dtype)
         last = self.offset + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
         if self.offset < 0 or min(self.strides, default=0) < 0 or last >= self.storage.count:
-            raise ValueError("a tensor reaches out of its storage")
-        # A view of one that is much larger is cut out, so that reading it costs its own size.
+            raise ValueError("a tensor exceeds its storage")
+        # A view into a much larger storage is cut out, so that reading it only costs its own size.
         raw = self.storage.archive.read(self.storage.key, self.offset * dtype.itemsize, (last + 1) * dtype.itemsize)
         flat = np.frombuffer(raw, dtype)
         strides = [stride * dtype.itemsize for stride in self.strides]
@@ -136,7 +137,7 @@ class Archive:
     """A zip archive of PyTorch: `content` is what was saved, with a `Tensor` for each tensor.
 
     Raises:
-        Exception: of many kinds, for a damaged file.
+        Exception: any of many kinds, if the file is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -148,7 +149,7 @@ class Archive:
             raise ValueError("a zip archive, but not of PyTorch")
         self._prefix = pickles[0].removesuffix("data.pkl")
         self._entries = {name.removeprefix(self._prefix): entry for name, entry in entries.items()}
-        # PyTorch can be told to write no checksums, and then puts zeros there.
+        # PyTorch can be told to write no checksums; it then writes zeros.
         self._with_checksums = any(entry.CRC for entry in entries.values())
         self._checked: set[str] = set()
         self.is_script = any(name.startswith("code/") for name in self._entries)
@@ -157,10 +158,10 @@ class Archive:
         self.content = _Unpickler(self).load()
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> memoryview:
-        """Bytes start..stop of a file in the archive, after the whole file's checksum was compared once."""
+        """Return bytes start..stop of a file in the archive; the first time, compare the whole file's checksum."""
         entry = self._entries.get(name)
         if entry is None:
-            raise ValueError(f"{name} is missing in it")
+            raise ValueError(f"it has no {name}")
         stop = entry.file_size if stop is None else stop
         if stop > entry.file_size:
             raise ValueError(f"{name} is shorter than its tensors")
@@ -198,7 +199,7 @@ def _checksum(parts: Any) -> int:
 
 
 class _Function:
-    """A function of the table, in a form that a pickle can call and do nothing else with."""
+    """A function of the table, in a form that a pickle can only call."""
 
     __slots__ = ("_call",)
     _call: Any
@@ -214,7 +215,7 @@ class _Function:
 
 
 def _dense(storage: Any, offset: Any, size: Any, stride: Any, *more: Any) -> Tensor:
-    """Make what `torch._utils._rebuild_tensor_v2` and `_v3` make; v3 brings the type, for a storage without one."""
+    """Do what `torch._utils._rebuild_tensor_v2` and `_v3` do; v3 gives the type of a storage without one."""
     shape, strides = tuple(int(n) for n in size), tuple(int(n) for n in stride)
     if not isinstance(storage, Storage) or len(shape) != len(strides) or min(shape, default=0) < 0:
         raise pickle.UnpicklingError("a tensor without a storage")
@@ -242,7 +243,7 @@ def _scalar(dtype: Any, data: Any = b"") -> Any:
 
 
 class _Name:
-    """torch.NAME: a type, or what else is only named."""
+    """torch.NAME: a type, or anything else that is only named."""
 
     __slots__ = ("name",)
 
@@ -265,7 +266,7 @@ FUNCTIONS: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_wrapper_subclass"): _without_values("it is of a class of its own"),
     ("numpy.core.multiarray", "scalar"): _scalar,
     ("numpy._core.multiarray", "scalar"): _scalar,
-    # How protocol 2, which PyTorch writes, puts the bytes of NumPy's scalars.
+    # How protocol 2, which PyTorch uses, stores the bytes of NumPy's scalars.
     ("_codecs", "encode"): lambda text, _="latin1": str(text).encode("latin1"),
     ("builtins", "set"): lambda values=(): list(values),
     ("__builtin__", "set"): lambda values=(): list(values),
@@ -291,7 +292,7 @@ class _Unpickler(pickle.Unpickler):
             return _Function(FUNCTIONS[module, name])
         if module in ("torch", "torch.storage") and (name.endswith("Storage") or name in DTYPES):
             return _Name(name)
-        if module == "torch" and name.islower():  # types that NumPy has not
+        if module == "torch" and name.islower():  # types that NumPy lacks
             return _Name(name)
         return type("Other", (Other,), {"path": f"{module}.{name}"})
 
@@ -303,7 +304,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def script_tensors(module: Any) -> dict[str, Tensor]:
-    """The parameters and buffers of a TorchScript module by their dotted names, as its `state_dict` names them."""
+    """Return the parameters and buffers of a TorchScript module by their dotted names, as in its `state_dict`."""
     found: dict[str, Tensor] = {}
 
     def walk(node: Any, prefix: str, inside: frozenset[int]) -> None:

@@ -1,6 +1,6 @@
-"""Files of weights that PyTorch programs write: Lightning checkpoints, `.pth` state dictionaries, safetensors.
+"""Reads and writes weight files of PyTorch programs: Lightning checkpoints, `.pth` state dictionaries, safetensors.
 
-Everything is read lazily: a tensor's bytes leave the disk when its name is looked up.
+Everything is read lazily: a tensor's bytes are only read when its name is looked up.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ SAFETENSORS_INDEX = "model.safetensors.index.json"
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint of an official code holds; tensors by their names without the prefix.
+    """The contents of an official checkpoint; tensors by their names without the prefix.
 
     Attributes:
-        denoiser, ema, projector, second_ema: empty where the file has none; JiT's alone have the last.
+        denoiser, ema, projector, second_ema: empty if the file has none; only JiT's files have the last.
         step, epoch: how far it was trained.
-        has_optimizer: whether the file also has an optimizer's state, which is PyTorch's and not read.
+        has_optimizer: whether the file also has PyTorch's optimizer state, which isn't read.
     """
 
     denoiser: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Checkpoint:
 
 
 class _TorchTensors(Mapping[str, np.ndarray]):
-    """PyTorch tensors of a file as NumPy arrays, each read, and looked at, when its name is looked up."""
+    """PyTorch tensors in a file as NumPy arrays, each read and checked when its name is looked up."""
 
     def __init__(self, path: Path, tensors: Mapping[str, Any]) -> None:
         self.path, self.tensors = path, tensors
@@ -68,27 +68,27 @@ class _TorchTensors(Mapping[str, np.ndarray]):
 def _array(tensor: Any) -> np.ndarray:
     if isinstance(tensor, torch_archive.Tensor):
         return tensor.numpy()
-    import torch  # of a file from before PyTorch 1.6
+    import torch  # for a file from before PyTorch 1.6
 
     tensor = tensor.detach()
     if tensor.layout != torch.strided:
         raise ValueError("it is sparse")
-    if tensor.dtype == torch.bfloat16:  # which NumPy doesn't know
+    if tensor.dtype == torch.bfloat16:  # NumPy doesn't have this type
         return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return tensor.resolve_conj().resolve_neg().numpy()
 
 
 def _weights(array: np.ndarray, name: str, path: Path) -> np.ndarray:
-    """The array, if it can be one of weights: real and finite."""
+    """Return the array if it can hold weights, which are real and finite; raise UserError otherwise."""
     if array.dtype.kind == "c":
-        raise UserError(f"{path}: {name} holds complex numbers, which no weight here is; is this another model's file?")
+        raise UserError(f"{path}: {name} holds complex numbers, but weights are real; is this another model's file?")
     if not _finite(array):
         raise UserError(f"{path}: {name} holds values that are not finite; the file is damaged or its training failed")
     return array
 
 
 def _finite(array: np.ndarray) -> bool:
-    if array.dtype == ml_dtypes.bfloat16:  # by its bits, which is many times faster
+    if array.dtype == ml_dtypes.bfloat16:  # check the bits, which is many times faster
         return not bool(np.any((array.view(np.uint16) & 0x7F80) == 0x7F80))
     return array.dtype.kind in "iub" or bool(np.isfinite(array).all())
 
@@ -128,13 +128,13 @@ def _existing(path: str | os.PathLike[str]) -> Path:
 
 
 def read_pickled(path: str | os.PathLike[str]) -> dict[Any, Any]:
-    """The dictionary that `torch.save` wrote, its tensors not read yet; code hidden in the file isn't run.
+    """Return the dictionary that `torch.save` wrote, without reading its tensors; code hidden in the file isn't run.
 
-    Of TorchScript it is the state dictionary.
+    For TorchScript, this is the state dictionary.
 
     Raises:
-        UserError: the file is missing, damaged, or no dictionary of weights; it is from before PyTorch 1.6, whose files
-            are no zip archives, and PyTorch isn't installed.
+        UserError: the file is missing, damaged, or not a dictionary of weights; or it is from before PyTorch 1.6, whose
+            files aren't zip archives, and PyTorch isn't installed.
     """
     path = _existing(path)
     try:
@@ -145,9 +145,9 @@ def read_pickled(path: str | os.PathLike[str]) -> dict[Any, Any]:
             content = _torch().load(path, weights_only=True, map_location="cpu")
     except UserError:
         raise
-    # Damage shows as almost any exception: of pickle, zip, storage sizes, text decoding.
+    # Damage may raise almost any exception: from pickle, zip, storage sizes, or text decoding.
     except Exception as error:
-        raise UserError(f"{path}: no readable PyTorch file of weights ({reason(error)}); download it again") from error
+        raise UserError(f"{path}: not a readable PyTorch weight file ({reason(error)}); download it again") from error
     if not isinstance(content, dict):
         kind = content.path if isinstance(content, torch_archive.Other) else type(content).__name__
         raise UserError(f"{path}: holds a {reason(ValueError(kind))}, not a dictionary of weights; check the path")
@@ -155,11 +155,11 @@ def read_pickled(path: str | os.PathLike[str]) -> dict[Any, Any]:
 
 
 def state_dict(path: Path, content: Any, what: str) -> dict[str, Any]:
-    """`content`, if it is tensors by name."""
+    """Return `content` if it is a dictionary of tensors by name; raise UserError otherwise."""
     if not isinstance(content, dict) or not content or not all(map(_is_tensor, content.values())):
         raise UserError(f"{path}: {what}; check the path")
     if unnamed := [key for key in content if not isinstance(key, str)]:
-        raise UserError(f"{path}: tensors whose names are no text: {len(unnamed)} ({unnamed[0]!r}); check the path")
+        raise UserError(f"{path}: tensors whose names aren't text: {len(unnamed)} ({unnamed[0]!r}); check the path")
     return content
 
 
@@ -168,17 +168,17 @@ def _is_tensor(value: Any) -> bool:
 
 
 def read_lightning(path: str | os.PathLike[str]) -> Checkpoint:
-    """A checkpoint of the official code, its tensors sorted into networks.
+    """Read a checkpoint of the official code, and sort its tensors into networks.
 
     Raises:
-        UserError: as `read_pickled`; the file isn't such a checkpoint, or holds tensors of no known network.
+        UserError: as for `read_pickled`; or the file isn't such a checkpoint, or holds tensors of an unknown network.
     """
     return lightning(Path(path), read_pickled(path))
 
 
 def lightning(path: Path, content: Mapping[Any, Any]) -> Checkpoint:
-    """The same of what a file holds."""
-    what = "has no `state_dict` of tensors, so it is no Lightning checkpoint"
+    """Sort the contents of such a file into networks."""
+    what = "has no `state_dict` of tensors, so it isn't a Lightning checkpoint"
     state = state_dict(path, content.get("state_dict"), what)
     networks: dict[str, dict[str, Any]] = {name: {} for name in PREFIXES}
     unknown = []
@@ -191,8 +191,8 @@ def lightning(path: Path, content: Mapping[Any, Any]) -> Checkpoint:
             unknown.append(key)
     if unknown:
         raise UserError(
-            f"{path}: tensors of no known network: {len(unknown)} ({listed(unknown)}); "
-            f"known are {', '.join(f'{prefix}*' for prefix in PREFIXES.values())}"
+            f"{path}: tensors of an unknown network: {len(unknown)} ({listed(unknown)}); "
+            f"known: {', '.join(f'{prefix}*' for prefix in PREFIXES.values())}"
         )
     if not networks["denoiser"] and not networks["ema"]:
         raise UserError(f"{path}: holds neither denoiser.* nor ema_denoiser.* tensors; check the path")
@@ -205,7 +205,7 @@ def lightning(path: Path, content: Mapping[Any, Any]) -> Checkpoint:
 
 
 def counter(path: Path, content: Mapping[Any, Any], name: str) -> int:
-    """A count of a checkpoint, 0 where it has none."""
+    """Read a count in a checkpoint, 0 if it has none."""
     value = content.get(name)
     if _is_tensor(value):
         array = _array(value)
@@ -216,12 +216,12 @@ def counter(path: Path, content: Mapping[Any, Any], name: str) -> int:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
         shown = reason(ValueError(repr(value)), 40)
-        raise UserError(f"{path}: {name}={shown} is no count from 0 to 2³¹ − 1; is the file damaged?")
+        raise UserError(f"{path}: {name}={shown} is not a count from 0 to 2³¹ − 1; is the file damaged?")
     return value
 
 
 def write_lightning(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
-    """Write a checkpoint in the layout of the official files, without an optimizer state as those are.
+    """Write a checkpoint in the layout of the official files, which have no optimizer state.
 
     The file appears whole or not at all.
 
@@ -234,7 +234,7 @@ def write_lightning(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
     content = {
         "epoch": checkpoint.epoch,
         "global_step": checkpoint.step,
-        # Lightning upgrades files by this version's rules.
+        # Lightning upgrades files by the rules of this version.
         "pytorch-lightning_version": "2.4.0",
         "state_dict": state,
         "callbacks": {},
@@ -262,13 +262,13 @@ def write_pickled(path: str | os.PathLike[str], content: Mapping[str, Any]) -> N
 
 
 def tensors(path: Path, found: Mapping[str, Any]) -> Mapping[str, np.ndarray]:
-    """Tensors of a file that was read by `read_pickled`, as arrays that are read when they are looked up."""
+    """Return tensors of a file that `read_pickled` read, as arrays that are read when they are looked up."""
     return _TorchTensors(path, found)
 
 
 def _to_torch(torch: Any, array: np.ndarray) -> Any:
     array = np.ascontiguousarray(array)
-    if not array.flags.writeable:  # PyTorch warns of read-only memory
+    if not array.flags.writeable:  # PyTorch warns about read-only memory
         array = array.copy()
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
@@ -276,9 +276,9 @@ def _to_torch(torch: Any, array: np.ndarray) -> Any:
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> Mapping[str, np.ndarray]:
-    """Tensors by name from a safetensors file, an index of several, or a folder with either.
+    """Read tensors by name from a safetensors file, an index of several, or a folder with either.
 
-    bfloat16 tensors come as `ml_dtypes.bfloat16`.
+    bfloat16 tensors are returned as `ml_dtypes.bfloat16`.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -297,7 +297,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> Mapping[str, np.ndarray]:
         index = json.loads(_existing(path).read_text(encoding="utf-8"))["weight_map"]
         names = {str(name): Path(str(file)).name for name, file in index.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: no readable index of safetensors files; download it again") from error
+        raise UserError(f"{path}: not a readable index of safetensors files; download it again") from error
     files = {file: _open_safetensors(path.parent / file) for file in sorted(set(names.values()))}
     contents = {file: set(opened.keys()) for file, opened in files.items()}
     missing = [name for name, file in names.items() if name not in contents[file]]
@@ -330,7 +330,7 @@ def write_safetensors(
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     with _whole(path) as partial:
         Path(partial).touch()
-        rights = os.stat(partial).st_mode  # as the umask says; safetensors makes files that nobody else may read
+        rights = os.stat(partial).st_mode  # from the umask; safetensors makes files that nobody else may read
         try:
             save_file(contiguous, partial, metadata={"format": "pt", **(metadata or {})})
         except safetensors.SafetensorError as error:
@@ -339,35 +339,35 @@ def write_safetensors(
 
 
 def read_tensors(path: str | os.PathLike[str]) -> Mapping[str, np.ndarray]:
-    """Tensors by name from safetensors (file, index or folder) or from a state dictionary that `torch.save` wrote.
+    """Read tensors by name from safetensors (file, index or folder) or from a state dictionary by `torch.save`.
 
     Raises:
-        UserError: as `read_safetensors` and `read_pickled`.
+        UserError: as for `read_safetensors` and `read_pickled`.
     """
     path = Path(path)
     if path.is_dir() or path.suffix in (".safetensors", ".json"):
         return read_safetensors(path)
-    return _TorchTensors(path, state_dict(path, read_pickled(path), "no state dictionary (tensors by name)"))
+    return _TorchTensors(path, state_dict(path, read_pickled(path), "not a state dictionary (tensors by name)"))
 
 
 @contextlib.contextmanager
 def _whole(path: str | os.PathLike[str]) -> Iterator[str]:
-    """A name to write to that becomes `path` only when everything went well."""
+    """Yield a name to write to, which becomes `path` only if everything succeeds."""
     try:
         with files.whole(path) as part:
             yield str(part)
     except (OSError, RuntimeError) as error:  # PyTorch's writer raises the latter on a full disk
         why = getattr(error, "strerror", None) or reason(error)
-        raise UserError(f"{path}: can't be written ({why}); check the folder and its space") from error
+        raise UserError(f"{path}: can't be written ({why}); check the folder and the free space") from error
 
 
 def with_prefix_removed(tensors: Mapping[str, np.ndarray], prefix: str) -> Mapping[str, np.ndarray]:
-    """The same lazily read tensors under names without `prefix`, where they have it."""
+    """Return the same lazily read tensors with `prefix` removed from the names that have it."""
     return _Renamed(tensors, {name.removeprefix(prefix): name for name in tensors})
 
 
 def below(tensors: Mapping[str, np.ndarray], prefix: str) -> Mapping[str, np.ndarray]:
-    """The lazily read tensors whose names begin with `prefix`, without it; all as they are if none does."""
+    """Return the lazily read tensors whose names begin with `prefix`, without it; if none does, all unchanged."""
     names = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
     return _Renamed(tensors, names) if names else tensors
 
@@ -387,10 +387,10 @@ class _Renamed(Mapping[str, np.ndarray]):
 
 
 def read_weights(path: str | os.PathLike[str] | None, what: str, remedy: str) -> Mapping[str, np.ndarray]:
-    """Read a frozen network's weights by `read_tensors`; remote ones are fetched once (`fetch.local`).
+    """Read a frozen network's weights with `read_tensors`; remote ones are fetched once (`fetch.local`).
 
     Raises:
-        UserError: nothing is there or no path is given ("no WHAT weights there; REMEDY"), or as `read_tensors`.
+        UserError: nothing is there or no path is given ("no WHAT weights there; REMEDY"), or as for `read_tensors`.
     """
     here = fetch.local(path) if path else None
     if here is None or not here.exists():
