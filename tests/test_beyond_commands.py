@@ -17,21 +17,21 @@ from tests.runs import NO_SAMPLES, rows, steps, succeed
 TOKENS = ["--config.model.context_tokens=3", "--config.model.context_start=1"]
 SMOKES = {
     "asymmetric": ["asymmetric256"],
+    "energy": ["energy256"],
+    "perceptual": ["perceptual256"],
     "pixelgen": ["pixelgen256"],
     "jit512": ["jit512"],
     "tokens": ["imagenet256", *TOKENS],  # DeCo with class tokens
 }
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name == "pixelgen" else ()) for name in SMOKES]
-)
+@pytest.fixture(scope="module", params=SMOKES)
 def run(request, tmp_path_factory):
     """A finished run of four steps with the checkpoints 2 and 4, and the arguments that made it."""
     folder = tmp_path_factory.mktemp(request.param)
     workdir, arguments = folder / "run", SMOKES[request.param]
     arguments = [f"--config=configs/{arguments[0]}.py:smoke", *arguments[1:]]
-    if request.param == "pixelgen":
+    if request.param in ("perceptual", "pixelgen"):
         arguments += lpips_files(folder)
     succeed(*arguments, f"--workdir={workdir}", NO_SAMPLES)
     assert steps(workdir) == ["2", "4"]
