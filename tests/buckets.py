@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import os
 import pathlib
+import re
 import socket
 import tempfile
 import time
@@ -255,7 +256,7 @@ AnyBucket = Bucket | S3Bucket | RealBucket
 
 @functools.cache
 def _complete(objects: Any) -> None:
-    """What Google's service does and the emulator doesn't: the generation of what is read, and ifGenerationMatch."""
+    """What Google's service does and the emulator doesn't: generations of what is read, ifGenerationMatch, moving."""
     download, insert = objects.download, objects.insert
 
     def generation(storage: Any, name: str, *, of: str) -> str | None:
@@ -296,7 +297,21 @@ def _complete(objects: Any) -> None:
             if found is not None:
                 response["x-goog-generation"] = found
 
-    server.HANDLERS = tuple(
-        (pattern, {method: get if handler is real_get else handler for method, handler in handlers.items()})
-        for pattern, handlers in server.HANDLERS
+    def move(request: Any, response: Any, storage: Any, *rest: Any, **options: Any) -> None:
+        request.params["dest_bucket_name"] = request.params["bucket_name"]
+        objects.copy(request, response, storage, *rest, **options)
+        if response.status == HTTPStatus.OK:
+            objects.delete(request, response, storage, *rest, **options)
+
+    # gcsfs moves so, and tries again for a minute where it isn't known.
+    moving = (
+        rf"^{re.escape(server.settings.API_ENDPOINT)}/b/(?P<bucket_name>[-.\w]+)/o/(?P<object_id>.*[^/]+)/moveTo/o/(?P<dest_object_id>.*[^/]+)$",
+        {"POST": move},
+    )
+    server.HANDLERS = (
+        moving,
+        *(
+            (pattern, {method: get if handler is real_get else handler for method, handler in handlers.items()})
+            for pattern, handlers in server.HANDLERS
+        ),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -16,7 +17,8 @@ from deco_jax.evaluation.measuring import Reader, Rows, read
 from deco_jax.models import network as network_lib
 from deco_jax.programs import best_of
 from deco_jax.programs.evaluate import evaluate
-from deco_jax.run import checkpoint
+from deco_jax.run import checkpoint, storage
+from tests.buckets import needs_gcs, upload
 from tests.runs import SMOKE, succeed
 
 
@@ -177,6 +179,44 @@ def test_as_a_command(run, tmp_path, capsys):
     assert again["rows"][:3] == kept
     assert again["rows"][3]["scores"]["kid"] == pytest.approx(rows[3]["scores"]["kid"], rel=1e-3)
     assert again["best"] == rows[3]["key"]
+
+
+@pytest.mark.slow
+@needs_gcs
+def test_a_run_of_a_bucket_is_searched_as_on_a_disk(here, run, tmp_path):
+    """With the weights and the cache there, and then samples from there."""
+    where, inception = upload(here, run / "run", "run"), "gs://bucket/inception.pth"
+    here.upload("inception.pth", (run / "inception.pth").read_bytes())
+    here.upload("run/checkpoints/1/commit_success.txt", b"Checkpoint commit was successful")
+    shutil.copytree(run / "run", tmp_path / "run")
+    searched = {"averages": ("ema,short",), "guidances": (1.0, 3.0), "search_images": 4}
+    for workdir, weights, cache in (
+        (where, inception, "gs://bucket/cache"),
+        (str(tmp_path / "run"), str(run / "inception.pth"), str(tmp_path / "cache_here")),
+    ):
+        config = settings(**{**KID, **searched}, inception=weights, cache=cache)
+        config.sample.num_images, config.sample.batch_size, config.sample.num_steps = 6, 6, 2
+        evaluate(config, workdir)
+    ours, theirs = (
+        json.loads(data) for data in (here.files["run/best_of.json"], (tmp_path / "run/best_of.json").read_bytes())
+    )
+    assert [row["scores"] for row in ours["rows"]] == [row["scores"] for row in theirs["rows"]]
+    assert len(ours["rows"]) == 4
+    assert here.files["run/best_of.png"].startswith(b"\x89PNG")
+    assert {name for name in here.names("cache/") if name.endswith(".npz")}
+
+    images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", arr_0=images)
+    here.upload("images.npz", (tmp_path / "images.npz").read_bytes())
+    scores = []
+    for workdir, samples in (
+        ("gs://bucket/measured", "gs://bucket/images.npz"),
+        (tmp_path / "measured", tmp_path / "images.npz"),
+    ):
+        config = settings(**KID, inception=inception, samples=str(samples), reference=str(samples))
+        evaluate(config, str(workdir))
+        scores.append(json.loads((storage.path(str(workdir)) / "evaluation.json").read_text())["kid"])
+    assert scores[0] == scores[1]
 
 
 @pytest.mark.slow

@@ -358,6 +358,14 @@ def test_event_files_end_and_others_follow(here, monkeypatch):
     assert here.files["events.0001"] == b"c" * 10
 
 
+def test_a_process_that_ends_by_an_error_waits_for_no_log(here):
+    """Python collects the log when the thread that speaks to the bucket has ended."""
+    code = "from deco_jax.run import event_files as e; log = e.ObjectLog('gs://bucket/log'); log.write('text'); 1 / 0"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "ZeroDivisionError" in result.stderr
+    assert not here.has("log")
+
+
 @pytest.mark.slow
 def test_a_bucket_away_for_ten_seconds_delays_a_run(here, whole_run, tmp_path):
     images, expected = whole_run

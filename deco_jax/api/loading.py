@@ -18,7 +18,7 @@ from deco_jax.conditioning.condition import Condition, open_condition
 from deco_jax.convert import deco, infer, jit_files, torch_files
 from deco_jax.data.sources import Source
 from deco_jax.errors import UserError
-from deco_jax.run import checkpoint, sharding, storage
+from deco_jax.run import checkpoint, fetch, sharding, storage
 from deco_jax.sampling import generate
 
 MEASURED = "measured.npz"  # in an exported folder: what a prediction goes by
@@ -105,13 +105,13 @@ def _load_exported(folder: pathlib.Path, average: str, mesh: Mesh) -> Model:
     except ValueError as error:
         raise UserError(f"{folder / 'config.json'} can't be read ({error}); export it again") from error
     config = config_lib.make_config(config_lib.complete(values))
-    tensors = torch_files.read_safetensors(weights)
-    measured = dict(np.load(folder / MEASURED)) if (folder / MEASURED).is_file() else {}
+    tensors = torch_files.read_safetensors(fetch.local(weights))
+    measured = dict(np.load(fetch.local(folder / MEASURED))) if (folder / MEASURED).is_file() else {}
     return _of_tensors(weights, tensors, config, mesh, class_names(folder), measured)
 
 
 def _load_official(path: pathlib.Path, average: str, config: ml_collections.ConfigDict | None, mesh: Mesh) -> Model:
-    file = jit_files.read_official(path)
+    file = jit_files.read_official(fetch.local(path))
     found = {"ema": file.ema, "raw": file.denoiser, "second": file.second_ema}
     if not found.get(average):
         raise UserError(

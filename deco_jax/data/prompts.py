@@ -20,6 +20,7 @@ import numpy as np
 
 from deco_jax import images as images_lib
 from deco_jax.errors import UserError
+from deco_jax.run import fetch, storage
 from deco_jax.run.writer import save_png, write_atomically
 
 GENEVAL_IMAGES = 4  # a prompt
@@ -45,13 +46,15 @@ def read_prompts(spec: str) -> PromptSet:
     Args:
         spec: a .txt file (UTF-8, a prompt a line, blank lines skipped); a .jsonl file in GenEval's form, a JSON
             object with the field `prompt` a line; a folder with DPG-Bench's NAME.txt, each file a prompt, in the
-            order of the names; anything else is the prompt itself.
+            order of the names; any of these in a bucket; anything else is the prompt itself.
 
     Raises:
         UserError: nothing in it, a file that is missing or can't be read, a line that isn't such an object.
     """
     if not spec.strip():
         raise UserError("the prompt is empty; give a text, a .txt or .jsonl file, or a folder of .txt files")
+    if storage.is_remote(spec):
+        spec = os.fspath(fetch.local(spec))
     path = pathlib.Path(os.path.expanduser(spec))
     named_as_file = path.suffix.lower() in (".txt", ".jsonl") and not re.search(r"\s", spec)
     try:

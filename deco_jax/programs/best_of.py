@@ -25,7 +25,7 @@ from deco_jax.errors import UserError
 from deco_jax.evaluation import TITLES
 from deco_jax.evaluation.evaluator import Evaluator, Scores
 from deco_jax.report import style
-from deco_jax.run import checkpoint, distributed, files
+from deco_jax.run import checkpoint, distributed, files, storage
 from deco_jax.run.writer import write_atomically, write_json
 from deco_jax.sampling import generate
 
@@ -52,7 +52,7 @@ def check(config: ml_collections.ConfigDict, model: api.Model | None, evaluators
             "config.evaluate.samples names existing images, so there is no choice of how to draw them; leave it or "
             f"{', '.join(f'config.evaluate.{name}' for name in VARIED)} empty"
         )
-    there = checkpoint.average_names(pathlib.Path(model.name))
+    there = checkpoint.average_names(storage.path(model.name))
     for average in _averages(config):
         if average not in there:
             raise UserError(
@@ -132,7 +132,7 @@ def _with_average(model: api.Model, config: ml_collections.ConfigDict) -> api.Mo
     """Return the model with the average that config.sample names; compiled programs serve both models."""
     if config.sample.average == model.config.sample.average:
         return model
-    where = pathlib.Path(model.name)
+    where = storage.path(model.name)
     params = checkpoint.load_average(where, model.denoiser.network.shapes, config, model.mesh, config.sample.average)
     other = api.Model(config, params, model.mesh, model.name, model.condition, model.class_names, model.denoiser)
     other.generator = model.generator

@@ -21,7 +21,7 @@ from deco_jax.method.averages import EMA, parse_averages
 from deco_jax.method.losses.repa import projector_of
 from deco_jax.method.predictions import make_prediction
 from deco_jax.models import network
-from deco_jax.run import checkpoint, fetch, sharding, storage
+from deco_jax.run import checkpoint, fetch, files, sharding, storage
 from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import write_json
 
@@ -140,7 +140,8 @@ def export_checkpoint(config: ml_collections.ConfigDict, workdir: str, checkpoin
     if names := make_prediction(config).measured:
         found = checkpoint.load_measured(where, names, mesh)
         arrays: dict[str, Any] = {name: np.asarray(a) for name, a in found.items()}
-        np.savez(folder / api.MEASURED, **arrays)
+        with files.whole(folder / api.MEASURED) as part:
+            np.savez(part, **arrays)
     write_json(folder / "config.json", stored)
     if why := _no_official_module(config.model):
         print(f"exported {where} to {folder}: {weights}, config.json; no deco.ckpt: {why}")

@@ -95,9 +95,8 @@ def keep_earlier(folder: pathlib.Path, fingerprint: str) -> None:
     earlier = folder / "earlier"
     numbers = [int(entry.name) for entry in earlier.glob("*") if entry.name.isdigit()]
     kept = earlier / str(max(numbers, default=0) + 1)
-    kept.mkdir(parents=True)
     for path in found:
-        path.rename(kept / path.name)
+        files.move(path, kept / path.name)
     print(f"the images of an earlier request are kept in {kept}", flush=True)
 
 

@@ -24,7 +24,8 @@ def cache_folder() -> pathlib.Path:
 def local(name: str | os.PathLike[str]) -> pathlib.Path:
     """Return a file or folder of weights on this machine: `name` itself, or a copy of the remote one, fetched once.
 
-    A copy is checked against the MD5 that the bucket gives, if any, and fetched again when the object changes.
+    A copy is checked against the MD5 that the bucket gives, if any, and fetched again when the object changes. A folder's
+    copy loses what the folder in the bucket has lost.
 
     Raises:
         UserError: there is no such object, or what arrived is damaged.
@@ -40,6 +41,11 @@ def local(name: str | os.PathLike[str]) -> pathlib.Path:
     for key, info in sorted(found.items()):
         relative = "" if single else key.removeprefix(name[5:] + "/")
         _fetch(f"{name[:5]}{key}", info, target / relative if relative else target)
+    for note in [] if single else list(target.rglob(".*.stamp")):
+        copy = note.with_name(note.name[1:].removesuffix(".stamp"))
+        if f"{name[5:]}/{copy.relative_to(target).as_posix()}" not in found:  # the bucket no longer has it
+            copy.unlink(missing_ok=True)
+            note.unlink(missing_ok=True)
     return target
 
 

@@ -57,6 +57,15 @@ def whole(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator[pat
         raise
 
 
+def move(path: pathlib.Path, target: pathlib.Path) -> None:
+    """Give a file or a folder another path, where nothing is yet; in a bucket object by object."""
+    if storage.is_remote(path):
+        storage.system(path).mv(os.fspath(path), os.fspath(target), recursive=True)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(target)
+
+
 def save_array(path: str | os.PathLike[str], array: np.ndarray) -> None:
     """Write a .npy file, whole or not at all.
 
