@@ -33,7 +33,11 @@ def tensorboard() -> ModuleType:
 
 
 class ObjectLog(io.StringIO):
-    """A growing text file in a bucket: held in memory, and uploaded as a whole by `sync`."""
+    """A growing text file in a bucket: held in memory, and uploaded as a whole by `sync`.
+
+    Closing it uploads nothing: where a process ends by an error, Python closes it after the threads have ended that an
+    upload would wait for.
+    """
 
     def __init__(self, name: str | os.PathLike[str]) -> None:
         super().__init__()
@@ -51,11 +55,6 @@ class ObjectLog(io.StringIO):
         if (text := self.getvalue()) != self._put:
             storage.put(self._name, text.encode())
             self._put = text
-
-    def close(self) -> None:
-        if not self.closed:
-            self.sync()
-        super().close()
 
 
 class EventFile:

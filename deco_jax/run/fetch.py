@@ -24,8 +24,8 @@ def cache_folder() -> pathlib.Path:
 def local(name: str | os.PathLike[str]) -> pathlib.Path:
     """Return a file or folder of weights on this machine: `name` itself, or a copy of the remote one, fetched once.
 
-    A copy is checked against the MD5 that the bucket gives, if any, and fetched again when the object changes. A folder's
-    copy loses what the folder in the bucket has lost.
+    A copy is checked against the MD5 that the bucket gives, if any, and fetched again when the object changes. The copy
+    of a folder loses the files that the folder has lost.
 
     Raises:
         UserError: there is no such object, or what arrived is damaged.

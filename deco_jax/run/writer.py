@@ -153,6 +153,8 @@ class Writer:
         if self._active:
             if self._live:
                 print()
+            if isinstance(self._file, event_files.ObjectLog):
+                self._file.sync()
             self._file.close()
             self._board.close()
             event_files.EventFile.sync()
