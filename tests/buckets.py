@@ -35,6 +35,8 @@ def needs(*packages: str) -> pytest.MarkDecorator:
 
 needs_gcs = needs("gcp_storage_emulator", "gcsfs")
 needs_s3 = needs("moto", "s3fs", "flask")
+# aiohttp warns of how gcsfs puts more than a MiB at once.
+large_puts = pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
 
 
 def free_port() -> int:

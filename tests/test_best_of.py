@@ -18,7 +18,7 @@ from deco_jax.models import network as network_lib
 from deco_jax.programs import best_of
 from deco_jax.programs.evaluate import evaluate
 from deco_jax.run import checkpoint, storage
-from tests.buckets import needs_gcs, upload
+from tests.buckets import large_puts, needs_gcs, upload
 from tests.runs import SMOKE, succeed
 
 
@@ -183,6 +183,7 @@ def test_as_a_command(run, tmp_path, capsys):
 
 @pytest.mark.slow
 @needs_gcs
+@large_puts
 def test_a_run_of_a_bucket_is_searched_as_on_a_disk(here, run, tmp_path):
     """With the weights and the cache there, and then samples from there."""
     where, inception = upload(here, run / "run", "run"), "gs://bucket/inception.pth"

@@ -16,7 +16,7 @@ from deco_jax.errors import UserError
 from deco_jax.programs import convert, sample
 from deco_jax.run import storage
 from tests.bucket_runs import Data, assert_nothing_left_here, killed_and_resumed, same_samples
-from tests.buckets import Bucket, download, needs_gcs, upload
+from tests.buckets import Bucket, download, large_puts, needs_gcs, upload
 from tests.helpers import ROOT
 from tests.runs import NO_SAMPLES, assert_same_run, files, succeed, two_steps
 from tests.test_import_export import FILE, golden_config
@@ -33,7 +33,8 @@ def upload_run(bucket: Bucket, folder, name: str) -> str:
     return where
 
 
-@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # aiohttp's, of how gcsfs puts a MiB
+@pytest.mark.slow
+@large_puts
 def test_official_weights_go_in_and_out(here, tmp_path):
     here.upload("weights/official.ckpt", FILE.read_bytes())
     config, workdir = golden_config(), "gs://bucket/imported"
@@ -58,7 +59,7 @@ def test_official_weights_go_in_and_out(here, tmp_path):
     )
     model = deco_jax.load(f"{workdir}/export/deco.ckpt", config=config)
     np.testing.assert_array_equal(model.sample(classes=[1, 2], num_steps=2, guidance=2.0), expected)
-    with pytest.raises(UserError, match="has checkpoints already"):
+    with pytest.raises(UserError, match="already has checkpoints"):
         convert.import_checkpoint(config, workdir, "gs://bucket/weights/official.ckpt")
     assert_nothing_left_here(tmp_path)
 
@@ -93,6 +94,7 @@ def test_images_of_an_earlier_request_are_kept(here):
     assert here.files["run/samples/earlier/1/images/1.png"] == b"images/1.png"
 
 
+@pytest.mark.slow
 def test_a_tfds_folder_of_a_bucket(here, tmp_path):
     from tests.test_data_sources import READ
 
@@ -108,10 +110,14 @@ def test_a_tfds_folder_of_a_bucket(here, tmp_path):
     same_samples(sources.open_source(Data(settings, path=where)), sources.open_source(Data(settings, path=folder)))
 
 
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    return two_steps(tmp_path_factory.mktemp("pretrained"))
+
+
 @pytest.mark.slow
-def test_low_rank_factors_beside_a_run_of_a_bucket(here, tmp_path):
+def test_low_rank_factors_beside_a_run_of_a_bucket(here, pretrained, tmp_path):
     """Killed and resumed, on a base in the bucket: the run, its samples and its export are those on a disk."""
-    pretrained = two_steps(tmp_path)
     base = upload_run(here, pretrained, "base")
     succeed(*adapting(pretrained), NO_SAMPLES, f"--workdir={tmp_path / 'adapted'}")
     killed_and_resumed(here, "adapted", *adapting(base), NO_SAMPLES, "--workdir=gs://bucket/adapted")
