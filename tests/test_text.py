@@ -118,7 +118,7 @@ def test_what_is_wrong_with_a_tokenizer(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer\.json: no such file.*huggingface"):
         encoders.FileTokenizer(str(tmp_path / "tokenizer.json"), 8)("a")
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
-    with pytest.raises(UserError, match=r"no readable tokenizer"):
+    with pytest.raises(UserError, match=r"not a readable tokenizer"):
         encoders.FileTokenizer(str(tmp_path / "tokenizer.json"), 8)("a")
     tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match=r"has no <\|endoftext\|>"):

@@ -17,7 +17,7 @@ class Classes:
     """Labels 0..num_classes − 1; num_classes means "no class".
 
     Args:
-        names: of the classes, in the order of their labels; None where they are not known.
+        names: of the classes, in the order of their labels; None if they aren't known.
     """
 
     encode_caption: EncodeCaption | None = None

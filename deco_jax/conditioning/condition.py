@@ -1,8 +1,8 @@
-"""What a denoiser is conditioned on: classes or texts, one interface for training, sampling and measuring.
+"""What a denoiser is conditioned on: classes or texts, with one interface for training, sampling and measuring.
 
-Inside jit, `context(frozen, batch)` and `null(frozen)` are what the model takes as `context`: labels, or text
-features. `frozen` are arrays that never train (the text encoder's weights, the null features); they travel as an
-argument of the compiled step, so that none of them is a constant of the program.
+Inside jit, `context(frozen, batch)` and `null(frozen)` return the model's `context`: labels, or text features. `frozen`
+has the arrays that aren't trained (the text encoder's weights, the null features). They are an argument of the compiled
+step, so none of them becomes a constant of the program.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Batch = dict[str, jax.Array]
 class Condition(Protocol):
     """Classes or texts, as they enter a training step."""
 
-    # What a batch holds besides images, a sample's shape and type by name.
+    # What a batch holds besides images: shape and type per sample, by name.
     inputs: dict[str, tuple[tuple[int, ...], Any]]
     # (index of the sample, caption) → arrays for the batch, for data workers; None: nothing is encoded.
     encode_caption: EncodeCaption | None
@@ -35,29 +35,29 @@ class Condition(Protocol):
     shapes: dict[str, Any]
 
     def load(self) -> dict[str, Any]:
-        """`frozen`, on the mesh."""
+        """Load `frozen` onto the mesh."""
         ...
 
     def context(self, frozen: dict[str, Any], batch: Batch) -> jax.Array:
-        """Labels int32 [batch], or features [batch, length, text_width]."""
+        """Return labels int32 [batch], or features [batch, length, text_width]."""
         ...
 
     def null(self, frozen: dict[str, Any]) -> jax.Array:
-        """int32 [], or [length, text_width]."""
+        """Return the null condition, int32 [] or [length, text_width]."""
         ...
 
 
 def open_condition(
     config: ml_collections.ConfigDict, mesh: Mesh, source: Source | None, class_names: Sequence[str] | None = None
 ) -> Condition:
-    """The condition that config.model asks for.
+    """Open the condition that config.model asks for.
 
     Args:
-        source: of the data; None where only given prompts (or classes) are drawn.
+        source: of the data; None if only given prompts (or classes) are drawn.
         class_names: in the order of the labels; by default those of `source`.
 
     Raises:
-        UserError: the data has not what the model is conditioned on, or the encoder's files or features are missing.
+        UserError: the data lacks what the model is conditioned on, or the encoder's files or features are missing.
     """
     if source is not None:
         check_classes(source, config.model.num_classes)
@@ -67,7 +67,7 @@ def open_condition(
     features = open_features(config, source) if config.text.features and source is not None else None
     if features is not None and source is not None:
         features.check(source)
-    # With its features kept, the encoder is needed for prompts alone.
+    # If features are stored, the encoder is only needed for prompts.
     known = features is None or config.text.path or config.text.encoder == "bytes"
     if not known and config.sample.negative_prompt:
         raise UserError(NO_ENCODER)
@@ -75,7 +75,7 @@ def open_condition(
 
 
 def abstract_condition(config: ml_collections.ConfigDict, mesh: Mesh) -> Condition:
-    """The same for its shapes alone: no file needs to be there."""
+    """Make the condition for its shapes only; no file needs to exist."""
     if not config.model.text_width:
         return Classes(config.model.num_classes)
     return Texts(config, mesh, None, encoders.abstract_encoder(config), bool(config.text.features))

@@ -1,10 +1,10 @@
-"""Captions to what a text-to-image model reads: tokens in the data workers, features on the device.
+"""Turns captions into the input of a text-to-image model: tokens in the data workers, features on the device.
 
     caption ─ tokenizer ─ tokens, mask ─ frozen encoder ─ features bfloat16 [batch, length, width]
 
-Two encoders: "qwen3" (Qwen3's last hidden state, from a Hugging Face folder), and "bytes", which knows no language and
-needs no file: each of the caption's UTF-8 bytes one-hot, so that the model's first Linear is a table of embeddings
-that learns with it.
+There are two encoders: "qwen3" (Qwen3's last hidden state, from a Hugging Face folder), and "bytes", which knows no
+language and needs no file. It encodes each UTF-8 byte of the caption as one-hot, so the model's first Linear becomes a
+trained embedding table.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ Tokenizer = Callable[[str], dict[str, np.ndarray]]
 
 
 class Encoder(NamedTuple):
-    """A frozen text encoder and what goes before it.
+    """A frozen text encoder and its tokenizer.
 
-    tokenizer: one caption to tokens and mask
-    network: (weights, tokens, mask) → bfloat16 [batch, length, width]; its FLOPs are of one caption of so many tokens
+    tokenizer: turns one caption into tokens and mask
+    network: (weights, tokens, mask) → bfloat16 [batch, length, width]; its FLOPs are those of one caption
     fingerprint: equal for equal features
     """
 
@@ -51,9 +51,9 @@ class Encoder(NamedTuple):
 
 
 def prefixed(caption: str, prefix: str) -> str:
-    """The caption as it is trained on: half of those under SHORT_CAPTION words have `prefix` before them.
+    """Return the caption used in training: half of the captions under SHORT_CAPTION words get `prefix`.
 
-    Which half depends on the caption alone, so that features encoded once are those of every epoch.
+    Which half only depends on the caption, so that features that are encoded once are valid in every epoch.
     """
     if not prefix or len(caption.split()) >= SHORT_CAPTION or int(caption_hash(caption)) % 2:
         return caption
@@ -61,7 +61,7 @@ def prefixed(caption: str, prefix: str) -> str:
 
 
 def open_encoder(config: ml_collections.ConfigDict) -> Encoder:
-    """The encoder of config.text, its files checked but its weights not yet read.
+    """Open the encoder of config.text: check its files, but don't read its weights yet.
 
     Raises:
         UserError: files are missing (with where to get them) or damaged.
@@ -84,19 +84,18 @@ def open_encoder(config: ml_collections.ConfigDict) -> Encoder:
             path,
             sizes.width,
             width,
-            "cut" if sizes.width > width else "filled up with zeros",
+            "cut" if sizes.width > width else "padded with zeros",
         )
     tokenizer = FileTokenizer(os.path.join(path, "tokenizer.json"), length)
     tokenizer("")
-    # "frequencies": features that were kept before these were rounded are of another encoder.
+    # "frequencies": features stored before these were rounded belong to another encoder.
     arithmetic = [config.text.dtype, *(["frequencies"] if config.text.dtype == "bfloat16" else [])]
     identity = json.dumps(["qwen3", length, width, *arithmetic, _files(Path(path))])
     return Encoder(tokenizer, qwen3.text_encoder(sizes, path, config.text.dtype, width), _digest(identity))
 
 
 def abstract_encoder(config: ml_collections.ConfigDict) -> Encoder:
-    """The encoder for its shapes alone: that of config.text.path, of which only config.json
-    is read, or if it is empty Qwen3-1.7B."""
+    """Make the encoder for its shapes only: that of config.text.path, reading only config.json, or else Qwen3-1.7B."""
     if config.text.encoder == "bytes":
         return open_encoder(config)
     path = os.path.expanduser(config.text.path)
@@ -109,7 +108,7 @@ def _no_files(*_: Any) -> Any:
 
 
 def byte_features(params: Any, tokens: jax.Array, mask: jax.Array, *, width: int) -> jax.Array:
-    """One-hot bfloat16 [batch, length, width]; channel BYTE_PADDING is padding."""
+    """Encode bytes as one-hot bfloat16 [batch, length, width]; channel BYTE_PADDING is padding."""
     del params, mask
     return jax.nn.one_hot(tokens, width, dtype=jnp.bfloat16)
 
@@ -118,7 +117,7 @@ def byte_features(params: Any, tokens: jax.Array, mask: jax.Array, *, width: int
 
 
 def _padded(tokens: list[int], length: int, padding: int) -> dict[str, np.ndarray]:
-    """Cut or padded on the right to `length`; the mask is true where there is text."""
+    """Cut or pad tokens on the right to `length`; the mask is true where there is text."""
     tokens = tokens[:length]
     filled = np.full(length, padding, np.int32)
     filled[: len(tokens)] = tokens
@@ -138,7 +137,7 @@ class ByteTokenizer:
 class FileTokenizer:
     """A Hugging Face `tokenizer.json`: no chat template, nothing before or after the caption.
 
-    Pickled to worker processes as its path. Raises UserError where the file or the package is missing.
+    It is pickled to worker processes as its path. Raises UserError if the file or the package is missing.
     """
 
     def __init__(self, path: str, length: int) -> None:
@@ -151,12 +150,12 @@ class FileTokenizer:
         except ImportError as error:
             raise UserError("reading captions for Qwen3 needs tokenizers; run: pip install tokenizers") from error
         if not os.path.isfile(self.path):
-            raise UserError(f"{self.path}: no such file, and the text encoder's tokenizer is in it; {qwen3.WHERE}")
+            raise UserError(f"{self.path}: no such file; it should hold the text encoder's tokenizer; {qwen3.WHERE}")
         try:
             tokenizer = tokenizers.Tokenizer.from_file(self.path)
         except Exception as error:  # the package raises plain Exceptions
             reason = str(error).splitlines()[0][:120]
-            raise UserError(f"{self.path}: no readable tokenizer ({reason}); {qwen3.WHERE}") from error
+            raise UserError(f"{self.path}: not a readable tokenizer ({reason}); {qwen3.WHERE}") from error
         if tokenizer.token_to_id(PADDING_TOKEN) is None:
             raise UserError(f"{self.path}: has no {PADDING_TOKEN}, which Qwen3's captions are padded with")
         tokenizer.no_padding()
@@ -181,7 +180,7 @@ def _digest(text: str) -> str:
 
 
 def _files(folder: Path) -> list[list[Any]]:
-    """What an encoder's folder holds: small files whole, of weights the size and 64 KiB at 64 places."""
+    """Fingerprint an encoder's folder: small files in full, weights by their size and 64 KiB at 64 places."""
     found: list[list[Any]] = []
     for path in sorted([folder / "config.json", folder / "tokenizer.json", *folder.glob("*.safetensors")]):
         size, content = path.stat().st_size, hashlib.sha256()

@@ -1,4 +1,4 @@
-"""What to draw: so many images of classes, of prompts, or of the data's captions, each by its index."""
+"""What to draw: images of classes, of prompts, or of the data's captions, each identified by its index."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Requests:
     """Images to draw, by index.
 
     context: indices [n] → labels int32 [n], or features bfloat16 [n, length, text_width].
-    null: what stands for no condition: int32 [], or [length, text_width].
-    names: the caption of each image; None for classes, which are drawn in their order.
-    noise: indices [n] → which of the seed's noises each image starts from, int [n]; by default its index.
+    null: the null condition: int32 [], or [length, text_width].
+    names: the caption of each image; None for classes, which are drawn in order.
+    noise: indices [n] → the number of the noise that each image starts from, int [n]; by default its index.
     labels: the class of each image, int32 [count]; None for texts.
     start: states to start from instead of noise, float32 [count, height, width, 3].
     """
@@ -43,17 +43,17 @@ class Requests:
     start: np.ndarray | None = None
 
     def batch(self, first: int, size: int) -> dict[str, np.ndarray]:
-        """The images first..first + size − 1 as arrays; what exceeds `count` repeats the last, to fill the batch.
+        """Return images first..first + size − 1 as arrays; beyond `count`, the last one is repeated to fill the batch.
 
         Returns:
-            "context"; "index" int32 [size], by which the noise is drawn; and "start" where it is given.
+            "context"; "index" int32 [size], which decides the noise; and "start" if it is given.
         """
         index = np.minimum(np.arange(first, first + size), self.count - 1)
         batch = {"index": np.asarray(self.noise(index), np.int32), "context": self.context(index)}
         return batch if self.start is None else batch | {"start": self.start[index]}
 
     def spread(self, most: int) -> Requests:
-        """At most `most` of them, evenly spread; with their number their noise changes, not their conditions."""
+        """Return at most `most` of the requests, evenly spaced; their noise depends on their new indices."""
         if self.count <= most:
             return self
         chosen, context = np.arange(most, dtype=np.int64) * self.count // most, self.context
@@ -62,7 +62,7 @@ class Requests:
         return Requests(most, lambda index: context(chosen[index]), self.null, names, labels=labels)
 
     def kept(self, batch_size: int) -> Requests:
-        """The same with all contexts computed now, `batch_size` at a time, so that no encoder is needed later."""
+        """Return the same with all contexts computed now, `batch_size` at a time; no encoder is needed later."""
         index = [np.arange(first, first + batch_size) for first in range(0, self.count, batch_size)]
         contexts = np.concatenate([self.context(np.minimum(i, self.count - 1)) for i in index])
         return dataclasses.replace(self, context=contexts.__getitem__)
@@ -72,10 +72,10 @@ class Requests:
 
 
 def class_requests(labels: Sequence[int] | np.ndarray, num_classes: int, same_noise: bool = False) -> Requests:
-    """An image of each label, in their order.
+    """Request an image of each label, in order.
 
     Args:
-        same_noise: the k-th image of every class starts from the same noise, so that classes can be compared.
+        same_noise: start the k-th image of every class from the same noise, so that classes can be compared.
     """
     labels = np.asarray(labels, np.int32)
     noise = _places(labels).__getitem__ if same_noise else np.asarray
@@ -84,7 +84,7 @@ def class_requests(labels: Sequence[int] | np.ndarray, num_classes: int, same_no
 
 
 def _places(labels: np.ndarray) -> np.ndarray:
-    """For each label how often it stood before, int32 [count]."""
+    """Return for each label how often it occurred before, int32 [count]."""
     seen: dict[int, int] = {}
     places = np.empty(len(labels), np.int32)
     for i, label in enumerate(labels.tolist()):
@@ -93,7 +93,7 @@ def _places(labels: np.ndarray) -> np.ndarray:
 
 
 def images_per_class(labels: np.ndarray) -> int | None:
-    """How many images stand one after another for each class; None if it isn't the same number for all."""
+    """Return the number of consecutive images per class; None if it differs between classes."""
     places = _places(labels)
     each = int(places.max(initial=0)) + 1
     whole = len(labels) and len(labels) % each == 0
@@ -101,13 +101,13 @@ def images_per_class(labels: np.ndarray) -> int | None:
 
 
 def grid_columns(settings: ml_collections.ConfigDict, labels: np.ndarray | None) -> int | None:
-    """Columns of a grid: settings.grid_columns, else a row for each class where they come out even, else None."""
+    """Return a grid's columns: settings.grid_columns, else one row per class if that works out evenly, else None."""
     each = images_per_class(labels) if labels is not None else None
     return settings.grid_columns or (each if each and each > 1 else None)
 
 
 def even_labels(count: int, classes: Sequence[int]) -> np.ndarray:
-    """`count` labels in the order of `classes`, as many of each as of any other to within one: int32 [count]."""
+    """Return `count` labels in the order of `classes`, equally many of each to within one: int32 [count]."""
     places = np.arange(count, dtype=np.int64) * len(classes) // count
     return np.asarray(classes, np.int32)[places] if len(classes) else np.zeros(count, np.int32)
 
@@ -115,10 +115,10 @@ def even_labels(count: int, classes: Sequence[int]) -> np.ndarray:
 def find_classes(
     chosen: Sequence[int | str] | int | str, num_classes: int, names: Sequence[str] | None = None
 ) -> list[int]:
-    """Labels of classes given by number or by name.
+    """Find the labels of classes given by number or by name.
 
     Args:
-        chosen: one class or several. A text is a name if a class has it, else a number, and may hold several,
+        chosen: one class or several. A text is a name if a class has that name, or else a number, and may hold several,
             separated by commas.
         names: of the classes in the order of their labels, as in a run's classes.json; None if they aren't known.
 
@@ -164,11 +164,11 @@ def _find_class(one: int | str, num_classes: int, by_name: Mapping[str, int]) ->
 def prompt_requests(
     texts: Texts, prompts: Sequence[str], negative_prompt: str = "", frozen: Mapping[str, Any] | None = None
 ) -> Requests:
-    """An image of each prompt.
+    """Request an image of each prompt.
 
     Args:
         negative_prompt: what guidance leads away from; "": the empty prompt.
-        frozen: of `texts.load`, where it is there already.
+        frozen: the result of `texts.load`, if already loaded.
     """
     weights = frozen["encoder"] if frozen and "encoder" in frozen else texts.load_encoder()
 
@@ -181,10 +181,10 @@ def prompt_requests(
 def caption_requests(
     texts: Texts, count: int, negative_prompt: str = "", frozen: Mapping[str, Any] | None = None
 ) -> Requests:
-    """`count` images of the data's captions, spread evenly over the data; arguments as of `prompt_requests`."""
+    """Request `count` images of captions spread evenly over the data; arguments are as for `prompt_requests`."""
     names, features = captions(texts, count), texts.features
     if not isinstance(features, Features):
-        # As they are trained on, and as the stored features are.
+        # As in training, and as in stored features.
         prefixed = CaptionsOf(names.source, names.indices, texts.prefix)
         return dataclasses.replace(prompt_requests(texts, prefixed, negative_prompt, frozen), names=names)
 
@@ -199,23 +199,23 @@ def caption_requests(
 
 
 def _null(texts: Texts, negative_prompt: str, weights: Any, frozen: Mapping[str, Any] | None) -> np.ndarray:
-    """Features of the negative prompt, bfloat16 [length, text_width]."""
+    """Compute the features of the negative prompt, bfloat16 [length, text_width]."""
     if frozen and not negative_prompt.strip():
         return np.asarray(frozen["null"])
     return texts.encode(texts.load_encoder() if weights is None else weights, [negative_prompt.strip()])[0]
 
 
 def captions(texts: Texts, count: int) -> CaptionsOf:
-    """The captions of `caption_requests(texts, count)`."""
+    """Return the captions of `caption_requests(texts, count)`."""
     assert texts.source is not None
     return CaptionsOf(texts.source, np.arange(count, dtype=np.int64) * len(texts.source) // count)
 
 
 class CaptionsOf(Sequence[str]):
-    """The captions of some of a source's samples, read when they are asked for.
+    """The captions of some of a source's samples, read when they are needed.
 
     Args:
-        prefix: before those that are trained on with it, as `encoders.prefixed` says.
+        prefix: for captions that are trained with it, as `encoders.prefixed` decides.
     """
 
     def __init__(self, source: Source, indices: np.ndarray, prefix: str = "") -> None:
@@ -234,14 +234,14 @@ class CaptionsOf(Sequence[str]):
 
 
 class Prompts(NamedTuple):
-    """config.sample.prompts, read; image j of prompt i has the index i · images_each + j."""
+    """The prompts of config.sample.prompts; image j of prompt i has the index i · images_each + j."""
 
     set: prompts_lib.PromptSet
     images_each: int
 
 
 def open_prompts(config: ml_collections.ConfigDict) -> Prompts | None:
-    """The prompts of config.sample; None if there are none.
+    """Read the prompts of config.sample; None if there are none.
 
     Raises:
         UserError: they can't be read, or their benchmark's layout has no place for them.
@@ -250,7 +250,9 @@ def open_prompts(config: ml_collections.ConfigDict) -> Prompts | None:
         return None
     found = prompts_lib.read_prompts(config.sample.prompts)
     if not distributed.same_on_all_hosts("\n".join([found.kind, *found.names, *found.prompts])):
-        raise UserError(f"the hosts read different prompts from {config.sample.prompts}; put them where all can")
+        raise UserError(
+            f"the hosts read different prompts from {config.sample.prompts}; use a file that all of them share"
+        )
     count = config.sample.images_per_prompt or prompts_lib.images_a_prompt(found)
     prompts_lib.check_count(found, count)
     return Prompts(found, count)
@@ -262,11 +264,11 @@ def sampling_requests(
     prompts: Prompts | None,
     frozen: Mapping[str, Any] | None = None,
 ) -> Requests:
-    """The images of prompts; without them settings.num_images of classes or of the data's captions.
+    """Request the images of prompts, or without prompts settings.num_images images of classes or the data's captions.
 
     Args:
-        settings: as config.sample.
-        frozen: of `condition.load`, where it is there already.
+        settings: like config.sample.
+        frozen: the result of `condition.load`, if already loaded.
     """
     if prompts is None:
         return data_requests(settings, condition, settings.num_images, frozen)
@@ -278,9 +280,9 @@ def sampling_requests(
 def data_requests(
     settings: ml_collections.ConfigDict, condition: Condition, count: int, frozen: Mapping[str, Any] | None = None
 ) -> Requests:
-    """`count` images spread evenly over the chosen classes (all, unless settings.classes says), or over the captions.
+    """Request `count` images, spread evenly over settings.classes (by default all), or over the captions.
 
-    Arguments as of `sampling_requests`.
+    Arguments are as for `sampling_requests`.
     """
     if isinstance(condition, Texts):
         return caption_requests(condition, count, settings.negative_prompt, frozen)

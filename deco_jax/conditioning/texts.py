@@ -23,18 +23,18 @@ from deco_jax.run import distributed, sharding
 
 Batch = dict[str, jax.Array]
 NO_ENCODER = (
-    "a prompt needs the text encoder, and config.text.path is empty; set it, or leave config.sample.prompts and "
+    "a prompt needs the text encoder, but config.text.path is empty; set it, or leave config.sample.prompts and "
     "config.sample.negative_prompt empty to draw the data's captions"
 )
 
 
 def open_features(config: ml_collections.ConfigDict, source: Source) -> Features:
-    """What --mode=encode left, or has begun, in config.text.features. UserError if it is of something else."""
+    """Open what --mode=encode wrote, or began, in config.text.features; UserError if it belongs to something else."""
     return Features(os.path.expanduser(config.text.features), features_key(config, source))
 
 
 def features_key(config: ml_collections.ConfigDict, source: Source) -> dict[str, Any]:
-    """What stored features depend on besides the captions; without the encoder where no path to one is set."""
+    """Return what stored features depend on besides the captions; without the encoder if no path to one is set."""
     key: dict[str, Any] = {
         "captions": len(source) * source.num_captions,
         "length": config.model.text_length,
@@ -47,12 +47,12 @@ def features_key(config: ml_collections.ConfigDict, source: Source) -> dict[str,
 
 
 class Texts:
-    """Features of captions: encoded by a frozen network in the step, or read from where --mode=encode kept them.
+    """Features of captions: encoded by a frozen network in the step, or read from where --mode=encode stored them.
 
     Args:
         source: of captions; None: there are only given prompts.
-        encoder: None where features are stored and no encoder is named.
-        features: what --mode=encode left, or true for its shapes alone; None: captions are encoded in the step.
+        encoder: None if features are stored and no encoder is given.
+        features: what --mode=encode wrote, or true for its shapes only; None: captions are encoded in the step.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Texts:
     # ------------------------------------------------------------------ outside the step
 
     def load_encoder(self) -> Any:
-        """The encoder's weights, on the mesh."""
+        """Load the encoder's weights onto the mesh."""
         if self._encoder is None:
             raise UserError(NO_ENCODER)
         with distributed.stage("reading the text encoder"):
@@ -105,10 +105,10 @@ class Texts:
             return jax.device_put(self._encoder.network.load(), jax.tree.map(lambda leaf: leaf.sharding, where))
 
     def encode(self, weights: Any, captions: Sequence[str]) -> np.ndarray:
-        """Captions to features, bfloat16 [captions, length, text_width], on every host."""
+        """Encode captions to features, bfloat16 [captions, length, text_width], on every host."""
         assert self._encoder is not None
         count = len(captions)
-        # Empty captions fill the batch up to a multiple of the devices.
+        # Empty captions pad the batch to a multiple of the number of devices.
         filled = [*captions, *[""] * (-count % self._mesh.size)]
         tokenized = [self._encoder.tokenizer(caption) for caption in filled]
         batch = {name: np.stack([one[name] for one in tokenized]) for name in ("tokens", "mask")}

@@ -1,6 +1,6 @@
-"""A class token as rows below an image (REG), so that all that integrates images integrates both.
+"""A class token as rows below an image (REG), so that everything that integrates images integrates both.
 
-The last row is filled up with zeros' velocity: what lies there stays the noise that it was.
+The rest of the last row has velocity zero, so its noise never changes.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from jax import Array
 
 
 def rows_of(channels: int, width: int) -> int:
-    """Count the rows that hold so many channels; 0 for none."""
+    """Return the number of rows that hold this many channels; 0 for none."""
     return -(-channels // (3 * width))
 
 
 def pack(images: Array, token: Array) -> Array:
-    """[batch, height, width, 3] and [batch, channels] → [batch, height + rows, width, 3]."""
+    """Join [batch, height, width, 3] and [batch, channels] into [batch, height + rows, width, 3]."""
     batch, _, width, _ = images.shape
     rows = rows_of(token.shape[1], width)
     filled = jnp.pad(token.astype(images.dtype), ((0, 0), (0, rows * width * 3 - token.shape[1])))

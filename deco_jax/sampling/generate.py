@@ -1,6 +1,6 @@
-"""Batches of images by index: the one path on which everything draws, whole images and the states on the way alike.
+"""Draws batches of images by index; everything that draws, whole images or the states on the way, uses this.
 
-Image i depends on the seed, i and its class or caption alone: not on the batch it is drawn in, nor on the devices.
+Image i only depends on the seed, i and its class or caption, not on the batch it is drawn in or on the devices.
 
     Requests ─ batch ─┐
     Sampling ─ table ─┼─ Generator: noise ─ integrate(make_velocity(network, guidance)) ─ state after each step ─ uint8
@@ -42,16 +42,16 @@ from deco_jax.sampling.settings import Sampling
 Batch = dict[str, jax.Array]
 
 
-BELOW = 2**30  # keeps the noise of rows below the image apart from that of the steps
+BELOW = 2**30  # keeps the noise of rows below the image separate from that of the steps
 
 
 def noise_of(
     seed: int | jax.Array, index: jax.Array, sides: tuple[int, int], rows: int = 0, scale: float | jax.Array = 1.0
 ) -> Callable[[int | jax.Array], jax.Array]:
-    """The images' own noise: stream → [batch, height, width, 3]; 0 is the initial noise, 1 + i the noise of step i.
+    """Return the images' own noise, stream → [batch, height, width, 3]; 0 is the initial noise, 1 + i that of step i.
 
     Args:
-        rows: below the image, see `extra_rows`; the image's noise is the same with and without.
+        rows: number of rows below the image, see `extra_rows`; the image's noise is the same with and without them.
         scale: of the image's noise; that of the rows is standard normal.
     """
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)
@@ -68,20 +68,20 @@ def noise_of(
 
 
 class Denoiser(NamedTuple):
-    """A network, and what its output stands for."""
+    """A network, and what its output means."""
 
     network: Network
     prediction: Prediction
-    jumps: bool = False  # whether it can be told how far to jump, config.model.mean_velocity
-    token: int = 0  # channels of a class token that is denoised too, config.model.class_token; see `extra_rows`
+    jumps: bool = False  # whether it takes the length of a jump, config.model.mean_velocity
+    token: int = 0  # channels of a class token that it also denoises, config.model.class_token; see `extra_rows`
 
     def mean_velocity(self, params: Params, x: jax.Array, t: jax.Array, context: Any, jump: jax.Array) -> jax.Array:
-        """The mean velocity [n, height, width, 3] over jumps from states x at t [n]; jump [n, 4]."""
+        """Return the mean velocity [n, height, width, 3] over jumps from states x at t [n]; jump [n, 4]."""
         output, _ = self.network.apply(params, x, t, context, jump=jump)
         return self.prediction.velocity(output, x, t)
 
     def velocity(self, params: Params, x: jax.Array, t: jax.Array, context: Any) -> jax.Array:
-        """The velocity [n, height, width, 3] at states x, whatever the network predicts; t [n].
+        """Return the velocity [n, height, width, 3] at states x, whatever the network predicts; t [n].
 
         With a class token, states and velocity have its rows below the image.
         """
@@ -90,7 +90,7 @@ class Denoiser(NamedTuple):
     def velocity_and_features(
         self, params: Params, x: jax.Array, t: jax.Array, context: Any
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The same, and the network's intermediates by name."""
+        """Return the same, and the network's intermediates by name."""
         if self.token:
             x, token = unpack(x, self.token)
             output, intermediates = self.network.apply(params, x, t, context, class_token=token)
@@ -100,18 +100,18 @@ class Denoiser(NamedTuple):
         return self.prediction.velocity(output, x, t), intermediates
 
     def given(self, measured: Mapping[str, Any]) -> Denoiser:
-        """The same with what the prediction goes by, as a run measured it."""
+        """Return the denoiser with the arrays that a run measured for its prediction."""
         arrays = {name: np.asarray(measured[name]) for name in self.prediction.measured}
         return self._replace(prediction=self.prediction.given(arrays))
 
     def with_anything(self) -> Denoiser:
-        """The same with any numbers in place of measured ones, for programs that are only timed or compiled."""
+        """Return the denoiser with arbitrary measured arrays, for programs that are only timed or compiled."""
         draw = np.random.default_rng(0)
         return self.given({name: np.float32(draw.normal(size=a.shape)) for name, a in self.prediction.measured.items()})
 
 
 def make_denoiser(config: ml_collections.ConfigDict) -> Denoiser:
-    """The network of config.model, as it is used in sampling; what its prediction measured is still to be `given`."""
+    """Make the network of config.model for sampling; its prediction's measured arrays must still be `given`."""
     return Denoiser(
         network_lib.build(config.model.to_dict()),
         make_prediction(config).in_sampling(),
@@ -121,11 +121,11 @@ def make_denoiser(config: ml_collections.ConfigDict) -> Denoiser:
 
 
 class Generator:
-    """Draws batches of images with the weights it is given.
+    """Draws batches of images with the given weights.
 
-    Compiled once for an image size, a batch size and the number of velocities that a sampler remembers: steps, times,
-    guidance, seed, conditions and weights are data of the program. Another rule of guidance, a weaker model of another
-    architecture, or no guidance at all is another program.
+    It compiles once for an image size, a batch size and the number of velocities that a sampler remembers. Steps,
+    times, guidance, seed, conditions and weights are data of the program. Another guidance rule, a weaker model of
+    another architecture, or no guidance at all is another program.
     """
 
     def __init__(self, denoiser: Denoiser, mesh: Mesh) -> None:
@@ -175,18 +175,18 @@ class Generator:
         self._everywhere = jax.jit(to_uint8, out_shardings=replicated(mesh))
 
     def draw(self, params: Params, batch: Batch, null: Any, sampling: Sampling) -> jax.Array:
-        """Images uint8 [batch, height, width, 3] of a batch on the mesh; they lie split over the devices.
+        """Draw the images of a batch on the mesh, uint8 [batch, height, width, 3], split over the devices.
 
         Raises:
-            UserError: settings that no sampler can take.
+            UserError: no sampler accepts these settings.
         """
         return self._uint8(self._final(params, batch, null, sampling))
 
     def states(self, params: Params, batch: Batch, null: Any, sampling: Sampling) -> Iterator[jax.Array]:
-        """The state float32 [batch, height, width, 3] at each of `sampling.times`: the first, then after each step.
+        """Yield the state float32 [batch, height, width, 3] at each of `sampling.times`, beginning with the start.
 
         Raises:
-            UserError: settings that no sampler can take.
+            UserError: no sampler accepts these settings.
         """
         table = sampling.table()
         settings, steps = self._settings(null, sampling, table), samplers.evaluations_of_steps(table)
@@ -201,9 +201,9 @@ class Generator:
     def images(
         self, params: Params, requests: Requests, sampling: Sampling, batch_size: int, first: int = 0
     ) -> Iterator[np.ndarray]:
-        """Images first..requests.count − 1, uint8 [at most batch_size, height, width, 3] at a time, on every host.
+        """Yield images first..requests.count − 1 on every host, uint8 [at most batch_size, height, width, 3] at a time.
 
-        The last batch is filled up with images that are thrown away, so that one compilation serves all.
+        The last batch is padded with images that are discarded, so that one compilation serves all batches.
         """
         size = self.filled(min(batch_size, requests.count))
         for start in range(first, requests.count, size):
@@ -212,17 +212,17 @@ class Generator:
             yield self.on_host(self._final(params, batch, requests.null, sampling))[: requests.count - start]
 
     def filled(self, count: int) -> int:
-        """The smallest batch of at least `count` images that the devices divide."""
+        """Return the size of the smallest batch of at least `count` images that divides evenly over the devices."""
         return -(-count // self._mesh.size) * self._mesh.size
 
     def on_host(self, states: jax.Array) -> np.ndarray:
-        """States as uint8 images on every host."""
+        """Return states as uint8 images on every host."""
         return np.asarray(self._everywhere(states))
 
     def lower(self, params: Params, batch: Batch, null: Any, sampling: Sampling) -> jax.stages.Lowered:
-        """The program of `draw` for these settings alone, without running it; arguments may be shapes with shardings.
+        """Lower the program of `draw` for exactly these settings; arguments may be shapes with shardings.
 
-        It differs from what runs in that its number of evaluations is a constant, for those who count operations.
+        Unlike in the program that runs, the number of evaluations is a constant, so that operations can be counted.
         """
         table = sampling.table()
         rows = rows_of(self.denoiser.token, sampling.size[1])
@@ -238,7 +238,7 @@ class Generator:
         return point[:, : sampling.size[0]] if self.denoiser.token else point
 
     def _begin_at(self, batch: Batch, sampling: Sampling, table: samplers.Table) -> tuple[Batch, samplers.Carry]:
-        """What the program takes of a batch, and the first state."""
+        """Return the parts of a batch that the program needs, and the first state."""
         if "start" in batch and self.denoiser.token:
             raise UserError(
                 "this model denoises a class token along with the image (config.model.class_token), so it can't start "
@@ -253,7 +253,7 @@ class Generator:
 
     def _settings(self, null: Any, sampling: Sampling, table: samplers.Table) -> dict[str, Any]:
         rule, guided = sampling.guidance, sampling.guided(table)
-        if not np.any(guided):  # nor is a weaker model sent along
+        if not np.any(guided):  # then a weaker model isn't passed, either
             rule = dataclasses.replace(rule, weaker=None)
         return {
             "rows": samplers.rows(table, guided),
@@ -266,7 +266,7 @@ class Generator:
 
 
 def guidance_specs(mesh: Mesh, rule: Guidance) -> Any:
-    """The PartitionSpec of each leaf of a rule: a weaker model's parameters lie as all parameters do."""
+    """Return the PartitionSpec of each leaf of a rule; a weaker model's parameters are sharded like any others."""
     whole = jax.tree.map(lambda leaf: WHOLE, rule)
     if rule.weaker is None:
         return whole
@@ -274,7 +274,7 @@ def guidance_specs(mesh: Mesh, rule: Guidance) -> Any:
 
 
 def _seed(sampling: Sampling) -> np.ndarray:
-    """As JAX takes it from a Python integer."""
+    """Return the seed as JAX would convert it from a Python integer."""
     return np.asarray(sampling.seed & 0xFFFFFFFF, np.uint32)
 
 

@@ -1,8 +1,8 @@
-"""Guidance: what combines a network's conditional velocity with another one, and at which steps.
+"""Guidance: how a network's conditional velocity is combined with another one, and at which steps.
 
-A rule is a frozen dataclass, registered as a JAX pytree: its type says what is computed, its numbers are data of the
-compiled program, so another scale or interval doesn't compile again. One more rule is one more subclass of `Guidance`,
-and its name in `RULES`:
+A rule is a frozen dataclass, registered as a JAX pytree. Its type says what is computed; its numbers are data of the
+compiled program, so another scale or interval doesn't compile again. To add a rule, write a subclass of `Guidance` and
+add its name to `RULES`:
 
     another velocity of a guided step   override `combine`
     another set of guided times         override `guides`
@@ -32,7 +32,7 @@ class Functions:
     """A network as a weaker guide needs it: pure functions, the same object for the same program.
 
     Args:
-        velocity: as of `make_velocity`.
+        velocity: as for `make_velocity`.
         whole: (params) → the same, whole on this device; see `models.network.Network`.
     """
 
@@ -43,7 +43,7 @@ class Functions:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weaker:
-    """A weaker model: the functions are part of the program, the parameters its data."""
+    """A weaker model; its functions are part of the program, its parameters are data."""
 
     functions: Functions = dataclasses.field(metadata={"static": True})
     params: Any
@@ -52,18 +52,19 @@ class Weaker:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """Guidance within an interval of time (Kynkäänniemi et al. 2024), away from the model without a condition
-    (classifier-free, Ho & Salimans 2022) or from a weaker one with the same condition (autoguidance, Karras et al.
-    2024).
+    """Guidance within an interval of time (Kynkäänniemi et al. 2024).
+
+    It leads away from the model without a condition (classifier-free, Ho & Salimans 2022) or from a weaker model with
+    the same condition (autoguidance, Karras et al. 2024).
 
     Args:
-        scale: 1.0 changes nothing, so that no step costs two evaluations.
+        scale: 1.0 changes nothing, so no step needs two evaluations.
         interval: (low, high); times low < t <= high are guided.
         rescale: share of the guided velocity that gets the conditional one's standard deviation (Lin et al. 2023,
-            section 3.4; DeCo's code has 0.7); 0: none.
+            section 3.4; DeCo's code uses 0.7); 0: none.
         by_evaluation: each evaluation's own time decides, as in JiT's code; otherwise the start of its step. They
             differ for Heun's corrector.
-        weaker: leads away from this model instead of the null condition.
+        weaker: the model to lead away from instead of the null condition.
     """
 
     scale: float | Array = 1.0
@@ -74,33 +75,33 @@ class Guidance:
 
     @property
     def waits(self) -> int:
-        """The first steps, from the noise on, that leave the state as it is and evaluate nothing."""
+        """The number of first steps that leave the noise unchanged and evaluate nothing."""
         return 0
 
     def evaluations(self, times: np.ndarray, steps: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        """Which evaluations are guided, bool [evaluations].
+        """Return which evaluations are guided, bool [evaluations].
 
         Args:
-            times: float64 [evaluations], of each.
+            times: float64 [evaluations], the time of each.
             steps: int [evaluations], the step that each belongs to.
-            starts: float64 [steps], of each step.
+            starts: float64 [steps], the start of each step.
 
         Raises:
-            UserError: as `guides`.
+            UserError: as for `guides`.
         """
         return self.guides(times if self.by_evaluation else np.asarray(starts)[steps])
 
     def steps(self, times: Grid) -> Guided:
-        """Which sampling steps are guided, bool [steps], by their start; times [steps + 1] in ascending order."""
+        """Return which sampling steps are guided by their start, bool [steps]; times [steps + 1] in ascending order."""
         return self.guides(np.asarray(times)[:-1])
 
     def guides(self, times: np.ndarray) -> np.ndarray:
-        """Which times are guided.
+        """Return which times are guided.
 
-        Decided on the host in float64, so that 5/50, 10/100 and 25/250 all equal 0.1 and lie outside (0.1, 1].
+        This is decided on the host in float64, so that 5/50, 10/100 and 25/250 all equal 0.1 and are outside (0.1, 1].
 
         Args:
-            times: float64 from `samplers.timesteps`, shifted already.
+            times: float64 from `samplers.timesteps`, already shifted.
 
         Returns:
             bool of the same shape.
@@ -110,17 +111,17 @@ class Guidance:
         """
         if len(self.interval) != 2 or not self.interval[0] <= self.interval[1]:
             raise UserError(
-                f"The guidance interval {tuple(self.interval)} is not (low, high); give two times, low <= high."
+                f"the guidance interval {tuple(self.interval)} is not (low, high); give two times, low <= high"
             )
         low, high = (float(edge) for edge in self.interval)
         times = np.asarray(times, np.float64)
         return (low < times) & (times <= high) & (self.scale != 1.0)
 
     def halves(self, denoiser: Denoiser, params: Any, x: State, t: Scalar, conditions: tuple[Any, Any]) -> Halves:
-        """The conditional velocity and the one to lead away from, float32 [2, batch, height, width, 3].
+        """Return the conditional velocity and the one to lead away from, float32 [2, batch, height, width, 3].
 
-        Both are one evaluation of 2 · batch images, or one each of the model and the weaker one. Arguments as of
-        `make_velocity`, `t` a scalar.
+        Both come from one evaluation of 2 · batch images, or from one evaluation each of the model and the weaker one.
+        Arguments are as for `make_velocity`; `t` is a scalar.
         """
         condition, null = conditions
         batch = x.shape[0]
@@ -136,11 +137,11 @@ class Guidance:
         return jnp.moveaxis(v.astype(jnp.float32).reshape(batch, 2, *v.shape[1:]), 1, 0)
 
     def combine(self, conditional: State, unconditional: State) -> State:
-        """unconditional + scale · (conditional − unconditional), all [batch, height, width, 3]."""
+        """Return unconditional + scale · (conditional − unconditional), all [batch, height, width, 3]."""
         return unconditional + self.scale * (conditional - unconditional)
 
     def rescaled(self, velocity: Array, conditional: Array) -> Array:
-        """velocity · (rescale · std(conditional) / std(velocity) + 1 − rescale), each image by itself."""
+        """Return velocity · (rescale · std(conditional) / std(velocity) + 1 − rescale), for each image separately."""
         if isinstance(self.rescale, (int, float)) and not self.rescale:
             return velocity
         axes = tuple(range(1, velocity.ndim))
@@ -149,7 +150,7 @@ class Guidance:
         return velocity * (self.rescale * ratio + (1 - self.rescale))
 
     def whole(self) -> Guidance:
-        """The rule with a weaker model's parameters made whole on this device, before a loop that uses them."""
+        """Return the rule with a weaker model's parameters made whole on this device, before a loop that uses them."""
         if self.weaker is None:
             return self
         weaker = dataclasses.replace(self.weaker, params=self.weaker.functions.whole(self.weaker.params))
@@ -159,11 +160,11 @@ class Guidance:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ZeroStar(Guidance):
-    """CFG-Zero* (Fan et al. 2025, arXiv 2503.18886): the best multiple of the unconditional velocity, and first steps
-    that wait.
+    """CFG-Zero* (Fan et al. 2025, arXiv 2503.18886): scales the unconditional velocity for the best fit, and starts
+    with steps of velocity zero.
 
     Args:
-        zero_steps: first steps at velocity zero, where a model knows the least; while scale is not 1.
+        zero_steps: number of first steps at velocity zero, where a model knows the least; only if scale is not 1.
     """
 
     zero_steps: int | Array = 1
@@ -173,7 +174,7 @@ class ZeroStar(Guidance):
         return int(self.zero_steps) if self.scale != 1.0 else 0
 
     def combine(self, conditional: Array, unconditional: Array) -> Array:
-        """a·u + scale·(c − a·u) with a = ⟨c, u⟩ / (‖u‖² + 1e-8), for each image by itself."""
+        """Return a·u + scale·(c − a·u) with a = ⟨c, u⟩ / (‖u‖² + 1e-8), for each image separately."""
         axes = tuple(range(1, conditional.ndim))
         dot = jnp.sum(conditional * unconditional, axis=axes, keepdims=True)
         square = jnp.sum(jnp.square(unconditional), axis=axes, keepdims=True)
@@ -184,8 +185,8 @@ RULES: dict[str, type[Guidance]] = {"plain": Guidance, "zero_star": ZeroStar}
 
 
 def _interleave(a: Array, b: Array) -> Array:
-    """[batch, ...] and what broadcasts to it → [2 · batch, ...], pairs side by side."""
-    # So that on a mesh both halves of an example stay on the example's device.
+    """Interleave [batch, ...] and what broadcasts to it → [2 · batch, ...], with pairs next to each other."""
+    # On a mesh, both halves of an example then stay on the example's device.
     return jnp.stack([a, jnp.broadcast_to(b, a.shape)], axis=1).reshape(2 * a.shape[0], *a.shape[1:])
 
 
@@ -201,8 +202,8 @@ def make_velocity(
             the "no class" label, the empty prompt.
 
     Returns:
-        f(x [batch, height, width, 3], t scalar, guided) → float32 velocity. An unguided call evaluates the conditional
-        half alone.
+        f(x [batch, height, width, 3], t scalar, guided) → float32 velocity. An unguided call only evaluates the
+        conditional half.
     """
 
     def velocity(x: State, t: Scalar, guided: bool) -> State:

@@ -1,4 +1,4 @@
-"""Drawing with networks that were told how far to jump: the mean velocity, with guidance as an input (MeanFlow)."""
+"""Drawing with networks that predict the mean velocity over a jump, with guidance as an input (MeanFlow)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Jumper = Callable[[Any, Array, Array, Any, Array], Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainedGuidance(Guidance):
-    """Guidance that the network includes in its velocity: scale and interval are its inputs, a step costs one pass."""
+    """Guidance that is included in the network's velocity: scale and interval are its inputs, a step costs one pass."""
 
     def guides(self, times: np.ndarray) -> np.ndarray:
         return np.zeros_like(super().guides(times))
@@ -33,7 +33,7 @@ def make_mean_velocity(
 
     Returns:
         f(x [batch, height, width, 3], t scalar, guided, span) → the mean velocity over [t, t + span], float32; `guided`
-        is passed over.
+        is ignored.
     """
 
     def velocity(x: Array, t: Array, guided: bool, span: Array) -> Array:

@@ -1,7 +1,7 @@
 """Samplers: integrate dx/dt = v(x, t) from noise at t = 0 to images at t = 1.
 
-Every sampler is a table with a row per network evaluation, worked out on the host in float64; one loop runs any of
-them. A row says at which time the network is evaluated, and how the state and the next point of evaluation follow:
+Every sampler is a table with a row per network evaluation, computed on the host in float64; one loop runs all of them.
+A row says at which time the network is evaluated, and how the state and the next evaluation point follow from it:
 
       point ── network, at `time` ──▶ v₀ (before it: v₁, v₂, …)
       state ◀─ keep · state + Σ advance[m] · vₘ + noise · ε
@@ -31,12 +31,12 @@ from deco_jax.shapes import Grid, State
 class Table:
     """A sampler's coefficients; float64 with a leading axis [evaluations] and a second one [velocities]."""
 
-    step: np.ndarray  # int [evaluations]: the step an evaluation belongs to; its guidance and noise follow from it
+    step: np.ndarray  # int [evaluations]: the step that an evaluation belongs to, which decides its guidance and noise
     time: np.ndarray  # [evaluations]
     keep: np.ndarray  # [evaluations]
     advance: np.ndarray  # [evaluations, velocities], newest velocity first
     predict: np.ndarray  # [evaluations, velocities]
-    span: np.ndarray  # [evaluations]: the time over which a mean velocity is asked for; 0: the velocity
+    span: np.ndarray  # [evaluations]: the time span of a mean velocity; 0: the velocity
     noise: np.ndarray  # [evaluations]
     ends: np.ndarray  # int [steps - 1]: the evaluations after which the state is x at times[1:-1]
 
@@ -68,7 +68,7 @@ def adams(times: Grid, order: int) -> Table:
 
 
 def heun(times: Grid) -> Table:
-    """Heun's method, two evaluations a step; the last step is Euler's, with one: 2 · steps − 1 in all."""
+    """Heun's method, two evaluations per step; the last step is Euler's, with one: 2 · steps − 1 in all."""
     steps, dt = len(times) - 1, np.diff(times)
     evaluation = np.arange(2 * steps - 1)
     step, predictor = evaluation // 2, evaluation[:, None] % 2 == 0
@@ -82,7 +82,7 @@ def heun(times: Grid) -> Table:
 
 
 def heun_reuse(times: Grid) -> Table:
-    """Heun's method whose corrector's velocity is the next step's predictor: one evaluation a step.
+    """Heun's method that reuses the corrector's velocity as the next step's predictor: one evaluation per step.
 
     Evaluation i corrects step i − 1 and predicts step i; the last step is Euler's.
     """

@@ -58,11 +58,11 @@ def check_average(sample: ml_collections.ConfigDict, there: Iterable[str]) -> No
 
 
 def _no_average(name: str, there: Iterable[str]) -> str:
-    return f"config.sample.guidance_average={name!r} is not an average there; choose from {', '.join(there)}"
+    return f"config.sample.guidance_average={name!r} is not an average of that model; choose from {', '.join(there)}"
 
 
 def load_other(config: ml_collections.ConfigDict, mesh: Mesh) -> Other | None:
-    """The model that config.sample.guidance_model names, computed in the types of `config`; None if it names none.
+    """Load the model that config.sample.guidance_model names, computed in the types of `config`; None if it is empty.
 
     Raises:
         UserError: there is no such run or average, or its model takes another condition or other image sizes.
@@ -76,7 +76,7 @@ def load_other(config: ml_collections.ConfigDict, mesh: Mesh) -> Other | None:
         theirs, ours = stored.model[name], config.model[name]
         if theirs != ours:
             raise UserError(
-                f"config.sample.guidance_model={config.sample.guidance_model} is guided by another condition: "
+                f"config.sample.guidance_model={config.sample.guidance_model} takes another condition: "
                 f"model.{name} is {theirs} there and {ours} here"
             )
     patch, sides = stored.model.patch_size, image_sides(config.data.image_size)
