@@ -80,7 +80,7 @@ MACHINE = [
     (["--config.data.source=image_folder", "--config.data.path={tmp}/none"], "no such folder: .*/none"),
     (["--config.data.source=image_folder", "--config.data.path={tmp}"], "no class folders"),
     (["--config.data.source=tfds", "--config.data.path={tmp}/none"], "no such folder: .*/none"),
-    (["--config.model.num_classes=11"], "the data has 10 classes, the model 11"),
+    (["--config.model.num_classes=11"], "the data has 10 classes, but the model has 11"),
     (["--config.data.source=image_folder", "--config.data.path={data}/no_images"], "class folders without images"),
     (
         ["--config.data.source=image_folder", "--config.data.path={data}/one_class"],
@@ -127,7 +127,7 @@ MACHINE = [
     (["--workdir=~nobodyatall/run"], "~nobodyatall/run: there is no user nobodyatall with a home folder"),
     (["--config.teacher.path=~nobodyatall/w.pth"], "config.teacher.path=~nobodyatall/w.pth: there is no user"),
     (["--mode=encode"], "for text-to-image models, but config.model.text_width is 0"),
-    (["--config.data.source=captioned_digits"], "the data has captions, the model 10 classes"),
+    (["--config.data.source=captioned_digits"], "the data has captions, but the model has 10 classes"),
 ]
 TEXT = "--config=configs/t2i_256.py:smoke"
 TEXTS = [
@@ -140,7 +140,7 @@ TEXTS = [
     (["--config.sample.prompts={tmp}/none.txt"], "no such file of prompts: .*/none.txt"),
     (["--config.sample.images_per_prompt=2"], "images_per_prompt applies to config.sample.prompts, which is empty"),
     (["--config.sample.prompts={tmp}"], "a folder without .txt files"),
-    (["--config.data.source=digits"], "the data has 10 classes, the model takes captions"),
+    (["--config.data.source=digits"], "the data has 10 classes, but the model takes captions"),
     (["--mode=sample", "--config.sample.prompts=a cat"], "there is no checkpoint in"),
 ]
 

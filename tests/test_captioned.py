@@ -137,9 +137,9 @@ def test_pairs(kind, request):
     copy = pickle.loads(pickle.dumps(source))
     assert [copy[i] for i in range(40)] == [source[i] for i in range(40)]
     check_classes(source, 0)
-    with pytest.raises(UserError, match="the data has captions, the model 10 classes"):
+    with pytest.raises(UserError, match="the data has captions, but the model has 10 classes"):
         check_classes(source, 10)
-    with pytest.raises(UserError, match="the data has 10 classes, the model takes captions"):
+    with pytest.raises(UserError, match="the data has 10 classes, but the model takes captions"):
         check_classes(Digits(), 0)
 
 
@@ -419,7 +419,7 @@ def test_index_where_the_data_can_t_be_written(tars, looked_into, monkeypatch, t
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     with caplog.at_level("WARNING", "absl"):
         assert len(reopened(looked_into, "webdataset", tars)[0]) == 3
-    assert "made again each time" in caplog.text
+    assert "rebuilt each time" in caplog.text
 
 
 def test_an_old_index_beside_the_data_does_not_hide_a_new_one(tars, looked_into, monkeypatch, tmp_path):

@@ -180,7 +180,7 @@ def test_weights_that_make_no_sense(text):
 
 
 def test_what_has_no_captions_is_refused(tmp_path):
-    with pytest.raises(UserError, match="the source digits hasn't any; choose one of captioned_folder"):
+    with pytest.raises(UserError, match="the source digits has none; choose one of captioned_folder"):
         sources.open_source(settings("digits", ""))
     path = in_parquet(tmp_path / "data")
     with pytest.raises(UserError, match="has no column short, only image, txt, long, rare"):

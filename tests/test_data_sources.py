@@ -133,7 +133,7 @@ def test_mistakes_in_the_config(folder, tmp_path):
 
 def test_class_count():
     check_classes(Digits(), 10)
-    with pytest.raises(UserError, match="the data has 10 classes, the model 1000"):
+    with pytest.raises(UserError, match="the data has 10 classes, but the model has 1000"):
         check_classes(Digits(), 1000)
 
 

@@ -75,7 +75,7 @@ def test_what_does_not_go_together_is_said(tmp_path):
         sources.open_source(config(f"{one},{other}", "1,1"))
     with pytest.raises(UserError, match="has 3 numbers for 1 paths"):
         sources.open_source(config(str(one), "1,1,2"))
-    with pytest.raises(UserError, match="must be numbers"):
+    with pytest.raises(UserError, match="must be comma-separated numbers"):
         sources.open_source(config(f"{one},{one}", "half,half"))
 
 

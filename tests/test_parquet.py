@@ -86,8 +86,8 @@ def test_captions_by_column(folder):
     [
         ({"image_column": "img"}, "has no column img, only image, label, text; set --config.data.image_column"),
         ({"label_column": "text"}, "the column text holds string .* labels are integers"),
-        ({"split": "validation"}, "holds no .parquet file of the split validation"),
-        ({"path": "{folder}/none"}, "none holds no .parquet file"),
+        ({"split": "validation"}, "has no .parquet file of the split validation"),
+        ({"path": "{folder}/none"}, "none has no .parquet file"),
     ],
 )
 def test_what_is_wrong_is_said(folder, more, says):

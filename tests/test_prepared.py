@@ -83,7 +83,7 @@ def test_cut_off_it_goes_on_with_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepared, "write_shard", cut_off)
     with pytest.raises(KeyboardInterrupt):
         program.prepare(settings, str(tmp_path / "part"))
-    with pytest.raises(UserError, match=r"holds no complete prepared\.json; run --mode=prepare"):
+    with pytest.raises(UserError, match=r"has no complete prepared\.json; run --mode=prepare"):
         sources.open_source(config(tmp_path / "part", source="prepared").data)
     monkeypatch.setattr(prepared, "write_shard", real)
     capsys.readouterr()

@@ -293,7 +293,7 @@ def test_stored_text_features_of_a_bucket(here, tmp_path):
     np.testing.assert_array_equal(store.null, values[0])
     for i in range(6):
         np.testing.assert_array_equal(store(i, f"caption {i}")["text"], values[i])
-    with pytest.raises(UserError, match="of other captions"):
+    with pytest.raises(UserError, match="belong to other captions"):
         store(1, "another")
 
 

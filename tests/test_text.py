@@ -266,7 +266,7 @@ def test_a_cut_off_encoding_goes_on(stored, tmp_path, capsys):
     (folder / "captions_00002.npy").unlink()
     (folder / "features_00003.npy").write_bytes(b"half")
     (folder / "captions_00003.npy").unlink()
-    with pytest.raises(UserError, match=r"incomplete: 2 of 4 .*goes on from there"):
+    with pytest.raises(UserError, match=r"incomplete: 2 of 4 .*continues from there"):
         condition.open_condition(config, sharding.make_mesh(1, 1), sources.open_source(config.data))
     encode.encode(config, "")
     assert "1,797 captions, 1,000 of them done" in capsys.readouterr().out
@@ -293,7 +293,7 @@ def test_features_of_something_else_are_refused(stored, tmp_path, monkeypatch):
     refused(r"length: 24 there, 8 here", shorter)
 
     monkeypatch.setattr(sources.CaptionedDigits, "NAMES", tuple("abcdefghij"))
-    refused("are of other captions .*'a handwritten a'", config)
+    refused("belong to other captions .*'a handwritten a'", config)
     # A single one that the look beforehand misses is found when it is read.
     store = features_lib.Features(config.text.features, {})
     store(0, "a handwritten zero")

@@ -181,4 +181,4 @@ def test_with_stored_features(tmp_path):
         f"--config.text.validation_features={tmp_path / 'train'}",
     )  # fmt: skip
     assert refused.returncode == 1
-    assert re.fullmatch(r"error: the features in .*/train are of something else[^\n]*\n", refused.stderr)
+    assert re.fullmatch(r"error: the features in .*/train belong to something else[^\n]*\n", refused.stderr)

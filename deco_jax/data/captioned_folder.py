@@ -31,7 +31,7 @@ from deco_jax.data.source import IMAGE_SUFFIXES, Source, printable
 from deco_jax.errors import UserError
 from deco_jax.run import storage
 
-# From here on it pays to start processes for reading headers: their own work is then what takes the time.
+# From this many headers on, starting processes to read them pays off, because their own work then takes the time.
 MANY_PAIRS_OF_FILES = 20_000
 
 FOLDER_PAIR = np.dtype([("width", "<u4"), ("height", "<u4"), ("name_size", "<u2")])
@@ -40,14 +40,14 @@ FOLDER_PAIR = np.dtype([("width", "<u4"), ("height", "<u4"), ("name_size", "<u2"
 class CaptionedFolder(Source):
     """`root/.../NAME.jpg|jpeg|png|webp`, each with a caption `NAME.txt` (UTF-8) beside it, at any depth.
 
-    Hidden files and folders are passed over. Samples are ordered by folder, then by name. Images with a side below
-    that of `image_size`, (height, width), are left out, and so are those whose header or caption can't be read.
+    Hidden files and folders are ignored. Samples are ordered by folder, then by name. Images with a side below that of
+    `image_size`, (height, width), are left out, and so are those whose header or caption can't be read.
 
     Many headers are read in `num_workers` processes.
 
     Args:
-        captions: weights of several captions of an image, by name: "txt" is NAME.txt, which is always there, and any
-            other X is NAME.X.txt, which may be missing; empty: NAME.txt alone.
+        captions: weights of several captions of an image, by name: "txt" is NAME.txt, which always exists, and any
+            other X is NAME.X.txt, which may be missing; empty: only NAME.txt.
 
     Raises:
         UserError: the folder can't be listed, or no pair can be used.
@@ -117,7 +117,7 @@ def _read_caption(image_path: str, suffix: str = "") -> str:
         return parse_caption(storage.read(path)[: MAX_CAPTION_BYTES + 1], is_json=False)
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_CAPTION_BYTES:
-        raise ValueError(f"{path} is no file of at most {MAX_CAPTION_BYTES} bytes")
+        raise ValueError(f"{path} is not a file of at most {MAX_CAPTION_BYTES} bytes")
     with open(path, "rb") as file:
         return parse_caption(file.read(), is_json=False)
 

@@ -1,7 +1,7 @@
-"""Pairs of an image and a caption: which there are, how large their images are, and the index that remembers it.
+"""Finds pairs of an image and a caption, with the size of each image, and keeps them in an index.
 
-Only headers are read: no pixel is decoded and no archive unpacked. What can't be used is counted by reason. The index
-keeps the sizes of all images, so it serves every target size. The two layouts are in `captioned_folder.py` and
+Only headers are read: no pixel is decoded and no archive is unpacked. Unusable pairs are counted by reason. The index
+stores the sizes of all images, so it works for every target size. The two layouts are in `captioned_folder.py` and
 `webdataset.py`.
 """
 
@@ -34,7 +34,7 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 SECONDS_BETWEEN_SAVES = 60.0
 VERSION = 1
 
-# Why something is left out, as it is said.
+# The reasons for leaving something out, as printed.
 NO_CAPTION = "images without a caption"
 NO_IMAGE = "captions without an image"
 BAD_CAPTION = "captions that are empty or can't be read"
@@ -147,15 +147,15 @@ def header_size(file: BinaryIO, num_bytes: int) -> tuple[int, int] | str:
             width, height = picture.size
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         return OVERSIZED
-    except Exception:  # on a damaged file PIL raises nearly anything
+    except Exception:  # PIL may raise nearly anything on a damaged file
         return BROKEN
     return OVERSIZED if width * height > MAX_PIXELS else (width, height)
 
 
 class PairIndex:
-    """Shards by relative path, kept in a file beside the data or, where that can't be written, in a cache folder.
+    """Shards by relative path, stored in a file beside the data, or in a cache folder if that isn't writable.
 
-    Any number of processes may read and write it at once: a file is replaced as a whole, by a true one.
+    Any number of processes may read and write it at once: the file is only replaced as a whole, by a correct one.
     """
 
     def __init__(self, root: str, kind: str, pair: np.dtype) -> None:
@@ -213,8 +213,8 @@ class PairIndex:
                 raise ValueError("cut short")
         except FileNotFoundError:
             return {}
-        except Exception as error:  # whatever is wrong with it, it can be made again
-            logging.warning("the index %s can't be read (%s) and is made again", path, error)
+        except Exception as error:  # whatever is wrong with it, it can be rebuilt
+            logging.warning("the index %s can't be read (%s) and is rebuilt", path, error)
             return {}
         shards, pair_at, name_at = {}, 0, 0
         for name, key, count, size, skipped in table["shards"]:
@@ -240,7 +240,7 @@ class PairIndex:
                 return
             except OSError as error:
                 problem = error
-        logging.warning("the index can't be kept and will be made again each time: %s", problem)
+        logging.warning("the index can't be stored and will be rebuilt each time: %s", problem)
 
 
 Item = TypeVar("Item")

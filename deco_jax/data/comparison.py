@@ -1,4 +1,4 @@
-"""What reading images costs a core, and the same by PyTorch's DataLoader, for --mode=benchmark."""
+"""Measures what reading images costs a core, with this pipeline and PyTorch's DataLoader, for --mode=benchmark."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROUNDS, BATCHES, BATCH_SIZE = 5, 16, 32
 
 
 def images_per_core_second(source: Source, image_size: tuple[int, int], fast_crop: bool, count: int = 64) -> float:
-    """Images that one core reads, decodes and crops in a second, by the processor's time."""
+    """Return how many images one core reads, decodes and crops per second of processor time."""
     indices = np.linspace(0, len(source) - 1, count).astype(int).tolist()
     pipeline.read_one(source, indices[0], image_size, fast_crop=fast_crop)
     began = time.process_time()
@@ -53,10 +53,10 @@ class Plain:
 
 
 def against_torch(source: Source, image_size: tuple[int, int], fast_crop: bool) -> dict[str, float]:
-    """Images for a second of a core's time, by this pipeline and by PyTorch's DataLoader, one worker each, in turns.
+    """Measure images per core second with this pipeline and PyTorch's DataLoader, one worker each, in turns.
 
-    The time is that which the workers and this process spend on a processor, so that other work on the machine doesn't
-    count. Medians of ROUNDS.
+    The time is the processor time of the workers and this process, so other work on the machine doesn't count. Figures
+    are medians of ROUNDS.
 
     Raises:
         ImportError: PyTorch is not installed.
@@ -87,7 +87,7 @@ def against_torch(source: Source, image_size: tuple[int, int], fast_crop: bool) 
 
 
 def cpu_seconds() -> float:
-    """Processor time so far of this process and all that it started; Linux."""
+    """Return the processor time so far of this process and all its children; Linux only."""
     family, times, parents = {os.getpid()}, {}, {}
     for entry in pathlib.Path("/proc").iterdir():
         try:

@@ -1,11 +1,11 @@
-"""Features of a data set's captions on disk, encoded once by --mode=encode and read by data workers.
+"""Features of a dataset's captions on disk, encoded once by --mode=encode and read by data workers.
 
     FOLDER/store.json               how many captions, of what length and width, by which encoder
     FOLDER/null.npy                 the empty prompt's
     FOLDER/features_00000.npy, ...  bfloat16 as uint16 [captions, length, width], memory-mapped
-    FOLDER/captions_00000.npy, ...  uint64 [captions]: a hash of each caption, so that another is noticed
+    FOLDER/captions_00000.npy, ...  uint64 [captions]: a hash of each caption, so that changed ones are noticed
 
-Every file appears whole or not at all, and a folder that was cut off is gone on with.
+Every file appears whole or not at all, and an interrupted --mode=encode continues.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from deco_jax.errors import UserError
 from deco_jax.run import files, storage
 
 SHARD_BYTES = 2**28
-# So many captions, evenly spread, are compared before a training starts; the others when they are read.
+# Number of evenly spaced captions that are compared before training starts; the others are compared when they are read.
 CHECKED = 1000
 REMEDY = "remove the folder and run --mode=encode again, or name another with config.text.features"
 
@@ -63,7 +63,7 @@ class Features:
             and "encoder", a fingerprint. Without "encoder" any encoder will do.
 
     Raises:
-        UserError: there is no store, or it is of something else.
+        UserError: there is no store, or it belongs to something else.
     """
 
     def __init__(self, folder: str | pathlib.Path, key: dict[str, Any]) -> None:
@@ -84,7 +84,7 @@ class Features:
             raise UserError(f"{path} can't be read ({error!r}); {REMEDY}") from error
         if different:
             different = [line if len(line) < 60 else "another encoder" for line in different]
-            raise UserError(f"the features in {folder} are of something else ({'; '.join(different)}); {REMEDY}")
+            raise UserError(f"the features in {folder} belong to something else ({'; '.join(different)}); {REMEDY}")
 
     @property
     def num_shards(self) -> int:
@@ -124,7 +124,7 @@ class Features:
         shard, row = divmod(int(index), self.shard)
         if self._file(f"captions_{shard:05d}")[row] != caption_hash(caption):
             raise UserError(
-                f"the features in {self.folder} are of other captions (number {index} is now "
+                f"the features in {self.folder} belong to other captions (number {index} is now "
                 f"{caption[:60]!r}); {REMEDY}"
             )
 
@@ -147,7 +147,7 @@ class Features:
         if missing or not (self.folder / "null.npy").exists():
             raise UserError(
                 f"{self.folder} is incomplete: {len(missing)} of {self.num_shards} files of features are missing; "
-                "run --mode=encode again, which goes on from there"
+                "run --mode=encode again, which continues from there"
             )
         self.check_some(source)
 

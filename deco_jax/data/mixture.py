@@ -1,4 +1,4 @@
-"""Several data sets as one: each at its own share of the stream."""
+"""Several datasets as one, each with its own share of the stream."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Mixture(Source):
         for part in parts:
             if part.class_names != self.class_names:
                 raise UserError(
-                    f"the data sets of config.data.path have other classes: {len(self.class_names)} and "
-                    f"{len(part.class_names)}, or other names; give all of them the same classes, or captions"
+                    f"the datasets of config.data.path have different classes: {len(self.class_names)} and "
+                    f"{len(part.class_names)}, or different names; give all of them the same classes, or captions"
                 )
         self._ends = np.cumsum([len(part) for part in parts])
 

@@ -204,7 +204,7 @@ def _files(root: str, split: str) -> list[str]:
         ]
     if not names:
         what = f"of the split {split} " if split else ""
-        raise UserError(f"{root} holds no .parquet file {what}; check --config.data.path and --config.data.split")
+        raise UserError(f"{root} has no .parquet file {what}; check --config.data.path and --config.data.split")
     return [os.path.join(root, name) for name in names]
 
 

@@ -1,9 +1,9 @@
-"""From a source to uint8 batches, through Grain.
+"""Makes uint8 batches from a source, with Grain.
 
     shuffle → repeat → read, decode, crop → flip → batches → this host's → from the step on → worker processes
 
-Every stage is a function of the position in the stream, so the order depends on the seed and the step alone, not on
-the number of workers or hosts, and a run resumes by starting at its step.
+Every stage is a function of the position in the stream. So the order only depends on the seed and the step, not on the
+number of workers or hosts, and a run resumes by starting at its step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from deco_jax.errors import UserError
 # (index of the image, its caption) → arrays of fixed shapes that take the caption's place in the sample
 EncodeCaption = Callable[[int, str], dict[str, np.ndarray]]
 
-# The share of unreadable images is judged as if at least this many had been read: one bad file is no reason to stop.
+# The share of unreadable images counts as if at least this many had been read: one bad file is no reason to stop.
 MIN_IMAGES_JUDGED = 1000
 
 
@@ -78,7 +78,7 @@ class Batches(Iterator[dict[str, Any]]):
                 raise
             code = re.search(r"exit code (-?\d+)", str(error))
             raise WorkerLostError(
-                f"a data worker was killed{f' (exit code {code[1]})' if code else ''}, most often because this host is "
+                f"a data worker was killed{f' (exit code {code[1]})' if code else ''}, usually because this host is "
                 "out of memory; lower config.data.num_workers and start the same command again"
             ) from error
         names = [self._source.name(int(i)) for i in batch["unreadable"] if i >= 0]
@@ -235,5 +235,5 @@ def _local_size(batch_size: int, host_count: int) -> int:
 
 
 def _fits_shared_memory(size: int) -> bool:
-    """Whether /dev/shm has `size` bytes: containers often have 64 MB, and a worker that overruns it is killed."""
+    """Return whether /dev/shm has `size` bytes: containers often have 64 MB, and a worker that exceeds it is killed."""
     return not os.path.isdir("/dev/shm") or shutil.disk_usage("/dev/shm").free > size

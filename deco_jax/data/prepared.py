@@ -1,11 +1,11 @@
-"""A data set made ready once, by --mode=prepare, so that training only reads: ArrayRecord shards on a disk or in gs://.
+"""A dataset prepared once by --mode=prepare, so that training only reads: ArrayRecord shards on a disk or in gs://.
 
-    FOLDER/prepared.json             what it was made of, the classes, and the samples of each shard; written last
-    FOLDER/00000.array_record, ...   a record a sample: lengths, header, caption, image
+    FOLDER/prepared.json             what it was made from, the classes, and the samples of each shard; written last
+    FOLDER/00000.array_record, ...   a record per sample: lengths, header, caption, image
     FOLDER/00000.json, ...           a shard's labels, and the images left out; written after the shard
 
-Samples keep their order. Images are cropped as training crops them, so that training on them is training on the
-source, to the bit; `files` keeps them as they are.
+Samples keep their order. Images are cropped as in training, so training on them equals training on the source, to the
+bit; `files` stores the unchanged files.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Prepared(Source):
             names = index.get("captions", [])
         except FileNotFoundError:
             raise UserError(
-                f"{root} holds no complete {INDEX}; run --mode=prepare with --workdir={root}, which goes on where it "
+                f"{root} has no complete {INDEX}; run --mode=prepare with --workdir={root}, which continues where it "
                 "stopped"
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""A second data set that keeps a model from forgetting what it could, while it learns from the first."""
+"""A second dataset that keeps a model from forgetting what it knew while it learns from the first."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from deco_jax.errors import UserError
 
 
 class WithPrior(Mixture):
-    """A data set and its prior: pictures of the same kind of thing, or pictures that the pretrained model drew.
+    """A dataset and its prior: pictures of the same kind of thing, or pictures that the pretrained model drew.
 
-    Half of the stream is of each. The classes are those of both, in the order of their names; a class may be in one or
-    in both. A sample of the prior says so, `prior`, for its own weight in the loss.
+    Each makes up half of the stream. The classes are those of both, sorted by name; a class may be in one or both. A
+    sample of the prior is marked by `prior`, for its own weight in the loss.
 
     Source: Ruiz et al. 2023 (arXiv 2208.12242), §3.2, prior preservation.
 

@@ -283,8 +283,8 @@ def open_source(data: Any) -> Source:
     captions = parse_weights(data.get("captions") or "")
     if captions and data.source not in SEVERAL_CAPTIONS:
         raise UserError(
-            f"config.data.captions={data.captions} draws among several captions, and the source {data.source} hasn't "
-            f"any; choose one of {', '.join(SEVERAL_CAPTIONS)}, or leave it empty"
+            f"config.data.captions={data.captions} draws among several captions, but the source {data.source} has "
+            f"none; choose one of {', '.join(SEVERAL_CAPTIONS)}, or leave it empty"
         )
     if data.source == "digits":
         return Digits()
@@ -316,11 +316,11 @@ def open_source(data: Any) -> Source:
 
 
 def _open_mixture(data: Any) -> Mixture:
-    """The data sets whose paths are in data.path, comma separated, at the shares of data.weights."""
+    """Open the datasets whose comma-separated paths are in data.path, with the shares of data.weights."""
     try:
         weights = [float(weight) for weight in data.weights.split(",")]
     except ValueError as error:
-        raise UserError(f"config.data.weights={data.weights} must be numbers with commas, as in 3,1") from error
+        raise UserError(f"config.data.weights={data.weights} must be comma-separated numbers, such as 3,1") from error
     paths = [path.strip() for path in data.path.split(",")]
     settings = {name: data[name] for name in data}
     parts = [open_source(ml_collections.ConfigDict({**settings, "path": path, "weights": ""})) for path in paths]
@@ -328,9 +328,9 @@ def _open_mixture(data: Any) -> Mixture:
 
 
 def _open_with_prior(data: Any) -> WithPrior:
-    """The data set of data.path, and the one of data.prior_path beside it."""
+    """Open the dataset of data.path together with the one of data.prior_path."""
     if data.get("weights"):
-        raise UserError("config.data.prior_path goes with one data set; leave config.data.weights empty")
+        raise UserError("config.data.prior_path only works with one dataset; leave config.data.weights empty")
     settings = {name: data[name] for name in data} | {"prior_path": ""}
     mine, prior = (ml_collections.ConfigDict({**settings, "path": path}) for path in (data.path, data.prior_path))
     return WithPrior(open_source(mine), open_source(prior))
@@ -340,16 +340,16 @@ def check_classes(source: Source, num_classes: int) -> None:
     """Raise UserError unless the source has as many classes as the model (none on both sides: captions)."""
     if source.num_classes and not num_classes:
         raise UserError(
-            f"the data has {source.num_classes} classes, the model takes captions; set --config.data.source to "
+            f"the data has {source.num_classes} classes, but the model takes captions; set --config.data.source to "
             "captioned_folder, webdataset or captioned_digits"
         )
     if num_classes and not source.num_classes:
         raise UserError(
-            f"the data has captions, the model {num_classes} classes; choose a text-to-image config, or set "
+            f"the data has captions, but the model has {num_classes} classes; choose a text-to-image config, or set "
             "--config.data.source to image_folder or tfds"
         )
     if source.num_classes != num_classes:
         raise UserError(
-            f"the data has {source.num_classes} classes, the model {num_classes}; "
+            f"the data has {source.num_classes} classes, but the model has {num_classes}; "
             f"set --config.model.num_classes={source.num_classes} or check data.path"
         )

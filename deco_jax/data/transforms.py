@@ -1,4 +1,4 @@
-"""From an encoded image to uint8 pixels of one size, as ADM (guided-diffusion) prepares ImageNet."""
+"""Turns encoded images into uint8 pixels of one size, as ADM (guided-diffusion) prepares ImageNet."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ MIN_CROP = 0.8  # the least share of the shorter side that a random crop shows
 
 
 def image_sides(size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of config.data.image_size."""
+    """Return (height, width) of config.data.image_size."""
     return (size, size) if isinstance(size, int) else tuple(size)  # type: ignore[return-value]
 
 
 def decode(image: bytes | str | np.ndarray) -> Image.Image:
-    """An RGB picture from an encoded file, a path to one, or uint8 pixels `[height, width]` or `[height, width, 3]`.
+    """Return an RGB picture from a file's bytes, its path, or uint8 pixels `[height, width]` or `[height, width, 3]`.
 
     CMYK, palette and gray images are converted, alpha is dropped, 16-bit gray is scaled to 8 bits; EXIF
     orientation is not applied (ADM's `.convert("RGB")`). Raises whatever PIL raises for a file it cannot read.
@@ -41,7 +41,7 @@ def decode(image: bytes | str | np.ndarray) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: tuple[int, int], fast: bool = False) -> np.ndarray:
-    """The centre of an RGB picture as uint8 `[height, width, 3]`, `size` being (height, width).
+    """Return the centre of an RGB picture as uint8 `[height, width, 3]`; `size` is (height, width).
 
     ADM's crop, which is DeCo's preprocessing too: halve by box averaging while both sides stay at least twice
     the target, resize bicubically until the target is just covered, cut its centre out. Raises ValueError where
@@ -67,7 +67,7 @@ def center_crop(image: Image.Image, size: tuple[int, int], fast: bool = False) -
 
 
 def random_crop(image: Image.Image, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """A random part of an RGB picture as uint8 `[height, width, 3]`, `size` being (height, width).
+    """Return a random part of an RGB picture as uint8 `[height, width, 3]`; `size` is (height, width).
 
     As ADM's random crop: the picture is made to cover the target enlarged by a factor from 1 to 1.25, and the target is
     cut out of it anywhere. Raises as `center_crop`.
@@ -84,5 +84,5 @@ def random_crop(image: Image.Image, size: tuple[int, int], rng: np.random.Genera
 
 
 def flip(image: np.ndarray) -> np.ndarray:
-    """Left and right exchanged: `[height, width, 3]`."""
+    """Mirror an image `[height, width, 3]` left to right."""
     return image[:, ::-1]

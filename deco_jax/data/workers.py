@@ -1,4 +1,4 @@
-"""How a worker process lives and dies with the main one."""
+"""Ties worker processes to the main process."""
 
 from __future__ import annotations
 
