@@ -140,8 +140,9 @@ def export_checkpoint(config: ml_collections.ConfigDict, workdir: str, checkpoin
     if names := make_prediction(config).measured:
         found = checkpoint.load_measured(where, names, mesh)
         arrays: dict[str, Any] = {name: np.asarray(a) for name, a in found.items()}
-        with files.whole(folder / api.MEASURED) as part:
-            np.savez(part, **arrays)
+        # An open file: given a path, NumPy would add .npz to its name.
+        with files.whole(folder / api.MEASURED) as part, part.open("wb") as file:
+            np.savez(file, **arrays)
     write_json(folder / "config.json", stored)
     if why := _no_official_module(config.model):
         print(f"exported {where} to {folder}: {weights}, config.json; no deco.ckpt: {why}")
