@@ -98,7 +98,7 @@ class Attention(nnx.Module):
         return self.out.from_heads(kept(mixed))
 
     def by_kernel(self, x: jax.Array, angles: jax.Array | None, text: jax.Array | None) -> jax.Array:
-        """The same by `flash.attention`, heads as [batch, heads, head_width, tokens]."""
+        """Do the same by `flash.attention`, heads as [batch, heads, head_width, tokens]."""
         q, k, v = self.qkv.to_heads_down(x, self.num_heads, 3)
         if text is not None:
             text_k, text_v = self.text_kv.to_heads_down(text, self.num_heads, 2)

@@ -124,7 +124,7 @@ class TextTower(nnx.Module):
 
 
 def square(images: jax.Array, side: int) -> jax.Array:
-    """uint8 images [batch, height, width, 3] → their middle square in [0, 1], resized (bicubic, antialiased)."""
+    """Cut uint8 images [batch, height, width, 3] to their middle square in [0, 1], resized (bicubic, antialiased)."""
     _, height, width, _ = images.shape
     rows, columns = (length * side // min(height, width) for length in (height, width))
     x = images.astype(jnp.float32) / 255

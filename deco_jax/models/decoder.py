@@ -35,7 +35,7 @@ ROWS_AT_A_TIME = 8192  # of the decoder on a TPU: 2 MB an array in bfloat16
 
 
 def cosine_basis(side: int) -> np.ndarray:
-    """Position features of a class-to-image patch: cos(π·x·fx)·cos(π·y·fy) / (1 + fx·fy).
+    """Return the position features of a class-to-image patch: cos(π·x·fx)·cos(π·y·fy) / (1 + fx·fy).
 
     Returns:
         float32 [side², 64], pixels row by row; x, y = linspace(0, 1, side) along columns and rows,
@@ -49,7 +49,7 @@ def cosine_basis(side: int) -> np.ndarray:
 
 
 def rotary_basis(side: int) -> np.ndarray:
-    """Position features of a text-to-image patch: the cosines of a width-128 RoPE table.
+    """Return the position features of a text-to-image patch: the cosines of a width-128 RoPE table.
 
     Returns:
         float32 [side², 64], pixels row by row, both axes linspace(0, side, side).
@@ -59,7 +59,7 @@ def rotary_basis(side: int) -> np.ndarray:
 
 
 def weights(linear: nnx.Linear) -> tuple[jax.Array, jax.Array]:
-    """A Linear's kernel [inputs, outputs] and bias [outputs]."""
+    """Return a Linear's kernel [inputs, outputs] and bias [outputs]."""
     if linear.bias is None:
         raise ValueError("this Linear has no bias")
     return linear.kernel[...], linear.bias[...]
@@ -68,7 +68,7 @@ def weights(linear: nnx.Linear) -> tuple[jax.Array, jax.Array]:
 def embed_pixels(
     values: jax.Array, basis: np.ndarray, embed: nnx.Linear, following: nnx.Linear | None = None
 ) -> jax.Array:
-    """following(embed(values ++ basis)), without ever building the wide per-pixel vectors.
+    """Return following(embed(values ++ basis)), without ever building the wide per-pixel vectors.
 
     The position features are the same in every patch and nothing nonlinear stands between the two layers,
     so both fold into one small matrix for the values and one bias a query: at width 32 that is 96
@@ -89,7 +89,7 @@ def embed_pixels(
 def embedding_weights(
     channels: int, basis: np.ndarray, embed: nnx.Linear, following: nnx.Linear | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """`embed_pixels` as one matrix [channels, width] and a bias a query [queries, width], both float32."""
+    """Return `embed_pixels` as one matrix [channels, width] and a bias a query [queries, width], both float32."""
     with jax.default_matmul_precision("highest"):  # tiny, so exactness is free
         kernel, bias = weights(embed)
         weight, offset = kernel[:channels], jnp.asarray(basis) @ kernel[channels:] + bias
@@ -100,7 +100,7 @@ def embedding_weights(
 
 
 def to_queries(images: jax.Array, patch_size: int, query_size: int) -> jax.Array:
-    """[batch, height, width, 3] → [batch, tokens, queries a token, 3 · query_size²], all row by row."""
+    """Cut [batch, height, width, 3] into [batch, tokens, queries a token, 3 · query_size²], all row by row."""
     patches = patchify(images, patch_size)
     batch, tokens = patches.shape[:2]
     queries = patchify(patches.reshape(batch * tokens, patch_size, patch_size, 3), query_size)
@@ -108,7 +108,7 @@ def to_queries(images: jax.Array, patch_size: int, query_size: int) -> jax.Array
 
 
 def from_queries(queries: jax.Array, patch_size: int, query_size: int, height: int, width: int) -> jax.Array:
-    """Undoes `to_queries`."""
+    """Undo `to_queries`."""
     batch, tokens = queries.shape[:2]
     patches = queries.reshape(batch * tokens, -1, query_size**2, 3)
     patches = unpatchify(patches, query_size, patch_size, patch_size).reshape(batch, tokens, patch_size**2, 3)
@@ -139,7 +139,7 @@ class DecoderBlock(nnx.Module):
         return h + gate * self.mlp_out(jax.nn.silu(self.mlp_in(modulate(self.norm(h), shift, scale))))
 
     def side_by_side(self, rows: Rows, h: jax.Array, condition: jax.Array) -> jax.Array:
-        """The same for rows that hold several queries, in float32."""
+        """Do the same for rows that hold several queries, in float32."""
 
         def norm(h: jax.Array) -> jax.Array:
             y = side_by_side.normalize(rows, h, self.norm.epsilon)
@@ -226,7 +226,7 @@ class PixelDecoder(nnx.Module):
         return from_queries(values, self.patch_size, self.query_size, *images.shape[1:3])
 
     def side_by_side(self, queries: jax.Array, features: jax.Array, basis: np.ndarray, count: int) -> jax.Array:
-        """The same for TPUs: `count` queries of a token share a row, whose channels then fill the 128 lanes.
+        """Do the same for TPUs: `count` queries of a token share a row, whose channels then fill the 128 lanes.
 
         A product with a small matrix becomes one with that matrix `count` times along a diagonal, and so does a mean
         over a query's channels. Some thousand rows at a time stay in the fast memory; the backward pass computes them
@@ -270,7 +270,7 @@ class PixelDecoder(nnx.Module):
         return values.astype(jnp.float32).reshape(queries.shape)
 
     def decode(self, h: jax.Array, condition: jax.Array) -> jax.Array:
-        """Embedded queries and their conditions, both [queries, width] → values [queries, 3 · query_size²]."""
+        """Decode embedded queries and their conditions, both [queries, width], to values [queries, 3 · query_size²]."""
         if self.interaction == "adaln":
             condition = jax.nn.silu(condition)
         h = run_stack(

@@ -77,13 +77,13 @@ class DINOv2(nnx.Module):
 
     @classmethod
     def of_size(cls, size: str, *, registers: int = 0, dtype: Dtype = jnp.float32, rngs: nnx.Rngs) -> DINOv2:
-        """ViT-S/14, ViT-B/14, ViT-L/14 or ViT-g/14 by the letter."""
+        """Make ViT-S/14, ViT-B/14, ViT-L/14 or ViT-g/14 by the letter."""
         style = STYLES.get(size, PLAIN)
         return cls(*sizes(size), style=style, registers=registers, dtype=dtype, rngs=rngs)
 
     @jax.named_scope("teacher")
     def __call__(self, images: Maps, patch_size: int = 16) -> View:
-        """Features of the patches that a student with patches of `patch_size` pixels has.
+        """Return the features of the patches that a student with patches of `patch_size` pixels has.
 
         The images are resized by 14 / patch_size, so that both have the same tokens.
 
@@ -114,14 +114,14 @@ class DINOv2(nnx.Module):
 
 
 def sizes(size: str) -> tuple[int, int, int]:
-    """Width, depth and heads of a size's letter."""
+    """Return width, depth and heads of a size's letter."""
     if size not in SIZES:
         raise UserError(f"unknown DINOv2 size {size!r}; use one of {', '.join(SIZES)}")
     return SIZES[size]
 
 
 def teacher(size: str, path: str, dtype: str, patch_size: int, registers: int = 0) -> FrozenNetwork:
-    """DINOv2 as a teacher: images [batch, height, width, 3], uint8 or in [0, 1], to a `View`.
+    """Return DINOv2 as a teacher: images [batch, height, width, 3], uint8 or in [0, 1], to a `View`.
 
     Args:
         size: its letter.
@@ -147,7 +147,7 @@ def flops(size: str, patch_size: int, registers: int, height: int, width: int) -
 
 
 def preprocess(images: jax.Array, patch_size: int = 16) -> jax.Array:
-    """uint8 or [0, 1] images [batch, height, width, 3] to the teacher's input.
+    """Bring uint8 or [0, 1] images [batch, height, width, 3] to the teacher's input.
 
     Returns:
         float32 [batch, height·14/patch_size, width·14/patch_size, 3] with ImageNet's mean and deviation removed.
@@ -160,7 +160,7 @@ def preprocess(images: jax.Array, patch_size: int = 16) -> jax.Array:
 
 
 def resize_positions(table: jax.Array, rows: int, columns: int, *, antialiased: bool = False) -> jax.Array:
-    """The position table [37², width] on another grid: [rows · columns, width].
+    """Resize the position table [37², width] on another grid: [rows · columns, width].
 
     The scale has DINOv2's offset of 0.1 in it, so new samples are not quite centred; with registers it hasn't, and the
     table is filtered as it shrinks (`antialiased`).
@@ -197,7 +197,7 @@ POSITIONS: Transform = one_to_one(
 
 
 def table(depth: int, layout: str = META_LAYOUT, *, registers: int = 0, gated: bool = False) -> list[Row]:
-    """The rows of a DINOv2 of `depth` blocks, in Meta's or Hugging Face's layout."""
+    """Return the rows of a DINOv2 of `depth` blocks, in Meta's or Hugging Face's layout."""
     many = {"count": depth}
     prefix = "" if layout == META_LAYOUT else "embeddings."
     extra = [Row(f"{prefix}register_tokens", "register_tokens", POSITIONS)] if registers else []
@@ -252,7 +252,7 @@ def from_torch(
     dtype: Any = np.float32,
     what: str = "the teacher's file",
 ) -> dict[str, Any]:
-    """DINOv2 tensors of either layout as our parameters.
+    """Return DINOv2 tensors of either layout as our parameters.
 
     Args:
         dtype: of the Linear kernels; everything else is float32.
@@ -277,7 +277,7 @@ def from_torch(
 
 
 def check_teacher(path: str | os.PathLike[str] | None, size: str, registers: int = 0) -> Path:
-    """The path, if something is there.
+    """Return the path, if something is there.
 
     Raises:
         UserError: it isn't set or doesn't exist; the message says where the weights are.
@@ -297,7 +297,7 @@ def check_teacher(path: str | os.PathLike[str] | None, size: str, registers: int
 def load_teacher(
     path: str | os.PathLike[str] | None, size: str = "B", *, registers: int = 0, dtype: Any = np.float32
 ) -> dict[str, Any]:
-    """Parameters of `DINOv2.of_size(size)` from a `.pth` or safetensors file or a folder.
+    """Read the parameters of `DINOv2.of_size(size)` from a `.pth` or safetensors file or a folder.
 
     Args:
         path: `dinov2_vitb14_pretrain.pth`, or the Hugging Face repository's folder or `model.safetensors`.

@@ -43,12 +43,12 @@ class Options(NamedTuple):
 
 
 def fits(tokens: int, keys: int, head_width: int) -> bool:
-    """Whether the kernels take these sizes."""
+    """Say whether the kernels take these sizes."""
     return head_width % SUBLANES == 0 and query_block(tokens, keys) > 0
 
 
 def query_block(tokens: int, keys: int) -> int:
-    """How many queries are taken at a time; 0 if there is no such block."""
+    """Return how many queries are taken at a time; 0 if there is no such block."""
     sizes = [n for n in (BLOCK, 256, 128) if tokens % n == 0 and n * keys <= SCORES]
     if sizes:
         return sizes[0]
@@ -56,7 +56,7 @@ def query_block(tokens: int, keys: int) -> int:
 
 
 def tables(angles: jax.Array | np.ndarray, keys: int) -> tuple[jax.Array, jax.Array]:
-    """Cosines and signed sines [head_width, keys] of rotary angles [tokens, head_width / 2].
+    """Return the cosines and signed sines [head_width, keys] of rotary angles [tokens, head_width / 2].
 
     Keys behind the last token are not rotated.
     """
@@ -75,7 +75,7 @@ def attention(
     *,
     epsilon: float,
 ) -> jax.Array:
-    """softmax(rotate(norm(q))ᵀ · rotate(norm(k)) / √head_width) · v of every head.
+    """Return softmax(rotate(norm(q))ᵀ · rotate(norm(k)) / √head_width) · v of every head.
 
     Args:
         q: [batch, heads, head_width, tokens]; k, v: [batch, heads, head_width, keys], tokens first.
@@ -117,7 +117,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def product(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    """The product of two matrices over an axis of each, float32."""
+    """Return the product of two matrices over an axis of each, float32."""
     exact = a.dtype == jnp.float32
     return jax.lax.dot_general(
         a,
@@ -129,14 +129,14 @@ def product(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
 
 
 def swap(x: jax.Array) -> jax.Array:
-    """The two channels of each pair in the other's place; x [channels, tokens], float32."""
+    """Exchange the two channels of each pair; x [channels, tokens], float32."""
     rows = x.reshape(-1, SUBLANES, x.shape[-1])
     even = jax.lax.broadcasted_iota(jnp.int32, rows.shape, 1) % 2 == 0
     return jnp.where(even, pltpu.roll(rows, SUBLANES - 1, 1), pltpu.roll(rows, 1, 1)).reshape(x.shape)
 
 
 def turned(x: jax.Array, scale: jax.Array, cos: jax.Array, sin: jax.Array, epsilon: float) -> jax.Array:
-    """RMS norm over the channels, scale and rotation of x [channels, tokens], float32."""
+    """Apply RMS norm over the channels, scale and rotation of x [channels, tokens], float32."""
     x = x.astype(jnp.float32)
     y = x * jax.lax.rsqrt(jnp.mean(x * x, axis=0, keepdims=True) + epsilon) * scale
     return y * cos + swap(y) * sin
@@ -145,7 +145,7 @@ def turned(x: jax.Array, scale: jax.Array, cos: jax.Array, sin: jax.Array, epsil
 def turned_gradient(
     x: jax.Array, scale: jax.Array, cos: jax.Array, sin: jax.Array, epsilon: float, gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradients of `turned` by x, float32, and by scale [channels, 1]."""
+    """Return the gradients of `turned` by x, float32, and by scale [channels, 1]."""
     x = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=0, keepdims=True) + epsilon)
     y = x * inverse
@@ -156,7 +156,7 @@ def turned_gradient(
 
 
 def factor(head_width: int) -> float:
-    """What queries are multiplied by, so that the scores are exponents of two."""
+    """Return what queries are multiplied by, so that the scores are exponents of two."""
     return math.log2(math.e) / math.sqrt(head_width)
 
 
@@ -242,7 +242,7 @@ def _backward_kernel(
 
 
 def _specs(options: Options, *arrays: jax.Array) -> list[pl.BlockSpec]:
-    """Arrays with batch and heads go in by groups of heads, the others whole."""
+    """Pass arrays with batch and heads in by groups of heads, the others whole."""
 
     def spec(array: jax.Array) -> pl.BlockSpec:
         if array.ndim == 2:

@@ -45,7 +45,7 @@ class Features(NamedTuple):
 
 
 def _interpolation(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each output position its lower and upper neighbour and the share of the upper one, in TF1's float32 steps."""
+    """Return each output's lower and upper neighbour and the share of the upper one, in TF1's float32 steps."""
     scale = np.float32(size_in) / np.float32(size_out)
     position = np.arange(size_out, dtype=np.float32) * scale
     lower = np.minimum(np.floor(position).astype(np.int32), size_in - 1)
@@ -54,7 +54,7 @@ def _interpolation(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray,
 
 
 def resize_tf1(images: jax.Array, size: int = SIZE) -> jax.Array:
-    """TensorFlow 1's `resize_bilinear`: corner-anchored (no half-pixel offset), no antialiasing.
+    """Resize by TensorFlow 1's `resize_bilinear`: corner-anchored (no half-pixel offset), no antialiasing.
 
     images: [batch, height, width, channels], any real type and size. Returns float32 [batch, size, size, channels] in
     the input's range.
@@ -73,7 +73,7 @@ def resize_tf1(images: jax.Array, size: int = SIZE) -> jax.Array:
 
 
 def preprocess(images: jax.Array) -> jax.Array:
-    """uint8 [batch, height, width, 3] of any size to the network's float32 [batch, 299, 299, 3], about [-1, 1)."""
+    """Bring uint8 [batch, height, width, 3] to the network's float32 [batch, 299, 299, 3], about [-1, 1)."""
     return (resize_tf1(images) - 128.0) * (1.0 / 128.0)
 
 
@@ -135,13 +135,13 @@ class Tower(nnx.Module):
 
 
 def max_pool(x: jax.Array, stride: int, padding: str) -> jax.Array:
-    """3x3 maximum."""
+    """Take the 3x3 maximum."""
     lowest = jnp.array(-jnp.inf, x.dtype)
     return jax.lax.reduce_window(x, lowest, jax.lax.max, (1, 3, 3, 1), (1, stride, stride, 1), padding)
 
 
 def average_pool(x: jax.Array) -> jax.Array:
-    """3x3 mean over the pixels that exist: the padding counts neither in the sum nor in the number."""
+    """Take the 3x3 mean over the pixels that exist: the padding counts neither in the sum nor in the number."""
     zero = jnp.array(0, x.dtype)
     total = jax.lax.reduce_window(x, zero, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
     along = [np.minimum(np.arange(n) + 1, n - 1) - np.maximum(np.arange(n) - 1, 0) + 1 for n in x.shape[1:3]]
@@ -185,7 +185,7 @@ class BlockC(nnx.Module):
         self.tower_2 = Tower(width_in, [(192, 1)], settings)
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The block's output, and that of its first branch, which sFID reads."""
+        """Return the block's output, and that of its first branch, which sFID reads."""
         first = self.conv(x)
         parts = [first, self.tower(x), self.tower_1(x), self.tower_2(average_pool(x))]
         return jnp.concatenate(parts, -1), first
@@ -304,7 +304,7 @@ def make_apply(
     dtype: DTypeLike = jnp.float32,
     precision: PreciseLike = jax.lax.Precision.HIGHEST,
 ) -> tuple[Any, dict]:
-    """The jitted (params, uint8 images split over the mesh) → Features on every device; and the shapes of params."""
+    """Return the jitted (params, uint8 images split over the mesh) → Features on every device, and params' shapes."""
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Inception(has_classifier, dtype, precision)))
 
     def apply(params: dict, images: jax.Array) -> Features:

@@ -133,7 +133,7 @@ def load_inception(path: str | pathlib.Path) -> dict:
 
 
 def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The tensors of a state dictionary or of a TorchScript module, whose code is not run."""
+    """Read the tensors of a state dictionary or of a TorchScript module, whose code is not run."""
     try:
         return dict(read_tensors(path))
     except UserError as error:

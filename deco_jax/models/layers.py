@@ -35,12 +35,12 @@ REMAT_POLICIES: dict[str, Callable | None] = {
 
 
 def kept(x: jax.Array) -> jax.Array:
-    """x, which remat=attention keeps for the backward pass."""
+    """Mark x as what remat=attention keeps for the backward pass."""
     return checkpoint_name(x, KEPT)
 
 
 def uniform(bound: float) -> Callable:
-    """Initializer: uniform in ±bound."""
+    """Return an initializer: uniform in ±bound."""
 
     def initialize(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -142,7 +142,7 @@ class RMSNorm(nnx.Module):
 
 @jax.named_scope("norm")
 def normalize(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
-    """Layer normalisation over the last axis without learned parameters, in float32; returns the input's dtype."""
+    """Normalise over the last axis without learned parameters, in float32; returns the input's dtype."""
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + epsilon)
@@ -224,7 +224,7 @@ def waves(numbers: jax.Array, period: float) -> jax.Array:
 
 
 def rotary_angles(xs: np.ndarray, ys: np.ndarray, head_width: int) -> np.ndarray:
-    """Angles of the two-dimensional rotary position embedding.
+    """Return the angles of the two-dimensional rotary position embedding.
 
     Args:
         xs, ys: horizontal positions [columns] and vertical positions [rows].
@@ -260,7 +260,7 @@ def rotate(x: Heads, angles: Angles) -> Heads:
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """x · (1 + scale) + shift (adaptive layer normalisation; Peebles & Xie 2023, §3.2)."""
+    """Return x · (1 + scale) + shift (adaptive layer normalisation; Peebles & Xie 2023, §3.2)."""
     return x * (1 + scale) + shift
 
 
@@ -269,7 +269,7 @@ def is_variable(node: Any) -> bool:
 
 
 def stack(make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`depth` independently initialised blocks as one module whose parameters have a leading depth axis."""
+    """Make `depth` independently initialised blocks, as one module whose parameters have a leading depth axis."""
 
     @nnx.split_rngs(splits=depth)
     @nnx.vmap(in_axes=0, out_axes=0)
@@ -283,7 +283,7 @@ def stack(make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rn
 
 
 def gather_parameters(parameters: Any, *, stacks: bool) -> Any:
-    """Parameters made whole on this device (`devices.gather`).
+    """Make parameters whole on this device (`devices.gather`).
 
     Args:
         parameters: a tree of nnx.Variable with their whole shape as metadata, `whole_shape`.
@@ -310,7 +310,7 @@ def run_stack(
     remat: str = "none",
     unroll: int = 1,
 ) -> Any:
-    """x through blocks start..stop of a stack, one `lax.scan`.
+    """Send x through blocks start..stop of a stack, one `lax.scan`.
 
     Matrices are cast to the compute dtype before the scan: once a step instead of once a block and pass. Vectors (norm
     scales, biases) stay float32. Where a device holds only its part of the parameters, each block's are gathered when
@@ -354,7 +354,7 @@ def run_stack(
 
 
 def patchify(images: Maps, patch: int) -> Patches:
-    """[batch, height, width, channels] → [batch, tokens, patch², channels], tokens and pixels row by row."""
+    """Cut [batch, height, width, channels] into [batch, tokens, patch², channels], tokens and pixels row by row."""
     batch, height, width, channels = images.shape
     x = images.reshape(batch, height // patch, patch, width // patch, patch, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, patch * patch, channels)

@@ -115,7 +115,7 @@ def functional(make: Callable[[nnx.Rngs], nnx.Module], dtype: Any = None) -> Net
 
 
 def build(model: Mapping[str, Any]) -> Network:
-    """The network of `config.model`.
+    """Build the network of `config.model`.
 
     Args:
         model: `name` picks the class; those of OUTPUT belong to the loss and samplers; every other entry is an

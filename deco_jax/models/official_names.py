@@ -45,7 +45,7 @@ def trunk_rows(model: Mapping[str, Any], embedder: str) -> list[Row]:
 
 
 def _blocks(torch: str, ours: str, count: int, *, fused_mlp: bool, text_keys: bool) -> list[Row]:
-    """Transformer blocks; class-to-image has separate gate and up matrices, text-to-image one matrix of both."""
+    """Return the rows of transformer blocks; gate and up are two matrices in class-to-image, one in text-to-image."""
     torch, many = f"{torch}.{{i}}", {"count": count}
     qkv = "qkv_x" if text_keys else "qkv"
     rows = [

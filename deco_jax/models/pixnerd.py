@@ -24,7 +24,7 @@ from deco_jax.shapes import Images
 
 
 def unit_columns(weights: jax.Array, floor: float = 1e-12) -> jax.Array:
-    """weights [..., inputs, outputs] divided by their length over the inputs, in float32."""
+    """Divide weights [..., inputs, outputs] by their length over the inputs, in float32."""
     w = weights.astype(jnp.float32)
     # The floor stands inside the root so that an all-zero column has a gradient.
     return (w * jax.lax.rsqrt(jnp.maximum(jnp.sum(w * w, axis=-2, keepdims=True), floor**2))).astype(weights.dtype)

@@ -109,7 +109,7 @@ class Qwen3(nnx.Module):
 
     @jax.named_scope("text_encoder")
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """The states after the last norm, padding's too.
+        """Return the states after the last norm, padding's too.
 
         Args:
             tokens: int32 [batch, length], padded on the right.
@@ -191,7 +191,7 @@ WHERE = "download config.json, tokenizer.json and *.safetensors from huggingface
 
 
 def table(depth: int) -> list[Row]:
-    """The rows of a Qwen3 of `depth` blocks; names without the `model.` in front."""
+    """Return the rows of a Qwen3 of `depth` blocks; names without the `model.` in front."""
     many, block = {"count": depth}, "layers.{i}"
     attention = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
     mlp = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -214,7 +214,7 @@ def table(depth: int) -> list[Row]:
 
 
 def shapes(sizes: Sizes) -> dict[str, Any]:
-    """The shapes of all parameters, as a nested dictionary of ShapeDtypeStructs."""
+    """Return the shapes of all parameters, as a nested dictionary of ShapeDtypeStructs."""
     model = nnx.eval_shape(lambda: Qwen3(sizes, rngs=nnx.Rngs(0)))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
@@ -223,7 +223,7 @@ def shapes(sizes: Sizes) -> dict[str, Any]:
 def from_torch(
     sizes: Sizes, tensors: Mapping[str, np.ndarray], *, dtype: Any = None, what: str = "the text encoder"
 ) -> dict[str, Any]:
-    """Hugging Face's tensors, with or without `model.` in front, as our parameters.
+    """Return Hugging Face's tensors, with or without `model.` in front, as our parameters.
 
     Args:
         dtype: of the matrices; None keeps the file's. Norm scales are float32.
@@ -245,7 +245,7 @@ def from_torch(
 
 
 def read_sizes(folder: str | os.PathLike[str]) -> Sizes:
-    """The network's sizes from the folder's `config.json`.
+    """Read the network's sizes from the folder's `config.json`.
 
     Raises:
         UserError: the file is missing, damaged, or describes a network that isn't a plain Qwen3.
@@ -284,7 +284,7 @@ def read_sizes(folder: str | os.PathLike[str]) -> Sizes:
 
 
 def check_encoder(folder: str | os.PathLike[str] | None) -> Sizes:
-    """The sizes of the network in a folder, whose weights are not read yet.
+    """Read the sizes of the network in a folder, whose weights are not read yet.
 
     Raises:
         UserError: the path isn't set or no folder (with where to get it), or as `read_sizes`.
@@ -297,7 +297,7 @@ def check_encoder(folder: str | os.PathLike[str] | None) -> Sizes:
 
 
 def load_encoder(folder: str | os.PathLike[str] | None, *, dtype: Any = None) -> tuple[Sizes, dict[str, Any]]:
-    """Sizes and parameters of `Qwen3` from a Hugging Face folder.
+    """Read sizes and parameters of `Qwen3` from a Hugging Face folder.
 
     Tensors are read one at a time, so the memory needed is the parameters' own.
 

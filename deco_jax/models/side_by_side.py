@@ -36,14 +36,14 @@ class Rows:
         return "highest" if self.exact else None
 
     def product(self, a: jax.Array, b: jax.Array) -> jax.Array:
-        """a @ b of factors in `dtype`, added up in float32."""
+        """Return a @ b of factors in `dtype`, added up in float32."""
         precision = "highest" if self.exact else None
         return jnp.matmul(
             a.astype(self.dtype), b.astype(self.dtype), precision=precision, preferred_element_type=jnp.float32
         )
 
     def means(self, x: jax.Array, *, rounded: bool = False) -> jax.Array:
-        """The mean of each vector in place of its channels, float32.
+        """Put the mean of each vector in place of its channels, float32.
 
         Args:
             rounded: x may be rounded to `dtype`, as a gradient is anyway.
@@ -68,7 +68,7 @@ def flat(x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def shift(rows: Rows, x: jax.Array, vectors: jax.Array) -> jax.Array:
-    """x [groups, rows, channels] + vectors [groups, channels], float32."""
+    """Return x [groups, rows, channels] + vectors [groups, channels], float32."""
     return x.astype(jnp.float32) + vectors[:, None].astype(jnp.float32)
 
 
@@ -91,7 +91,7 @@ def along_diagonal(kernel: jax.Array, count: int) -> jax.Array:
 
 
 def linear(rows: Rows, layer: nnx.Linear, x: jax.Array, parts: int = 1) -> list[jax.Array]:
-    """A Linear of each vector: [..., count · inputs] → `parts` float32 arrays [..., count · outputs / parts].
+    """Apply a Linear to each vector: [..., count · inputs] → `parts` float32 arrays [..., count · outputs / parts].
 
     Each part is a product of its own, so that no gradients have to be put together.
     """
@@ -106,7 +106,7 @@ def linear(rows: Rows, layer: nnx.Linear, x: jax.Array, parts: int = 1) -> list[
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def affine(rows: Rows, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """x @ kernel + bias, float32."""
+    """Return x @ kernel + bias, float32."""
     return rows.product(x, kernel) + bias.astype(jnp.float32)
 
 
@@ -133,7 +133,7 @@ affine.defvjp(_affine, _affine_gradient)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 2))
 def normalize(rows: Rows, x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
-    """`layers.normalize` of each vector, in float32."""
+    """Apply `layers.normalize` to each vector, in float32."""
     return _normalize(rows, x, epsilon)[0]
 
 
@@ -157,7 +157,7 @@ normalize.defvjp(_normalize, _normalize_gradient)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def scale_and_shift(rows: Rows, x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
-    """x · scale + shift with learned [width] vectors, float32."""
+    """Return x · scale + shift with learned [width] vectors, float32."""
     return x * jnp.tile(scale, rows.count) + jnp.tile(shift, rows.count)
 
 

@@ -96,7 +96,7 @@ class SigLIP2(nnx.Module):
 
     @jax.named_scope("teacher")
     def __call__(self, images: Maps, patch_size: int = PATCH) -> View:
-        """Features of the patches that a student with patches of `patch_size` pixels has.
+        """Return the features of the patches that a student with patches of `patch_size` pixels has.
 
         Args:
             images: [batch, height, width, 3], uint8 or float in [0, 1]; resized by 16 / patch_size (bicubic).

@@ -202,7 +202,7 @@ class Trunk(nnx.Module):
         return self.patch_embed(patches)
 
     def angles(self, rows: int, columns: int) -> np.ndarray:
-        """The rotary embedding's angles of a grid of patches, float32 [rows · columns, head_width / 2]."""
+        """Return the rotary embedding's angles of a grid of patches, float32 [rows · columns, head_width / 2]."""
         if self.with_text:
             # The reference scales each axis by the other one's length; equal for square images.
             xs, ys = np.linspace(0, rows, columns), np.linspace(0, columns, rows)

@@ -99,7 +99,7 @@ class Block(nnx.Module):
 
 
 def unit_interval(images: jax.Array) -> jax.Array:
-    """uint8 images, or such in [0, 1], as float32 in [0, 1]."""
+    """Return uint8 images, or such in [0, 1], as float32 in [0, 1]."""
     x = images.astype(jnp.float32)
     return x / 255 if images.dtype == jnp.uint8 else x
 
@@ -113,7 +113,7 @@ def with_first(tokens: jax.Array, *first: jax.Array) -> jax.Array:
 def frozen(
     network: Network, dtype: Any, patch_size: int, load: Callable[[Any], Params], flops: Callable[[int, int], float]
 ) -> FrozenNetwork:
-    """A module (images, patch_size) → `View` as a teacher whose kernels are kept in `dtype`.
+    """Return a module (images, patch_size) → `View` as a teacher whose kernels are kept in `dtype`.
 
     Args:
         load: (dtype of the kernels) → parameters.
@@ -132,7 +132,7 @@ def frozen(
 
 
 def kernel_dtype(dtype: Any) -> Callable[[str], Any]:
-    """`mapping.to_ours`'s dtypes: kernels in `dtype`, everything else float32."""
+    """Return `mapping.to_ours`'s dtypes: kernels in `dtype`, everything else float32."""
     return lambda path: dtype if path.endswith(".kernel") else np.float32
 
 
