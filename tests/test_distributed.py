@@ -72,7 +72,7 @@ def test_hosts_that_list_other_images(monkeypatch):
     monkeypatch.setattr(distributed, "from_main_host", lambda value: first_host.append(value) or first_host[0])
     distributed.check_same_data(sources.Digits())
     distributed.check_same_data(sources.Digits())
-    with pytest.raises(UserError, match=r"the hosts don't list the same images .here 1,796 of 10 classes"):
+    with pytest.raises(UserError, match=r"the hosts don't list the same images .here 1,796 in 10 classes"):
         distributed.check_same_data(Fewer())
 
 

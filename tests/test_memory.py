@@ -37,10 +37,10 @@ def test_what_fits_nowhere_is_refused(monkeypatch):
     memory.check_memory(config, training=True)
     monkeypatch.setattr(memory, "host_memory", lambda: 12 * 2**30)
     memory.check_memory(config, training=False)
-    with pytest.raises(UserError, match=r"at least 17\.3 GiB .*optimizer 12\.7, a batch 4\.5\) .* has 12\.0; make"):
+    with pytest.raises(UserError, match=r"at least 17\.3 GiB .*optimizer 12\.7, a batch 4\.5\), .* has 12\.0; make"):
         memory.check_memory(config, training=True)
     config.sample.batch_size, config.data.image_size = 60_000, (512, 512)
-    with pytest.raises(UserError, match=r"weights 2\.5, a batch 351\.6\) .*config\.sample\.batch_size"):
+    with pytest.raises(UserError, match=r"weights 2\.5, a batch 351\.6\), .*config\.sample\.batch_size"):
         memory.check_memory(config, training=False)
     config.model.width, config.model.depth = 65_536, 1024
     with pytest.raises(UserError, match=r"at least [\d,]{7,}\.\d GiB"):

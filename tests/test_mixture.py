@@ -71,7 +71,7 @@ def test_a_mixture_is_its_parts_one_after_the_other(mixture):
 def test_what_does_not_go_together_is_said(tmp_path):
     one = make_images(tmp_path / "one", 4, 0)
     other = make_images(tmp_path / "other", 4, 0, names=("a", "c"))
-    with pytest.raises(UserError, match="have other classes"):
+    with pytest.raises(UserError, match="have different classes"):
         sources.open_source(config(f"{one},{other}", "1,1"))
     with pytest.raises(UserError, match="has 3 numbers for 1 paths"):
         sources.open_source(config(str(one), "1,1,2"))

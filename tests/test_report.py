@@ -341,7 +341,7 @@ def test_as_a_command(tmp_path):
     """Without any device: the platform that is asked for doesn't exist."""
     run = two_steps(tmp_path)
     said = succeed(SMOKE, f"--workdir={run}", "--mode=report", env={"JAX_PLATFORMS": "none_such"}).stdout
-    assert re.search(r"wrote .*/report.html \(\d+\.\d MiB\) of 1 run\n", said)
+    assert re.search(r"wrote .*/report.html \(\d+\.\d MiB\) about 1 run\n", said)
     page = Page((run / "report.html").read_text())
     logged = rows(run)
     assert page.data["runs"][0]["steps"] == list(logged)

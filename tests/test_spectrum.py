@@ -93,7 +93,7 @@ def test_two_checkpoints_in_one_plot(measured):
         assert (run["dit"]["block"], len(run["dit"]["spectrum"])) == (4, 16)
         assert (run["velocity"]["block"], len(run["velocity"]["spectrum"])) == (8, 64)
         assert max(run["dit"]["spectrum"]) == 1
-    assert "its map's is 4x4" in said
+    assert "its map uses 4x4" in said
     with Image.open(folder / "spectrum.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 5
 
