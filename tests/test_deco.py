@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from deco_jax.convert.deco import from_torch
-from deco_jax.models import layers, network
+from deco_jax.models import decoder, layers, network
 from deco_jax.models.decoder import cosine_basis, embed_pixels, from_queries, to_queries
 from deco_jax.run.sharding import compiling_for
 from tests.helpers import golden, golden_params, nhwc, relative_error
@@ -268,11 +268,17 @@ def test_decoder_variants_learn(interaction, query):
 
 
 @pytest.mark.parametrize(
-    ("interaction", "dtype", "bound"),
-    [("adaln", "float32", 1e-5), ("add", "float32", 1e-5), ("adaln", "bfloat16", 0.05)],
+    ("interaction", "dtype", "bound", "pieces"),
+    [
+        ("adaln", "float32", 1e-5, 1),
+        ("adaln", "float32", 1e-5, 2),
+        ("add", "float32", 1e-5, 1),
+        ("adaln", "bfloat16", 0.05, 1),
+    ],
 )
-def test_the_decoder_s_form_for_tpus_has_the_same_gradients(interaction, dtype, bound):
+def test_the_decoder_s_form_for_tpus_has_the_same_gradients(interaction, dtype, bound, pieces, monkeypatch):
     """Two queries of 64 channels in a row, and no golden values of this kind."""
+    monkeypatch.setattr(decoder, "rows_at_a_time", lambda rows: rows // pieces)
     changes = {"decoder_patch_size": 2, "decoder_interaction": interaction, "decoder_width": 64}
     exact, net = (network.build(MODELS["deco_c2i"] | changes | {"dtype": name}) for name in ("float32", dtype))
     draw = np.random.default_rng(0)
@@ -282,7 +288,7 @@ def test_the_decoder_s_form_for_tpus_has_the_same_gradients(interaction, dtype, 
 
     def gradients(net, platform):
         def loss(params):
-            return jnp.mean((net.apply(params, x, jnp.array([0.3, 0.6]), jnp.array([0, 1]))[0] - 1) ** 2)
+            return jnp.mean((net.apply(params, x, jnp.array([0.3, 0.6]), jnp.array([0, 1]))[0] - x) ** 2)
 
         with compiling_for(platform):
             return jax.jit(jax.grad(loss))(params)["decoder"]
@@ -290,3 +296,10 @@ def test_the_decoder_s_form_for_tpus_has_the_same_gradients(interaction, dtype, 
     theirs = jax.tree.leaves_with_path(gradients(exact, "cpu"))
     for (path, expected), ours in zip(theirs, jax.tree.leaves(gradients(net, "tpu")), strict=True):
         assert relative_error(ours, expected) < bound, path
+
+
+@pytest.mark.parametrize(
+    ("rows", "taken"), [(4096, 4096), (16384, 16384), (64 * 1024, 8192), (37 * 512, 4736), (16411, 16411)]
+)
+def test_the_decoder_takes_as_many_rows_as_stay_in_the_fast_memory(rows, taken):
+    assert decoder.rows_at_a_time(rows) == taken

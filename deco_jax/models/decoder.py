@@ -31,7 +31,8 @@ from deco_jax.models.side_by_side import LANES, Rows, along_diagonal
 from deco_jax.run.devices import on_tpu
 
 POSITION_FEATURES = 64
-ROWS_AT_A_TIME = 8192  # of the decoder on a TPU: 2 MB an array in bfloat16
+# Of the decoder on a TPU: 2 MB an array in bfloat16. Many more lie in the slow memory between any two operations.
+ROWS_AT_A_TIME, LEAST_ROWS = 8192, 1024
 
 
 def cosine_basis(side: int) -> np.ndarray:
@@ -56,6 +57,13 @@ def rotary_basis(side: int) -> np.ndarray:
     """
     positions = np.linspace(0, side, side)
     return np.cos(rotary_angles(positions, positions, 2 * POSITION_FEATURES))
+
+
+def rows_at_a_time(rows: int) -> int:
+    """How many of a group's rows the decoder takes at a time on a TPU; all of them where no such part divides them."""
+    if rows <= 2 * ROWS_AT_A_TIME:  # by XLA's estimate for v6e, two halves of these cost more
+        return rows
+    return next((n for n in range(ROWS_AT_A_TIME, LEAST_ROWS - 1, -LANES) if rows % n == 0), rows)
 
 
 def weights(linear: nnx.Linear) -> tuple[jax.Array, jax.Array]:
@@ -241,16 +249,20 @@ class PixelDecoder(nnx.Module):
         batch, tokens, number, channels = queries.shape
         rows, groups, dtype = batch * tokens, number // count, self.dtype
         layout = Rows(count, dtype)
-        together = next(n for n in range(groups, 0, -1) if groups % n == 0 and (n == 1 or n * rows <= ROWS_AT_A_TIME))
+        piece = rows_at_a_time(rows)
+        pieces = rows // piece
+        together = 1
+        if pieces == 1:
+            together = next(n for n in range(max(1, min(groups, ROWS_AT_A_TIME // rows)), 0, -1) if groups % n == 0)
 
         def split(a: jax.Array) -> jax.Array:
-            return a.reshape(groups // together, together, *a.shape[1:])
+            return a.reshape(groups * pieces // together, together, *a.shape[2:])
 
-        # Groups of queries lead, [groups, ..., rows, ...]: so the condition comes out of its product.
+        # Groups of queries lead, [groups, pieces, ..., rows, ...]: so the condition comes out of its product.
         kernel, bias = weights(self.condition)
         kernel = kernel.astype(dtype).reshape(len(kernel), groups, -1)
-        condition = jnp.einsum("rm,mgc->grc", features.reshape(rows, -1), kernel)
-        values = jnp.transpose(queries.astype(dtype).reshape(rows, groups, count * channels), (1, 2, 0))
+        condition = jnp.einsum("rm,mgc->grc", features.reshape(rows, -1), kernel).reshape(groups, pieces, piece, -1)
+        values = queries.astype(dtype).reshape(pieces, piece, groups, count * channels).transpose(2, 0, 3, 1)
         weight, offset = embedding_weights(channels, basis, self.pixel_embed, self.input)
 
         def decode(parts: tuple[jax.Array, ...]) -> jax.Array:
@@ -263,11 +275,10 @@ class PixelDecoder(nnx.Module):
             (pixels,) = side_by_side.linear(layout, self.output, side_by_side.normalize(layout, h))
             return pixels.swapaxes(1, 2)
 
-        vectors = [vector.reshape(groups, -1) for vector in (offset, bias)]
+        vectors = [jnp.repeat(vector.reshape(groups, 1, -1), pieces, axis=1) for vector in (offset, bias)]
         parts = tuple(split(part) for part in (values, condition, *vectors))
-        values = jax.lax.map(jax.checkpoint(decode), parts)
-        values = jnp.transpose(values.reshape(groups, count * channels, rows), (2, 0, 1))
-        return values.astype(jnp.float32).reshape(queries.shape)
+        values = jax.lax.map(jax.checkpoint(decode), parts).reshape(groups, pieces, count * channels, piece)
+        return values.transpose(1, 3, 0, 2).astype(jnp.float32).reshape(queries.shape)
 
     def decode(self, h: jax.Array, condition: jax.Array) -> jax.Array:
         """Decode embedded queries and their conditions, both [queries, width], to values [queries, 3 · query_size²]."""
