@@ -28,6 +28,7 @@ RUN = (
     "--config.train.save_every=5",
     "--config.train.log_every=1",
 )
+LAST = "--config.train.save_every=100"
 
 
 class Disk:
@@ -75,10 +76,10 @@ class InBucket(Disk):
         return rows(download(self._bucket, "killed", self._copy))
 
 
-def start(place: Disk) -> subprocess.Popen:
+def start(place: Disk, *more: str) -> subprocess.Popen:
     with place.said.open("w") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "deco_jax.main", *RUN, f"--workdir={place.workdir}"],
+            [sys.executable, "-m", "deco_jax.main", *RUN, *more, f"--workdir={place.workdir}"],
             cwd=ROOT,
             env=os.environ.copy(),
             stdout=output,
@@ -104,13 +105,14 @@ def wait(process: subprocess.Popen, condition, seconds: float) -> None:
 def test_kills_at_random_moments_change_nothing(where, tmp_path, request):
     expected_folder = tmp_path / "undisturbed"
     place = Disk(tmp_path) if where == "disk" else InBucket(tmp_path, request.getfixturevalue("here"))
-    succeed(*RUN, "--config.train.save_every=100", f"--workdir={expected_folder}", timeout=900)
+    succeed(*RUN, LAST, f"--workdir={expected_folder}", timeout=900)
 
     chance, counts, lost = random.Random(0), Counter(), []
     # The moment of each fault; the signals that ask to stop are spread among the kills.
     moments = ["starting"] * 5 + ["training"] * 10 + ["saving"] * (KILLS - 15) + ["asked"] * TERMS
     chance.shuffle(moments)
-    for moment in moments:
+    for number, moment in enumerate(moments):
+        print(f"fault {number + 1} of {len(moments)}, {moment}, complete are {sorted(place.complete())}", flush=True)
         process = start(place)
         try:
             if moment == "starting":
@@ -137,7 +139,7 @@ def test_kills_at_random_moments_change_nothing(where, tmp_path, request):
         if done := steps_said(place):
             lost.append(done[-1] - max(place.complete(), default=0))
 
-    finished = start(place)
+    finished = start(place, LAST)  # nothing kills this one, and a save may take seconds
     try:
         _, errors = finished.communicate(timeout=900)
     finally:
