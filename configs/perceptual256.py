@@ -33,7 +33,7 @@ def get_config(variant: str = "deco") -> ml_collections.ConfigDict:
         raise ValueError(f"there is no variant {variant!r}; choose deco, jit or smoke")
     config.loss.lpips_weight = 0.1
     if variant == "smoke":
-        config.lpips.dtype = "float32"
+        config.lpips.dtype, config.lpips.pixels_per_patch = "float32", 0
     else:
         config.loss.dino_weight = 0.01
     return config

@@ -43,6 +43,6 @@ def get_config(variant: str = "XL") -> ml_collections.ConfigDict:
         config.model.context_tokens, config.model.context_start = 2, 1
         config.loss.dino_weight = config.loss.repa_weight = 0.0
         config.loss.balance_start, config.loss.balance_every = 2, 2
-        config.lpips.dtype = "float32"
+        config.lpips.dtype, config.lpips.pixels_per_patch = "float32", 0
         config.sample.num_steps = 4
     return config

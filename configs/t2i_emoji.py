@@ -63,6 +63,7 @@ def get_config(variant: str = "S") -> ml_collections.ConfigDict:
         config.sample.sampler, config.sample.num_steps, config.sample.shift = "sde", 40, 0.5
         config.train.num_steps = 6000
         config.train.log_every, config.train.save_every, config.train.sample_every = 50, 500, 1000
+        config.lpips.pixels_per_patch = 0  # as in configs/cifar10.py: at 128² it would take most of a step
     if variant == "smoke":
         t2i_256.smoke(config)
     return config

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from deco_jax import flops
+from deco_jax.config import default_config
 from deco_jax.errors import UserError
+from deco_jax.method.losses import perceptual
 from deco_jax.models import vgg
 from deco_jax.models.network import functional
-from tests.helpers import golden, lpips_params, relative_error
+from tests.helpers import golden, lpips_files, lpips_params, relative_error
 
 NETWORK = functional(lambda rngs: vgg.LPIPS(rngs=rngs))
 
@@ -60,3 +63,29 @@ def test_small_patches_see_larger_images():
 def test_a_missing_file_says_where_to_get_it(tmp_path):
     with pytest.raises(UserError, match="no VGG16's weights there; download https://"):
         vgg.load_lpips(tmp_path / "vgg16.pth", tmp_path / "vgg.pth")
+
+
+@pytest.mark.parametrize(("pixels", "side"), [(0, 32), (4, 32), (16, 128)])
+def test_pixels_per_patch(pixels, side, tmp_path):
+    """The loss of a config with patches of 4 has the published distances where nothing is resized."""
+    config = default_config()
+    config.model.patch_size, config.lpips.pixels_per_patch, config.lpips.dtype = 4, pixels, "float32"
+    config.lpips.vgg, config.lpips.linear = (argument.split("=")[1] for argument in lpips_files(tmp_path))
+    config.loss.lpips_weight, config.data.image_size = 0.1, (32, 32)
+    network = perceptual.lpips_from_config(config).network
+    g = golden("beyond")
+    assert network.flops((32, 32)) == pytest.approx(vgg.flops((side, side)))
+    with jax.default_matmul_precision("highest"):
+        distances = network.apply(network.load(), g["lpips/32/prediction"], g["lpips/32/target"])
+    same = relative_error(distances, g["lpips/32/rule/distance"]) < 1e-5
+    assert same == (side == 32)
+
+
+def test_training_counts_the_convolutions_of_both_images():
+    config = default_config()
+    config.model.patch_size, config.data.image_size = 4, (32, 32)
+    without = flops.training(config)
+    config.loss.lpips_weight = 0.1
+    large = flops.training(config) - without
+    config.lpips.pixels_per_patch = 0
+    assert large == pytest.approx(16 * (flops.training(config) - without))

@@ -207,6 +207,12 @@ class LPIPS:
     vgg: str = setting("", "File of VGG16's weights: torchvision's vgg16-397923af.pth.")
     linear: str = setting("", "File of its linear layers: vgg.pth of the lpips package, version 0.1.")
     dtype: str = setting("bfloat16", "Precision of its convolutions.", PRECISION)
+    pixels_per_patch: int = setting(
+        16,
+        "Images are resized until a patch's side has this many pixels, so that small patches are seen as the published "
+        "models' are. This costs its square: 32² images with patches of 4 become 128². 0: no resizing.",
+        at_least(0, 64),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,9 +40,10 @@ class LPIPS:
 
     def __init__(self, setup: Setup) -> None:
         files, self._config = setup.config.lpips, setup.config
-        network = vgg.frozen_lpips(files.vgg, files.linear, files.dtype, setup.config.model.patch_size)
+        patch, pixels = setup.config.model.patch_size, files.pixels_per_patch
+        network = vgg.frozen_lpips(files.vgg, files.linear, files.dtype, patch, pixels)
         paths = [fetch.local(path) for path in (files.vgg, files.linear)]
-        self._weights = f"LPIPS {files.dtype} {' '.join(map(file_identity, paths))}"
+        self._weights = f"LPIPS {files.dtype} {' '.join(map(file_identity, paths))} {pixels}"
         self._path, self._batch_size = setup.folder / FOLDER / "samples_lpips.npz", setup.batch_size
 
         def distance(params: Params, images: jax.Array, others: jax.Array) -> jax.Array:

@@ -27,7 +27,7 @@ GROUPS: tuple[tuple[int, ...], ...] = ((64, 64), (128, 128), (256, 256, 256), (5
 SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
 SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 EPSILON = 1e-10
-PATCH = 16  # of the students that LPIPS is trained beside; others' images are resized to as many pixels a patch
+PATCH = 16  # of the published students; by default others' images are resized to as many pixels a patch
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 LPIPS_URL = "https://github.com/richzhang/PerceptualSimilarity/tree/master/lpips/weights/v0.1 (vgg.pth)"
@@ -119,17 +119,19 @@ class LPIPS(VGG16):
         super().__init__(dtype=dtype, rngs=rngs)
         self.weights = nnx.List(nnx.Param(jax.random.uniform(rngs.params(), (group[-1],))) for group in GROUPS)
 
-    def __call__(self, images: jax.Array, others: jax.Array, patch_size: int = PATCH) -> jax.Array:
+    def __call__(
+        self, images: jax.Array, others: jax.Array, patch_size: int = PATCH, pixels: int = PATCH
+    ) -> jax.Array:
         """Return the distance of each image from its counterpart.
 
         Args:
             images, others: [batch, height, width, 3] in ±1.
-            patch_size: see `taps`.
+            patch_size, pixels: see `taps`.
 
         Returns:
             float32 [batch], 0 for equal images.
         """
-        return self.distance(self.taps(images, patch_size), self.taps(others, patch_size))
+        return self.distance(self.taps(images, patch_size, pixels), self.taps(others, patch_size, pixels))
 
     def distance(self, taps: list[jax.Array], others: list[jax.Array]) -> jax.Array:
         """Return the distance of two images' taps: float32 [batch]."""
@@ -237,22 +239,24 @@ def _frozen(
     return FrozenNetwork(apply, jax.eval_shape(keep, network.shapes), lambda: keep(load()), flops)
 
 
-def frozen_lpips(vgg: str, lpips: str, dtype: str, patch_size: int) -> FrozenNetwork:
+def frozen_lpips(vgg: str, lpips: str, dtype: str, patch_size: int, pixels: int) -> FrozenNetwork:
     """Return LPIPS as (params, images, others) → float32 [batch], images [batch, height, width, 3] in ±1.
 
     Args:
         vgg, lpips: paths of the weights, see `load_lpips`.
         dtype: that the convolutions are kept and computed in.
-        patch_size: of the student, see `LPIPS.taps`.
+        patch_size: of the student.
+        pixels: to which a patch's side is resized, see `LPIPS.taps`; 0: no resizing.
     """
+    pixels = pixels or patch_size
     kind = jnp.dtype(dtype)
     network = functional(lambda rngs: LPIPS(dtype=kind, rngs=rngs))
     return _frozen(
         network,
         kind,
-        lambda params, images, others: network.apply(params, images, others, patch_size),
+        lambda params, images, others: network.apply(params, images, others, patch_size, pixels),
         lambda: load_lpips(vgg, lpips),
-        lambda size: flops(size, patch_size),
+        lambda size: flops(size, patch_size, pixels=pixels),
     )
 
 
