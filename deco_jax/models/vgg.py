@@ -119,9 +119,7 @@ class LPIPS(VGG16):
         super().__init__(dtype=dtype, rngs=rngs)
         self.weights = nnx.List(nnx.Param(jax.random.uniform(rngs.params(), (group[-1],))) for group in GROUPS)
 
-    def __call__(
-        self, images: jax.Array, others: jax.Array, patch_size: int = PATCH, pixels: int = PATCH
-    ) -> jax.Array:
+    def __call__(self, images: jax.Array, others: jax.Array, patch_size: int = PATCH, pixels: int = PATCH) -> jax.Array:
         """Return the distance of each image from its counterpart.
 
         Args:

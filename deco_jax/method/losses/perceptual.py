@@ -91,9 +91,7 @@ def lpips_from_config(config: ml_collections.ConfigDict) -> LPIPSLoss | None:
     loss, files = config.loss, config.lpips
     if not loss.lpips_weight:
         return None
-    network = vgg.frozen_lpips(
-        files.vgg, files.linear, files.dtype, config.model.patch_size, files.pixels_per_patch
-    )
+    network = vgg.frozen_lpips(files.vgg, files.linear, files.dtype, config.model.patch_size, files.pixels_per_patch)
     return LPIPSLoss(network, loss.lpips_weight, loss.perceptual_min_time)
 
 
