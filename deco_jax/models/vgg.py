@@ -237,7 +237,7 @@ def _frozen(
     return FrozenNetwork(apply, jax.eval_shape(keep, network.shapes), lambda: keep(load()), flops)
 
 
-def frozen_lpips(vgg: str, lpips: str, dtype: str, patch_size: int, pixels: int) -> FrozenNetwork:
+def frozen_lpips(vgg: str, lpips: str, dtype: str, patch_size: int, pixels: int = PATCH) -> FrozenNetwork:
     """Return LPIPS as (params, images, others) → float32 [batch], images [batch, height, width, 3] in ±1.
 
     Args:
