@@ -54,8 +54,7 @@ def training(config: ml_collections.ConfigDict) -> float:
         total += 3 * projector.flops(config.loss.repa_projector, model.width, features, tokens)
     # The network of a perceptual loss sees the predicted image, and gradients pass through it.
     if config.loss.lpips_weight:
-        pixels = config.lpips.pixels_per_patch or model.patch_size
-        total += 3 * vgg.flops(image_sides(size), model.patch_size, pixels=pixels)  # and the true image
+        total += 3 * vgg.make_lpips(config).flops(image_sides(size))  # and the true image
     if config.loss.dino_weight:
         total += 2 * make_teacher(config).network.flops(*image_sides(size))
     return total + frozen(config)

@@ -81,7 +81,7 @@ def test_pixels_per_patch(pixels, side, tmp_path):
     assert same == (side == 32)
 
 
-def test_training_counts_the_convolutions_of_both_images():
+def test_flops_of_training_follow_the_resizing():
     config = default_config()
     config.model.patch_size, config.data.image_size = 4, (32, 32)
     without = flops.training(config)

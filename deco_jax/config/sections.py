@@ -210,7 +210,7 @@ class LPIPS:
     pixels_per_patch: int = setting(
         16,
         "Images are resized until a patch's side has this many pixels, so that small patches are seen as the published "
-        "models' are. This costs its square: 32² images with patches of 4 become 128². 0: no resizing.",
+        "models' are; the cost grows with the square. 32² images with patches of 4 become 128². 0: no resizing.",
         at_least(0, 64),
     )
 

@@ -40,10 +40,11 @@ class LPIPS:
 
     def __init__(self, setup: Setup) -> None:
         files, self._config = setup.config.lpips, setup.config
-        patch, pixels = setup.config.model.patch_size, files.pixels_per_patch
-        network = vgg.frozen_lpips(files.vgg, files.linear, files.dtype, patch, pixels)
+        network = vgg.make_lpips(setup.config)
         paths = [fetch.local(path) for path in (files.vgg, files.linear)]
-        self._weights = f"LPIPS {files.dtype} {' '.join(map(file_identity, paths))} {pixels}"
+        self._weights = f"LPIPS {files.dtype} {' '.join(map(file_identity, paths))}"
+        # Distances also depend on how far the images are resized.
+        self._weights += f" {files.pixels_per_patch} pixels for {setup.config.model.patch_size}"
         self._path, self._batch_size = setup.folder / FOLDER / "samples_lpips.npz", setup.batch_size
 
         def distance(params: Params, images: jax.Array, others: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from flax import nnx
 from jax.nn import initializers
@@ -256,6 +257,12 @@ def frozen_lpips(vgg: str, lpips: str, dtype: str, patch_size: int, pixels: int 
         lambda: load_lpips(vgg, lpips),
         lambda size: flops(size, patch_size, pixels=pixels),
     )
+
+
+def make_lpips(config: ml_collections.ConfigDict) -> FrozenNetwork:
+    """Return LPIPS by config.lpips, for the images of a config's model; see `frozen_lpips`. Reads no file yet."""
+    lpips = config.lpips
+    return frozen_lpips(lpips.vgg, lpips.linear, lpips.dtype, config.model.patch_size, lpips.pixels_per_patch)
 
 
 def flops(size: tuple[int, int], patch_size: int = PATCH, groups: int = len(GROUPS), pixels: int = PATCH) -> float:

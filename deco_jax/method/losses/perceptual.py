@@ -88,11 +88,8 @@ class DINOLoss(Loss):
 
 def lpips_from_config(config: ml_collections.ConfigDict) -> LPIPSLoss | None:
     """Build the loss of config.loss.lpips_weight with config.lpips; None if it is off."""
-    loss, files = config.loss, config.lpips
-    if not loss.lpips_weight:
-        return None
-    network = vgg.frozen_lpips(files.vgg, files.linear, files.dtype, config.model.patch_size, files.pixels_per_patch)
-    return LPIPSLoss(network, loss.lpips_weight, loss.perceptual_min_time)
+    loss = config.loss
+    return LPIPSLoss(vgg.make_lpips(config), loss.lpips_weight, loss.perceptual_min_time) if loss.lpips_weight else None
 
 
 def dino_from_config(config: ml_collections.ConfigDict) -> DINOLoss | None:
