@@ -19,7 +19,7 @@ Runs that have reached their last step are skipped, and interrupted ones continu
 more training or with other overrides. A folder that holds a run with other settings is an error. The table is
 WORKDIR/sweep.md and sweep.json. It shows the paper's figures for a variant beside ours if the config file lists them as
 PAPER. With --config.train.wandb=PROJECT after the --, it is also a table at Weights & Biases, where the runs form a
-group with WORKDIR's name. The exit status is 1 if a run failed.
+group with WORKDIR's name. The exit status is 1 if a run failed or ended before its last step.
 """
 
 from __future__ import annotations
@@ -374,7 +374,8 @@ def main(argv: list[str]) -> int:
                 print(shlex.join(command))
             else:
                 print(f"running {name}, {mode}", flush=True)
-                if subprocess.run(command, cwd=ROOT).returncode:
+                # A training that SIGTERM ends has saved and exits with 0, but there is nothing to measure yet.
+                if subprocess.run(command, cwd=ROOT).returncode or (mode == "train" and not is_done(task, mode, more)):
                     failed.append(run.folder.name)
                     break
                 if mode != "train":

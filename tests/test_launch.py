@@ -292,6 +292,20 @@ def test_sweep_says_which_run_failed(tmp_path):
     assert "1 of 1 runs failed: num_heads=5" in result.stderr
 
 
+def test_a_training_that_ended_early_is_not_measured(tmp_path):
+    """As after SIGTERM: the program exits with 0, without the last step."""
+    log, stub = tmp_path / "log", tmp_path / "python"
+    stub.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
+    stub.chmod(0o755)
+    command = [sys.executable, "launch/sweep.py", "--config=configs/quickstart.py:smoke", "--grid=seed=0"]
+    options = ["--modes=train,evaluate", f"--workdir={tmp_path / 'sweep'}"]
+    environment = {**os.environ, "PYTHON": str(stub)}
+    result = subprocess.run([*command, *options], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert (result.returncode, "1 of 1 runs failed: seed=0" in result.stderr) == (1, True)
+    assert log.read_text().count("--mode=train") == 1
+    assert "--mode=evaluate" not in log.read_text()
+
+
 def test_sweep_as_an_array(tmp_path):
     result = run(
         sys.executable,
