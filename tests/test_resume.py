@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -181,8 +182,24 @@ def test_a_killed_data_worker_is_named_after_saving(tmp_path):
     assert steps(tmp_path) == [saved[1]]
 
 
+@pytest.fixture
+def hangup() -> Iterator[Callable]:
+    """Sets what SIGHUP does. These tests may themselves run under nohup, which ignores it."""
+    before = signal.getsignal(signal.SIGHUP)
+    yield lambda handler: signal.signal(signal.SIGHUP, handler)
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing(hangup):
+    hangup(signal.SIG_IGN)
+    with preemption.Watch() as watch:
+        signal.raise_signal(signal.SIGHUP)
+        assert not watch.reached()
+
+
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
-def test_a_closed_terminal_and_a_scheduler_s_warning_save_too(number):
+def test_a_closed_terminal_and_a_scheduler_s_warning_save_too(number, hangup):
+    hangup(signal.SIG_DFL)
     with preemption.Watch() as watch:
         signal.raise_signal(number)
         assert watch.reached()
