@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scipy.signal import correlate
 
 from deco_jax import flops
 from deco_jax.config import default_config
@@ -58,6 +59,21 @@ def test_small_patches_see_larger_images():
     """As many VGG pixels a patch as with patches of 16."""
     shapes = jax.eval_shape(lambda x: vgg.LPIPS(rngs=nnx.Rngs(0)).taps(x, 8), jnp.zeros((1, 32, 48, 3)))
     assert [shape.shape[1:3] for shape in shapes] == [(64, 96), (32, 48), (16, 24), (8, 12), (4, 6)]
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 2), (2, 4), (1, 8), (3, 3)])
+def test_convolution_on_tiny_grids(grid):
+    """Its values are scipy's; where XLA's own convolution is slow on a CPU, none is compiled."""
+    module = vgg.Convolution(3, 5, (3, 3), padding=1, rngs=nnx.Rngs(0))
+    module.bias[...] = jnp.arange(5.0)
+    x = np.random.default_rng(0).normal(size=(2, *grid, 3)).astype(np.float32)
+    # The window of three channels over three of them leaves one: index 1 of "same".
+    expected = [
+        [correlate(image, module.kernel[..., out], mode="same")[..., 1] + out for out in range(5)] for image in x
+    ]
+    np.testing.assert_allclose(module(x), np.moveaxis(expected, 1, -1), atol=2e-6)
+    compiled = jax.jit(lambda x: module(x)).lower(x).as_text()
+    assert ("convolution(" in compiled) == (grid == (3, 3))
 
 
 def test_a_missing_file_says_where_to_get_it(tmp_path):
