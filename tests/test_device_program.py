@@ -80,6 +80,10 @@ for name, case in cases.items():
         null = jax.ShapeDtypeStruct((), "int32")
         sampler = generator.lower(state["averages"]["ema"], request, null, Sampling.of(config))
         (folder / "sampler.hlo").write_text(sampler.compile().as_text())
+        request = {key: jax.ShapeDtypeStruct((8,), "int32", sharding=placed) for key in ("index", "context")}
+        for copies, file in ((1, "one_image.hlo"), (2, "shared_image.hlo")):
+            sampler = generator.lower(state["averages"]["ema"], request, null, Sampling.of(config), copies)
+            (folder / file).write_text(sampler.compile().as_text())
         config.model.dtype = "bfloat16"
         networks, observe, frozen = training.abstract_networks(config, mesh, condition)
         step = training.lower_train_step(networks, optimizer, config, observe, mesh, state, batch, frozen)
@@ -174,6 +178,19 @@ def test_only_sums_cross_from_slice_to_slice(programs):
     needed = sum(4 * size / (4 if kept else 2) for size, kept in zip(held, whole, strict=True))
     assert 0.95 * needed < crossing < 1.05 * needed
     assert slices.crossing(read(programs, "data2_fsdp4"), 1, 8) == {}
+
+
+def test_two_devices_share_the_halves_of_guidance(programs):
+    """Neither evaluates both, and only velocities travel between them."""
+    alone, shared = (read(programs, name) for name in ("one_image", "shared_image"))
+    tokens = [
+        {array.shape for array, _ in program.arrays(each) if array.shape[-1:] == (WIDTH,)} for each in (alone, shared)
+    ]
+    assert any(math.prod(shape) == 2 * TOKENS * WIDTH for shape in tokens[0])
+    assert not any(math.prod(shape) == 2 * TOKENS * WIDTH for shape in tokens[1])
+    travelling = [[one for one in program.collectives(each) if one.times > 1] for each in (alone, shared)]
+    assert not travelling[0]
+    assert {(one.kind, one.bytes) for one in travelling[1]} == {("all-gather", 2 * 32 * 32 * 3 * 4)}
 
 
 def test_a_sampler_gathers_each_weight_once(programs):

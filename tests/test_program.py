@@ -182,6 +182,31 @@ def test_a_kernel_says_its_own_cycles():
     assert (cost.name, cost.cycles, program_lib.part(cost)) == ("kernel.1", 2056, "attention")
 
 
+BRANCHES = """
+%cheap (a: f32[4]) -> f32[4] {
+  ROOT %fusion.1 = f32[4]{0} add(%a, %a), backend_config={"estimated_cycles":"10"}
+}
+
+%dear (b: f32[4]) -> f32[4] {
+  %fusion.2 = f32[4]{0} add(%b, %b), backend_config={"estimated_cycles":"70"}
+  ROOT %fusion.3 = f32[4]{0} add(%fusion.2, %b), backend_config={"estimated_cycles":"30"}
+}
+
+ENTRY %main (p: pred[], x: f32[4]) -> f32[4] {
+  %p = pred[] parameter(0)
+  %x = f32[4]{0} parameter(1)
+  ROOT %conditional.1 = f32[4]{0} conditional(%p, %x, %x), true_computation=%cheap, false_computation=%dear
+}
+"""
+
+
+def test_the_dearest_branch_counts():
+    """Transfers and arrays are those of all branches."""
+    program = program_lib.parse(BRANCHES)
+    assert [(cost.name, cost.total) for cost in program_lib.costs(program)] == [("fusion.2", 70), ("fusion.3", 30)]
+    assert {"fusion.1", "fusion.2"} <= {made.instruction.name for _, made in program_lib.arrays(program)}
+
+
 def test_collectives_of_a_tpu(tpu):
     gather, permute, scatter = program_lib.collectives(tpu)
     # [8, 32] bfloat16 of each of 16 chips; spread over two fusions, but one transfer.

@@ -86,7 +86,11 @@ for name, (data, fsdp, parts, slices) in meshes.items():
     generator = generate.Generator(generate.make_denoiser(config), mesh)
     images = np.concatenate(list(generator.images(state["averages"]["ema"], requests, Sampling.of(config), 8)))
     np.save(folder / f"{name}.npy", images)
-    result[name] = {"held": list(held.values()), "total": total, "rows": split, "losses": losses}
+    few, sampling = class_requests(even_labels(12, range(10))[:3], 10), Sampling.of(config)
+    drawn = list(generator.images(state["averages"]["ema"], few, sampling, 8))
+    np.save(folder / f"{name}_few.npy", np.concatenate(drawn))
+    copies = generator.copies(few.count, sampling)
+    result[name] = {"held": list(held.values()), "total": total, "rows": split, "losses": losses, "copies": copies}
     if name == "fsdp8":
         checkpoints = checkpoint.Checkpoints(folder, 1)
         checkpoints.save(20, state, config)
@@ -120,7 +124,13 @@ def on_eight(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     result = json.loads((folder / "result.json").read_text())
-    return {name: {**result[name], "images": np.load(folder / f"{name}.npy")} for name in MESHES}
+    return {
+        name: {
+            **result[name],
+            **{key: np.load(folder / f"{name}{end}.npy") for key, end in (("images", ""), ("few", "_few"))},
+        }
+        for name in MESHES
+    }
 
 
 @pytest.mark.parametrize("name", [name for name in MESHES if name != "one"])
@@ -132,6 +142,15 @@ def test_losses_and_pictures_are_those_of_one_device(on_eight, name):
     assert len(set(one["losses"])) == 20
     assert one["images"].shape == (12, 16, 16, 3)
     assert np.abs(many["images"].astype(int) - one["images"]).max() <= 1
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_few_images_share_their_devices(on_eight, name):
+    """Of three images on eight devices, two devices evaluate the halves of each; the pictures are the same."""
+    data, fsdp, _, slices = MESHES[name]
+    assert on_eight[name]["copies"] == (2 if slices * data * fsdp == 8 else 1)
+    assert on_eight[name]["few"].shape == (3, 16, 16, 3)
+    assert np.abs(on_eight[name]["few"].astype(int) - on_eight["one"]["images"][:3]).max() <= 1
 
 
 def test_state_is_born_split(on_eight):

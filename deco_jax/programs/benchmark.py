@@ -183,14 +183,20 @@ def time_forward(config: ml_collections.ConfigDict, mesh: Mesh, add: Callable[..
     generator = generate.Generator(denoiser, mesh)
     sampling = Guide(config.sample, denoiser, load_other(config, mesh))(Sampling.of(config), lambda name: params)
     few = ml_collections.ConfigDict({"warmup": 1, "repeats": min(5, config.benchmark.repeats)})
-    counts = {"sample one image": mesh.size, f"sample {config.sample.batch_size}": config.sample.batch_size}
+    counts = {
+        "sample one image": 1,
+        f"sample one image on each of {mesh.size} devices": mesh.size,
+        f"sample {config.sample.batch_size}": config.sample.batch_size,
+    }
     for name, count in counts.items():
-        if name == "sample one image" and mesh.size > 1:
-            name = f"sample one image on each of {mesh.size} devices"
-        count = -(-count // mesh.size) * mesh.size
-        request = {"index": np.arange(count, dtype=np.int32), "context": contexts(count)}
-        placed = sharding.place_everywhere(mesh, request)
-        sample = functools.partial(generator.draw, params, placed, null, sampling)
+        if count == mesh.size == 1 and name != "sample one image":
+            continue
+        copies = generator.copies(count, sampling)
+        filled = generator.filled(count, copies)
+        request = {"index": np.arange(filled, dtype=np.int32), "context": contexts(filled)}
+        repeated = {key: np.repeat(values, copies, axis=0) for key, values in request.items()}
+        placed = sharding.place_everywhere(mesh, repeated)
+        sample = functools.partial(generator.draw, params, placed, null, sampling, copies)
         add(name, timed(sample, few), count, flops.sampling(config) * count)
 
 

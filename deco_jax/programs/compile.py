@@ -176,13 +176,8 @@ def lower_sampling(config: ml_collections.ConfigDict, mesh: Mesh) -> Lowered:
     """Lower the whole sampler of config.sample for one batch; texts are encoded beforehand."""
     network = network_lib.build(config.model.to_dict())
     params = sharding.placed_shapes(mesh, {"params": network.shapes})["params"]
-    size = -(-config.sample.batch_size // mesh.size) * mesh.size
     contexts, null = any_contexts(config)
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    batch: dict[str, Any] = {
-        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=rows)
-        for name, array in {"index": np.arange(size, dtype=np.int32), "context": contexts(size)}.items()
-    }
     none = jax.ShapeDtypeStruct(null.shape, null.dtype, sharding=whole)
     if config.sample.guidance_model:
         raise UserError(
@@ -192,8 +187,15 @@ def lower_sampling(config: ml_collections.ConfigDict, mesh: Mesh) -> Lowered:
     denoiser = generate.make_denoiser(config).with_anything()
     generator = generate.Generator(denoiser, mesh)
     sampling = Guide(config.sample, denoiser, None)(Sampling.of(config), lambda name: params)
+    copies = generator.copies(config.sample.batch_size, sampling)
+    size = generator.filled(config.sample.batch_size, copies)
+    batch: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct((copies * size, *array.shape[1:]), array.dtype, sharding=rows)
+        for name, array in {"index": np.arange(1, dtype=np.int32), "context": contexts(1)}.items()
+    }
     held = {name: bytes_per_device(tree) for name, tree in {"parameters": params, "batch": batch}.items()}
-    return Lowered(generator.lower(params, batch, none, sampling), size, flops.sampling(config) * size, held, params)
+    program = generator.lower(params, batch, none, sampling, copies)
+    return Lowered(program, size, flops.sampling(config) * size, held, params)
 
 
 def lower_evaluation(config: ml_collections.ConfigDict, mesh: Mesh) -> Lowered:

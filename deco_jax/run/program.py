@@ -7,6 +7,7 @@ intermediate values never reach memory.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -85,8 +86,16 @@ _MOVES = ("bitcast", "copy", "convert", "transpose", "reshape", "get-tuple-eleme
 # --------------------------------------------------------------------------------------------------- what runs
 
 
-def executions(program: Program) -> Iterator[Execution]:
-    """Yield every instruction that is executed; for a conditional, all branches, as if each were taken."""
+Choice = Callable[[list[str]], list[str]]  # some of the names of a conditional's branches
+
+
+def executions(program: Program, choose: Choice = list, computation: str = "") -> Iterator[Execution]:
+    """Yield every instruction that is executed.
+
+    Args:
+        choose: which branches of a conditional are taken; all by default.
+        computation: from which to start, instead of the entry.
+    """
 
     def walk(name: str, times: int, loops: tuple[str, ...]) -> Iterator[Execution]:
         for instruction in program.computations[name].values():
@@ -95,12 +104,14 @@ def executions(program: Program) -> Iterator[Execution]:
                 count = trip_count(program, name, instruction)
                 (body,) = called(instruction, "body")
                 yield from walk(body, times * (1 if count is None else count), (*loops, instruction.name))
-            elif instruction.opcode in ("call", "async-start", "conditional"):
-                keys = "to_apply|calls|branch_computations|true_computation|false_computation"
-                for branch in called(instruction, keys):
+            elif instruction.opcode in ("call", "async-start"):
+                for inside in called(instruction, "to_apply|calls"):
+                    yield from walk(inside, times, loops)
+            elif instruction.opcode == "conditional":
+                for branch in choose(called(instruction, "branch_computations|true_computation|false_computation")):
                     yield from walk(branch, times, loops)
 
-    return walk(program.entry, 1, ())
+    return walk(computation or program.entry, 1, ())
 
 
 def trip_count(program: Program, computation: str, loop: Instruction) -> int | None:
@@ -286,28 +297,42 @@ def costs(program: Program) -> list[Cost]:
     """Return XLA's estimate for each op, the most expensive first; empty if it gives none, as on a CPU.
 
     Transfers between devices have no estimate and are left out. A hand-written kernel counts with the cycles that it
-    states itself (Pallas's `metadata`, "estimated_cycles"), and is left out if it states none.
+    states itself (Pallas's `metadata`, "estimated_cycles"), and is left out if it states none. Of a conditional, the
+    most expensive branch counts.
     """
+
+    @functools.cache
+    def total(branch: str) -> int:
+        return sum(_cycles(each.instruction) * each.times for each in executions(program, dearest, branch))
+
+    def dearest(branches: list[str]) -> list[str]:
+        return [max(branches, key=total)]
+
     found = []
-    for execution in executions(program):
+    for execution in executions(program, dearest):
         instruction = execution.instruction
-        cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
-        # The ops that select a kernel's results also have its attributes.
-        if instruction.opcode in _ALIASES:
-            continue
-        if cycles and int(cycles[1]):
+        if cycles := _cycles(instruction):
             named = _named(program, instruction)
             found.append(
                 Cost(
                     instruction.name,
                     instruction.results,
-                    int(cycles[1]),
+                    cycles,
                     execution.times,
                     named.op_name,
                     source(program, named),
                 )
             )
     return sorted(found, key=lambda cost: -cost.total)
+
+
+def _cycles(instruction: Instruction) -> int:
+    """Return XLA's estimate for one instruction by itself; 0 if it gives none."""
+    # The ops that select a kernel's results also have its attributes.
+    if instruction.opcode in _ALIASES:
+        return 0
+    cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
+    return int(cycles[1]) if cycles else 0
 
 
 def _named(program: Program, instruction: Instruction) -> Instruction:

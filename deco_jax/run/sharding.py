@@ -144,6 +144,32 @@ def mean_over_devices(values: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda value: value / mesh.size, sum_over_devices(values, mesh))
 
 
+def share_rows(function: Callable[..., Any], mesh: Mesh, copies: int) -> Callable[..., Any]:
+    """Return `function` as computed together by groups of devices that hold the same rows.
+
+    Each of a group's devices computes an equal share of the rows and receives the others'. Where the rows don't divide
+    evenly, each computes all of them.
+
+    Args:
+        function: (params, *rows) → an array; all have the same leading axis, params are whole on each device.
+        copies: how many neighbours in the order of a batch's rows are a group; 1: nothing is shared.
+    """
+    if copies == 1:
+        return function
+    groups = [list(range(first, first + copies)) for first in range(0, mesh.size, copies)]
+
+    def of_group(params: Any, *rows: Any) -> Any:
+        count = len(jax.tree.leaves(rows)[0])
+        if count % copies:
+            return function(params, *rows)
+        share = count // copies
+        first = jax.lax.axis_index(AXES) % copies * share
+        own = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, first, share), rows)
+        return jax.lax.all_gather(function(params, *own), AXES, axis_index_groups=groups, tiled=True)
+
+    return of_group
+
+
 def reduce_gradients(gradients: Any, placed: Any, mesh: Mesh) -> Any:
     """Return the mean over all devices of the gradients of their own rows' losses.
 

@@ -30,7 +30,16 @@ from deco_jax.method.predictions import Prediction, make_prediction
 from deco_jax.models import network as network_lib
 from deco_jax.models.network import Network, Params
 from deco_jax.run import checkpoint, preemption
-from deco_jax.run.sharding import BATCH, WHOLE, batch_sharding, each_device, place_everywhere, replicated, specs
+from deco_jax.run.sharding import (
+    BATCH,
+    WHOLE,
+    batch_sharding,
+    each_device,
+    place_everywhere,
+    replicated,
+    share_rows,
+    specs,
+)
 from deco_jax.sampling import samplers
 from deco_jax.sampling.extra_rows import pack, rows_of, unpack
 from deco_jax.sampling.guidance import Guidance, make_velocity
@@ -140,6 +149,7 @@ class Generator:
             batch: Batch,
             settings: dict[str, Any],
             between: tuple[int, int] | None = None,
+            copies: int = 1,
         ) -> samplers.Carry:
             def of_rows(
                 params: Params, carry: samplers.Carry, batch: Batch, settings: dict[str, Any]
@@ -154,7 +164,8 @@ class Generator:
                 if denoiser.jumps:
                     velocity = make_mean_velocity(denoiser.mean_velocity, guidance, whole, batch["context"])
                 else:
-                    velocity = make_velocity(denoiser.velocity, guidance, whole, (batch["context"], settings["null"]))
+                    shared = share_rows(denoiser.velocity, mesh, copies)
+                    velocity = make_velocity(shared, guidance, whole, (batch["context"], settings["null"]))
                 return samplers.integrate(
                     velocity,
                     carry,
@@ -170,17 +181,20 @@ class Generator:
 
         self._noise = jax.jit(noise, static_argnums=2, out_shardings=by_batch)
         self._start = jax.jit(samplers.start, static_argnums=1, out_shardings=by_batch)
-        self._run = jax.jit(run, static_argnums=4, out_shardings=by_batch)
+        self._run = jax.jit(run, static_argnums=(4, 5), out_shardings=by_batch)
         self._uint8 = jax.jit(to_uint8, out_shardings=by_batch)
         self._everywhere = jax.jit(to_uint8, out_shardings=replicated(mesh))
 
-    def draw(self, params: Params, batch: Batch, null: Any, sampling: Sampling) -> jax.Array:
+    def draw(self, params: Params, batch: Batch, null: Any, sampling: Sampling, copies: int = 1) -> jax.Array:
         """Draw the images of a batch on the mesh, uint8 [batch, height, width, 3], split over the devices.
+
+        Args:
+            copies: how many consecutive rows of the batch are the same image, see `copies`.
 
         Raises:
             UserError: no sampler accepts these settings.
         """
-        return self._uint8(self._final(params, batch, null, sampling))
+        return self._uint8(self._final(params, batch, null, sampling, copies))
 
     def states(self, params: Params, batch: Batch, null: Any, sampling: Sampling) -> Iterator[jax.Array]:
         """Yield the state float32 [batch, height, width, 3] at each of `sampling.times`, beginning with the start.
@@ -205,21 +219,40 @@ class Generator:
 
         The last batch is padded with images that are discarded, so that one compilation serves all batches.
         """
-        size = self.filled(min(batch_size, requests.count))
+        count = min(batch_size, requests.count)
+        copies = self.copies(count, sampling)
+        size = self.filled(count, copies)
         for start in range(first, requests.count, size):
             preemption.check()
-            batch = place_everywhere(self._mesh, requests.batch(start, size))
-            yield self.on_host(self._final(params, batch, requests.null, sampling))[: requests.count - start]
+            rows = {name: np.repeat(values, copies, axis=0) for name, values in requests.batch(start, size).items()}
+            batch = place_everywhere(self._mesh, rows)
+            drawn = self.on_host(self._final(params, batch, requests.null, sampling, copies))[::copies]
+            yield drawn[: requests.count - start]
 
-    def filled(self, count: int) -> int:
-        """Return the size of the smallest batch of at least `count` images that divides evenly over the devices."""
-        return -(-count // self._mesh.size) * self._mesh.size
+    def copies(self, count: int, sampling: Sampling) -> int:
+        """Return how many devices draw each of `count` images together.
+
+        These are 2 where at least half of the devices would have no image and guidance takes two evaluations of the
+        same network: each of the two then takes one of them. Otherwise 1.
+        """
+        spare = self._mesh.size % 2 == 0 and 2 * count <= self._mesh.size
+        doubled = sampling.guidance.weaker is None and np.any(sampling.guided(sampling.table()))
+        return 2 if spare and doubled else 1
+
+    def filled(self, count: int, copies: int = 1) -> int:
+        """Return the smallest number of images, at least `count`, that divides evenly over groups of devices.
+
+        Args:
+            copies: how many devices a group has, see `copies`.
+        """
+        groups = self._mesh.size // copies
+        return -(-count // groups) * groups
 
     def on_host(self, states: jax.Array) -> np.ndarray:
         """Return states as uint8 images on every host."""
         return np.asarray(self._everywhere(states))
 
-    def lower(self, params: Params, batch: Batch, null: Any, sampling: Sampling) -> jax.stages.Lowered:
+    def lower(self, params: Params, batch: Batch, null: Any, sampling: Sampling, copies: int = 1) -> jax.stages.Lowered:
         """Lower the program of `draw` for exactly these settings; arguments may be shapes with shardings.
 
         Unlike in the program that runs, the number of evaluations is a constant, so that operations can be counted.
@@ -229,12 +262,14 @@ class Generator:
         x = jax.eval_shape(lambda index: noise_of(0, index, sampling.size, rows)(0), batch["index"])
         x = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(self._mesh))
         carry: Any = samplers.Carry(x, x, (x,) * (table.advance.shape[1] - 1))  # type: ignore[arg-type]
-        return self._run.lower(params, carry, batch, self._settings(null, sampling, table), (0, len(table.step)))
+        return self._run.lower(
+            params, carry, batch, self._settings(null, sampling, table), (0, len(table.step)), copies
+        )
 
-    def _final(self, params: Params, batch: Batch, null: Any, sampling: Sampling) -> jax.Array:
+    def _final(self, params: Params, batch: Batch, null: Any, sampling: Sampling, copies: int) -> jax.Array:
         table = sampling.table()
         batch, carry = self._begin_at(batch, sampling, table)
-        point = self._run(params, carry, batch, self._settings(null, sampling, table)).point
+        point = self._run(params, carry, batch, self._settings(null, sampling, table), None, copies).point
         return point[:, : sampling.size[0]] if self.denoiser.token else point
 
     def _begin_at(self, batch: Batch, sampling: Sampling, table: samplers.Table) -> tuple[Batch, samplers.Carry]:
