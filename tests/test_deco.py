@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from flax import nnx
 
 from deco_jax.convert.deco import from_torch
 from deco_jax.models import decoder, layers, network
@@ -61,6 +62,20 @@ def test_output_is_the_reference_s(name, platform):
     with compiling_for(platform):
         output, _ = run(name, attention="auto")()
     assert relative_error(output, nhwc(golden(name)["out"])) < BOUND[name]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("shape", [(1, 48), (48,), (1, 1, 48), (2, 48), (3, 2, 48)])
+def test_a_linear_layer_of_few_rows(shape, platform):
+    """A TPU pads a single row; neither values nor gradients depend on it."""
+    layer = layers.Linear(48, 5, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=shape)
+    kernel, bias = (np.asarray(parameter[...], np.float64) for parameter in (layer.kernel, layer.bias))
+    with compiling_for(platform):
+        y, pull = jax.vjp(layer, jnp.float32(x))
+        (gradient,) = pull(jnp.ones_like(y))
+    np.testing.assert_allclose(y, x @ kernel + bias, atol=1e-6)
+    np.testing.assert_allclose(gradient, np.ones(y.shape) @ kernel.T, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", MODELS)

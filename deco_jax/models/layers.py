@@ -48,6 +48,8 @@ def uniform(bound: float) -> Callable:
     return initialize
 
 
+SUBLANES = 8  # rows of a TPU's register
+
 xavier = initializers.xavier_uniform()
 zeros = initializers.zeros
 
@@ -84,7 +86,11 @@ class Linear(nnx.Linear):
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # arrays are sharded by jit alone
         if on_tpu():  # where the rows' axes may lie apart in memory
-            return super().__call__(x)
+            if x.size > x.shape[-1]:
+                return super().__call__(x)
+            # XLA multiplies a single row on the vector unit, 75 µs for [1152, 6912] instead of 30 (its estimate, v5e).
+            rows = jnp.pad(x.reshape(1, -1), ((0, SUBLANES - 1), (0, 0)))
+            return super().__call__(rows)[:1].reshape(*x.shape[:-1], -1)
         return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
     def to_heads(self, x: jax.Array, num_heads: int, parts: int) -> list[jax.Array]:
