@@ -76,6 +76,16 @@ def test_convolution_on_tiny_grids(grid):
     assert ("convolution(" in compiled) == (grid == (3, 3))
 
 
+@pytest.mark.parametrize("grid", [(4, 6), (5, 7)])
+def test_max_pool(grid):
+    """Its values and gradients are those of XLA's windows, also where values are equal."""
+    x = jax.random.randint(jax.random.key(0), (3, *grid, 8), 0, 3).astype(jnp.float32)
+    weights = jax.random.normal(jax.random.key(1), (3, grid[0] // 2, grid[1] // 2, 8))
+    ours, theirs = (jax.vjp(pool, x) for pool in (vgg.max_pool, lambda x: nnx.max_pool(x, (2, 2), strides=(2, 2))))
+    np.testing.assert_array_equal(ours[0], theirs[0])
+    np.testing.assert_array_equal(*(pull(weights)[0] for _, pull in (ours, theirs)))
+
+
 def test_a_missing_file_says_where_to_get_it(tmp_path):
     with pytest.raises(UserError, match="no VGG16's weights there; download https://"):
         vgg.load_lpips(tmp_path / "vgg16.pth", tmp_path / "vgg.pth")

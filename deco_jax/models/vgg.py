@@ -69,6 +69,20 @@ class Convolution(nnx.Conv):
         return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(9 * channels, -1) + bias
 
 
+def max_pool(x: jax.Array) -> jax.Array:
+    """Return the largest of each 2×2 positions of [batch, height, width, channels]; an odd last row or column is left
+    out. A gradient goes to the first of equal values, as in PyTorch.
+
+    Comparisons: the gradient of XLA's own windows takes a CPU twice as long as all of this.
+    """
+    height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
+    upper, lower = (
+        jnp.where(left >= right, left, right)
+        for left, right in ((x[:, i:height:2, :width:2], x[:, i:height:2, 1:width:2]) for i in range(2))
+    )
+    return jnp.where(upper >= lower, upper, lower)
+
+
 class VGG16(nnx.Module):
     """VGG16's convolutions.
 
@@ -102,7 +116,7 @@ class VGG16(nnx.Module):
         found, convolution = [], iter(self.convolutions)
         for number, group in enumerate(self.groups):
             if number:
-                h = nnx.max_pool(h, (2, 2), strides=(2, 2))
+                h = max_pool(h)
             for _ in group:
                 h = jax.nn.relu(next(convolution)(h))
             found.append(h)
