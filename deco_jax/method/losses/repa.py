@@ -1,8 +1,7 @@
 """Representation alignment: pulls hidden states towards a frozen encoder's features.
 
 Sources: REPA (Yu et al. 2025); iREPA, whose target and projector take a token's position into account; HASTE, which
-    stops
-the alignment during training; PixelREPA, which hides some of the tokens from a deeper projector.
+stops the alignment during training; PixelREPA, which hides some of the tokens from a deeper projector.
 """
 
 from __future__ import annotations
