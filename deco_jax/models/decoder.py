@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deco_jax.models import side_by_side
+from deco_jax.models import decoder_kernel, side_by_side
 from deco_jax.models.layers import (
     Dtype,
     LayerNorm,
     Linear,
+    gather_parameters,
     modulate,
     normalize,
     patchify,
@@ -248,6 +249,8 @@ class PixelDecoder(nnx.Module):
         """
         batch, tokens, number, channels = queries.shape
         rows, groups, dtype = batch * tokens, number // count, self.dtype
+        if self.interaction == "adaln" and decoder_kernel.columns_at_a_time(rows):
+            return self.by_kernel(queries, features, basis, count)
         layout = Rows(count, dtype)
         piece = rows_at_a_time(rows)
         pieces = rows // piece
@@ -279,6 +282,48 @@ class PixelDecoder(nnx.Module):
         parts = tuple(split(part) for part in (values, condition, *vectors))
         values = jax.lax.map(jax.checkpoint(decode), parts).reshape(groups, pieces, count * channels, piece)
         return values.transpose(1, 3, 0, 2).astype(jnp.float32).reshape(queries.shape)
+
+    def by_kernel(self, queries: jax.Array, features: jax.Array, basis: np.ndarray, count: int) -> jax.Array:
+        """Do the same in one pass over the pixels; see `decoder_kernel`."""
+        batch, tokens, number, channels = queries.shape
+        rows, groups, dtype, width = batch * tokens, number // count, self.dtype, self.input.out_features
+        kernel, bias = weights(self.condition)
+        kernel = kernel.astype(dtype).reshape(len(kernel), groups, -1)
+        condition = jnp.einsum("rm,mgc->gcr", features.reshape(rows, -1), kernel)
+        values = queries.astype(dtype).reshape(rows, groups, count * channels).transpose(1, 2, 0)
+        weight, offset = embedding_weights(channels, basis, self.pixel_embed, self.input)
+
+        def columns(vectors: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(vectors[..., None], (*vectors.shape, LANES))
+
+        def repeated(vectors: jax.Array) -> jax.Array:
+            return columns(jnp.tile(vectors, count))
+
+        def factor(kernel: jax.Array) -> jax.Array:
+            return along_diagonal(kernel, count).T
+
+        blocks = gather_parameters(self.blocks, stacks=True)
+        kernels, biases = zip(
+            *(weights(each) for each in (blocks.modulation, blocks.mlp_in, blocks.mlp_out)), strict=True
+        )
+        kernels = (*jnp.split(kernels[0], 3, axis=-1), *kernels[1:])
+        biases = (*jnp.split(biases[0], 3, axis=-1), *biases[1:], blocks.norm.scale[...], blocks.norm.bias[...])
+        output, output_bias = weights(self.output)
+        values = decoder_kernel.decode(
+            decoder_kernel.Options(blocks.norm.epsilon, width, decoder_kernel.columns_at_a_time(rows)),
+            values,
+            condition,
+            columns(offset.reshape(groups, -1)),
+            columns(bias.reshape(groups, -1)),
+            decoder_kernel.Weights(
+                factor(weight),
+                jnp.stack([jax.vmap(factor)(kernel) for kernel in kernels], axis=1),
+                jnp.stack([jax.vmap(repeated)(vector) for vector in biases], axis=1),
+                factor(output),
+                repeated(output_bias),
+            ),
+        )
+        return values.transpose(2, 0, 1).reshape(queries.shape)
 
     def decode(self, h: jax.Array, condition: jax.Array) -> jax.Array:
         """Decode embedded queries and their conditions, both [queries, width], to values [queries, 3 · query_size²]."""

@@ -292,7 +292,7 @@ def gather_parameters(parameters: Any, *, stacks: bool) -> Any:
     """Make parameters whole on this device (`devices.gather`).
 
     Args:
-        parameters: a tree of nnx.Variable with their whole shape as metadata, `whole_shape`.
+        parameters: a tree of nnx.Variable with their whole shape as metadata, `whole_shape`, unless they are whole.
         stacks: also those of stacks, whose blocks `run_stack` would otherwise gather one by one.
     """
 
@@ -300,7 +300,8 @@ def gather_parameters(parameters: Any, *, stacks: bool) -> Any:
         about = variable.get_metadata()
         if about.get("stacked") and not stacks:
             return variable
-        return variable.replace(gather(variable.get_value(), about["whole_shape"], about.get("used_as")))
+        value = variable.get_value()
+        return variable.replace(gather(value, about.get("whole_shape", value.shape), about.get("used_as")))
 
     return jax.tree.map(whole, parameters, is_leaf=is_variable)
 
