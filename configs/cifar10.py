@@ -22,8 +22,8 @@ Variants, each also as NAME-cpu (1.3 million parameters, for two cores) and NAME
                      --config.teacher.path=/data/vgg16-397923af.pth (torchvision's file)
 
 All have within 2 % of DeCo's number of parameters (6 % for -cpu). The paper's models except "dit" have a teacher,
-DINOv2-B: its claim is about dit, jit_repa, no_frequency_repa and deco_repa, in this order. With VGG16: not measured
-yet.
+DINOv2-B: its claim is about dit, jit_repa, no_frequency_repa and deco_repa, in this order. With VGG16 and -cpu, the
+order is jit_repa, dit, no_frequency_repa, deco_repa (docs/results.md).
 Hardware: meant for one GPU; memory not measured yet. Time: not measured yet. FID: not measured yet. NAME-cpu: 12 to 15
 minutes on one of two cores, with FIDs that only serve to compare these models (docs/results.md).
 """
