@@ -22,6 +22,7 @@ SMOKES = {
     "pixelgen": ["pixelgen256"],
     "jit512": ["jit512"],
     "tokens": ["imagenet256", *TOKENS],  # DeCo with class tokens
+    "muon": ["imagenet256", "--config.optimizer.name=muon"],
 }
 
 
@@ -52,6 +53,20 @@ def test_goes_on_on_eight_devices(run, tmp_path):
                 assert (name, "pixelgen" in arguments[0]) == ("balance", False)
                 continue
             np.testing.assert_allclose(rows(part)[step][name], rows(whole)[step][name], rtol=1e-4)
+
+
+def test_muon_goes_on(tmp_path):
+    """To the bit, through the command line; its checkpoints hold no constants of the optimizer."""
+    arguments = ("--config=configs/quickstart.py:smoke", "--config.optimizer.name=muon", NO_SAMPLES)
+    succeed(*arguments, f"--workdir={tmp_path}")
+    last = steps(tmp_path)[-1]
+    whole = rows(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / last)
+    (tmp_path / "metrics.jsonl").unlink()
+    succeed(*arguments, f"--workdir={tmp_path}")
+    assert steps(tmp_path)[-1] == last
+    for name in ("loss", "gradient_norm"):
+        assert rows(tmp_path)[int(last)][name] == whole[int(last)][name]
 
 
 @pytest.mark.slow

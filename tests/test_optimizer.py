@@ -53,6 +53,24 @@ def test_clipping_by_stage_is_optax_s_with_each_norm():
         np.testing.assert_allclose(update["w"], by_hand["w"], rtol=1e-5)
 
 
+def test_a_stage_without_clipping():
+    params, gradient = {"w": jnp.zeros(3)}, {"w": jnp.asarray([0.0, 3.0, 4.0])}
+    staged = optimizer.make_optimizer(section(clip_norm=2.0, stages="1:1e-4:0", eps=1.0))
+    plain = optimizer.make_optimizer(section(eps=1.0, stages="1:1e-4"))
+    state, expected = staged.init(params), plain.init(params)
+    for norm in (2.0, 5.0):
+        update, state = staged.update(gradient, state, params)
+        by_hand, expected = plain.update({"w": gradient["w"] * norm / 5}, expected, params)
+        np.testing.assert_allclose(update["w"], by_hand["w"], rtol=1e-5)
+
+
+def test_muon_orthogonalises_lora_s_factors():
+    params = {"blocks": {"qkv": {"a": jnp.ones((3, 6, 2)), "b": jnp.ones((3, 2, 4))}, "bias": jnp.ones((3, 4))}}
+    found = optimizer.matrices(params)["blocks"]
+    assert found["qkv"]["a"] == found["qkv"]["b"] == optax.contrib.MuonDimensionNumbers(1, 2)
+    assert found["bias"] is None
+
+
 def test_muon_takes_each_block_of_a_stack_by_itself():
     """Against optax's own Muon on unstacked matrices; vectors and embeddings go with AdamW."""
     keys = iter(jax.random.split(jax.random.key(0), 12))

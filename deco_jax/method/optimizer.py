@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 from jax import Array
-from optax.contrib import MuonDimensionNumbers
+from optax.contrib import MuonDimensionNumbers, MuonState
 
 from deco_jax.errors import UserError
+from deco_jax.method import lora
 
 Schedule = Callable[[Any], Any]  # steps done → value
 
@@ -32,18 +33,21 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
     rate = learning_rate(config)
     moments = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
     if config.name == "muon":
-        step = optax.contrib.muon(
-            rate,
-            beta=config.muon_momentum,
-            weight_decay=config.weight_decay,
-            adam_b1=config.b1,
-            adam_b2=config.b2,
-            adam_weight_decay=config.weight_decay,
-            muon_weight_dimension_numbers=matrices,
+        step = _without_coefficients(
+            optax.contrib.muon(
+                rate,
+                beta=config.muon_momentum,
+                eps=config.eps,
+                weight_decay=config.weight_decay,
+                adam_b1=config.b1,
+                adam_b2=config.b2,
+                adam_weight_decay=config.weight_decay,
+                muon_weight_dimension_numbers=matrices,
+            )
         )
     else:
         step = optax.adamw(rate, **moments, weight_decay=config.weight_decay)
-    if not any(clip for *_, clip in stages):
+    if all(clip is None for *_, clip in stages):
         return optax.chain(optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(), step)
     limits = [config.clip_norm, *(config.clip_norm if clip is None else clip for *_, clip in stages)]
     return _clipped_by_stage(step, limits, [start for start, *_ in stages])
@@ -107,16 +111,37 @@ def parse_stages(stages: str) -> list[tuple[int, float, float | None]]:
 
 
 def matrices(params: Any) -> Any:
-    """Return which parameters Muon orthogonalises: kernels, by their last two axes (each block of a stack separately).
+    """Return which parameters Muon orthogonalises: matrices, by their last two axes (each block of a stack separately).
 
-    Embeddings and vectors get None and use AdamW, with optax's Nesterov momentum.
+    Matrices are kernels and LoRA's factors. Embeddings and vectors get None and use AdamW, with optax's Nesterov
+    momentum.
     """
 
     def axes(path: tuple[Any, ...], leaf: Array) -> MuonDimensionNumbers | None:
-        is_kernel = getattr(path[-1], "key", None) == "kernel"
-        return MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if is_kernel else None
+        is_matrix = getattr(path[-1], "key", None) in ("kernel", lora.A, lora.B)
+        return MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if is_matrix else None
 
     return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _without_coefficients(muon: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Keep the coefficients of Muon's iteration, which are constants, out of its state and so out of checkpoints."""
+
+    def replaced(state: Any, coefficients: Any) -> Any:
+        def replace(node: Any) -> Any:
+            return node._replace(ns_coeffs=coefficients) if isinstance(node, MuonState) else node
+
+        return jax.tree.map(replace, state, is_leaf=lambda node: isinstance(node, MuonState))
+
+    def init(params: Any) -> Any:
+        return replaced(muon.init(params), ())
+
+    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        coefficients = optax.contrib.scale_by_muon().init({}).ns_coeffs
+        updates, state = muon.update(gradients, replaced(state, coefficients), params)
+        return updates, replaced(state, ())
+
+    return optax.GradientTransformation(init, update)
 
 
 def _clipped_by_stage(
