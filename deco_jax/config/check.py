@@ -98,6 +98,11 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
         )
     if data.fast_crop and data.random_crop:
         raise UserError("config.data.fast_crop only crops the centre; don't combine it with config.data.random_crop")
+    if loss.balance_start and not (loss.lpips_weight or loss.dino_weight):
+        raise UserError(
+            "config.loss.balance_start balances the perceptual losses, but config.loss.lpips_weight and dino_weight are "
+            "0; set one of them, or balance_start to 0"
+        )
     if config.lora.rank and loss.balance_start:
         raise UserError(
             "config.loss.balance_start needs the output layer's gradient, but config.lora.rank freezes that layer; set "
@@ -124,6 +129,13 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
     if config.sample.sampler == "mean_flow" and not model.mean_velocity:
         raise UserError(
             "config.sample.sampler=mean_flow is for models with config.model.mean_velocity=True; choose another"
+        )
+    if model.mean_velocity:
+        _check_mean_flow(config)
+    if config.path.name == "energy" and config.sample.sampler == "sde":
+        raise UserError(
+            "config.sample.sampler=sde needs the score, which only the straight path's velocity gives; on "
+            "config.path.name=energy choose another, such as heun"
         )
     if model.name == "deco" and model.patch_size % model.decoder_patch_size:
         raise UserError(
@@ -201,4 +213,29 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f"config.optimizer.accumulate_steps={config.optimizer.accumulate_steps} does not divide "
             f"config.data.batch_size={data.batch_size}"
+        )
+
+
+def _check_mean_flow(config: ml_collections.ConfigDict) -> None:
+    sample, model = config.sample, config.model
+    if config.path.name == "energy" and model.prediction != "v":
+        raise UserError(
+            f"MeanFlow needs the time derivative of the velocity, which config.model.prediction={model.prediction} "
+            "doesn't have on config.path.name=energy; use prediction=v, or the linear path"
+        )
+    for name, plain in (("rule", "plain"), ("rescale", 0.0), ("model", ""), ("average", "")):
+        if sample[f"guidance_{name}"] != plain:
+            raise UserError(
+                f"config.sample.guidance_{name} has no effect on a model that learnt guidance (config.loss.mean_flow); "
+                f"set it to {plain!r}"
+            )
+    if not 1 <= sample.guidance <= config.loss.mean_flow_guidance:
+        raise UserError(
+            f"config.sample.guidance={sample.guidance} is outside of what this model learns, 1 to "
+            f"{config.loss.mean_flow_guidance:g} (config.loss.mean_flow_guidance)"
+        )
+    if sample.guidance_interval[0] < 0:
+        raise UserError(
+            f"config.sample.guidance_interval={tuple(sample.guidance_interval)} begins before 0, which a model with "
+            "config.loss.mean_flow doesn't learn; begin at 0"
         )
