@@ -13,10 +13,13 @@ from PIL import Image
 
 from configs import quickstart
 from deco_jax.conditioning.classes import Classes
+from deco_jax.data import pipeline, sources
 from deco_jax.errors import UserError
 from deco_jax.evaluation import evaluator, image_sets, lpips
 from deco_jax.evaluation.evaluator import Setup, Subject
 from deco_jax.images import to_float
+from deco_jax.method import energy
+from deco_jax.method.predictions import make_prediction
 from deco_jax.models import vgg
 from deco_jax.run import sharding
 from tests.helpers import lpips_files, lpips_params
@@ -92,22 +95,54 @@ def test_pairs_of_a_folder(tmp_path, files):
 
 
 def test_reconstruction(tmp_path, files):
-    """Of a model that sees no noise at the end of time, nothing is left to see; earlier it is, and stays the same."""
-    model = types.SimpleNamespace(
-        condition=Classes(10), frozen={}, velocity=lambda state, t, labels: jnp.zeros_like(state) + 0 * labels[0]
-    )
-
+    """Of a model that leaves the noise in, nothing is left at the end of time; earlier it is, and stays the same."""
+    model = model_that_returns(lambda state, t: state)
     setup = setup_of(tmp_path, files)
     measure = lpips.make(setup)
 
-    def distance(time):
-        setup.config.evaluate.lpips_time = time
+    def distance(time, scale=1.0):
+        setup.config.evaluate.lpips_time, setup.config.path.noise_scale = time, scale
         return measure(Subject(model=model)).values["lpips_reconstruction"]
 
     assert distance(1.0) == pytest.approx(0, abs=1e-6)
     early, late = distance(0.3), distance(0.9)
     assert early > late > 1e-3
     assert distance(0.3) == early
+    assert distance(0.3, scale=2.0) > 1.05 * early
+
+
+def model_that_returns(image, config=None):
+    denoiser = types.SimpleNamespace(prediction=make_prediction(config or quickstart.get_config("smoke")))
+    return types.SimpleNamespace(
+        condition=Classes(10),
+        frozen={},
+        denoiser=denoiser,
+        denoise=lambda state, t, labels: image(state, t) + 0 * labels[0],
+    )
+
+
+def test_reconstruction_of_a_perfect_model(tmp_path, files):
+    """At the first moment of the energy-guided path, a perfect velocity leads to the blurred image, not to the image."""
+    setup = setup_of(tmp_path, files)
+    setup.config.path.name, setup.config.evaluate.lpips_time = "energy", 1e-3
+    source = sources.open_source(setup.config.data)
+    evenly = np.arange(5) * len(source) // 5
+    batch = next(pipeline.epoch(source, (16, 16), batch_size=5, indices=evenly))
+    images = to_float(jnp.asarray(batch["image"]))
+    blurred = energy.blurred_endpoint(images, jnp.full(5, 1e-3)).image
+    setup.config.evaluate.batch_size = 5
+    found = {}
+    for name, known in (("blurred", blurred), ("sharp", images)):
+        model = model_that_returns(lambda state, t, known=known: known[: len(state)], setup.config)
+        found[name] = lpips.make(setup)(Subject(model=model)).values["lpips_reconstruction"]
+    assert found["blurred"] < 0.01 * found["sharp"]
+
+
+def test_no_reconstruction_with_a_class_token(tmp_path, files):
+    setup = setup_of(tmp_path, files)
+    setup.config.model.class_token = 8
+    scores = lpips.make(setup)(Subject(model=types.SimpleNamespace()))
+    assert "class token" in scores.missing["lpips_reconstruction"]
 
 
 def test_missing_weights():

@@ -169,6 +169,22 @@ class Model:
             >>> jax.grad(energy)(jnp.zeros((1, 16, 16, 3))).shape
             (1, 16, 16, 3)
         """
+        return self._at_states(self._velocity, x, t, condition)
+
+    def denoise(self, x: Any, t: Any, condition: Any) -> jax.Array:
+        """Estimate the clean image x̂ at states, without guidance; arguments and errors as for `velocity`.
+
+        Returns:
+            float32 [n, height, width, 3] in about ±1, of which a perfect model gives the mean over all images that
+            could have become this state.
+
+        Examples:
+            >>> model.denoise(jnp.zeros((2, 16, 16, 3)), 0.5, [3, 7]).shape
+            (2, 16, 16, 3)
+        """
+        return self._at_states(self._image, x, t, condition)
+
+    def _at_states(self, function: Any, x: Any, t: Any, condition: Any) -> jax.Array:
         patch = self.config.model.patch_size
         shape = jnp.shape(x)
         if len(shape) != 4 or shape[3] != 3 or shape[1] % patch or shape[2] % patch:
@@ -182,7 +198,7 @@ class Model:
             )
         context = self._inputs.context(condition, shape[0])
         times = jnp.broadcast_to(jnp.asarray(t, jnp.float32), (shape[0],))
-        return self._velocity(self.params, jnp.asarray(x, jnp.float32), times, context)
+        return function(self.params, jnp.asarray(x, jnp.float32), times, context)
 
     def invert(
         self,
@@ -274,13 +290,20 @@ class Model:
 
     @functools.cached_property
     def _velocity(self) -> Any:
-        denoiser, mesh = self.denoiser, self.mesh
+        return self._of_states(self.denoiser.velocity)
 
-        def velocity(params: Params, x: jax.Array, t: jax.Array, context: Any) -> jax.Array:
+    @functools.cached_property
+    def _image(self) -> Any:
+        return self._of_states(self.denoiser.image)
+
+    def _of_states(self, function: Any) -> Any:
+        mesh = self.mesh
+
+        def padded(params: Params, x: jax.Array, t: jax.Array, context: Any) -> jax.Array:
             more = -len(x) % mesh.size  # rows of padding, so that the batch divides evenly over the devices
             x, t, context = (jnp.concatenate([a, a[:1].repeat(more, 0)]) if more else a for a in (x, t, context))
             arguments = (sharding.specs(mesh, params), *[sharding.BATCH] * 3)
-            v = sharding.each_device(denoiser.velocity, mesh, arguments, sharding.BATCH)(params, x, t, context)
-            return v.astype(jnp.float32)[: len(x) - more]
+            found = sharding.each_device(function, mesh, arguments, sharding.BATCH)(params, x, t, context)
+            return found.astype(jnp.float32)[: len(x) - more]
 
-        return jax.jit(velocity)
+        return jax.jit(padded)

@@ -1,7 +1,8 @@
 """LPIPS as a score: how close denoised images are to the true ones, and how different samples of a class are.
 
 Reconstruction: images of the data are noised to config.evaluate.lpips_time, each with its own noise, and one evaluation
-of the network, with their class or caption, gives x̂. Pairs: distances between consecutive samples of the same class;
+of the network, with their class or caption, gives x̂. It is compared with the x̂ of a perfect network, which is the image
+itself, except for v-predictions on the energy-guided path. Pairs: distances between consecutive samples of the same class;
 higher means more diverse. Distances are those of the perceptual loss, including its rule for patch sizes other than 16.
 """
 
@@ -86,6 +87,8 @@ class LPIPS:
                 scores.missing["lpips_pairs"] = "no two samples are known to have the same class"
         if subject.model is None:
             scores.missing["lpips_reconstruction"] = "there is no model, only samples"
+        elif self._config.model.class_token:
+            scores.missing["lpips_reconstruction"] = "the model also denoises a class token, which images don't have"
         elif jax.process_count() > 1:
             scores.missing["lpips_reconstruction"] = "it is measured on one host only"
         else:
@@ -98,7 +101,7 @@ class LPIPS:
         data, t = self._config.data, self._config.evaluate.lpips_time
         source = sources.open_source(data)
         count = min(self._config.evaluate.lpips_images, len(source))
-        path, condition = make_path(self._config), model.condition
+        path, prediction, condition = make_path(self._config), model.denoiser.prediction, model.condition
         batches = pipeline.epoch(
             source,
             image_sides(data.image_size),
@@ -116,12 +119,14 @@ class LPIPS:
                 times = jnp.full((len(images),), t, jnp.float32)
                 index = jnp.arange(done, done + len(images))
                 height, width = images.shape[1:3]
-                noise = noise_of(self._config.sample.seed, index, (height, width))(0)
-                state = path.point(images, noise, times).state
+                noise = noise_of(
+                    self._config.sample.seed, index, (height, width), scale=self._config.path.noise_scale
+                )(0)
+                point = path.point(images, noise, times)
                 given = {name: jnp.asarray(batch[name]) for name in condition.inputs}
-                velocity = model.velocity(state, t, context(model.frozen, given))
-                predicted = np.asarray(path.image_of(velocity, state, times))
-                total += float(self._distance(predicted, np.asarray(images)).sum(dtype=np.float64))
+                predicted = np.asarray(model.denoise(point.state, t, context(model.frozen, given)))
+                wanted = np.asarray(prediction.image_target(images, point, times))
+                total += float(self._distance(predicted, wanted).sum(dtype=np.float64))
                 done += len(images)
         finally:
             batches.close()

@@ -108,6 +108,11 @@ class Denoiser(NamedTuple):
         output, intermediates = self.network.apply(params, x, t, context)
         return self.prediction.velocity(output, x, t), intermediates
 
+    def image(self, params: Params, x: jax.Array, t: jax.Array, context: Any) -> jax.Array:
+        """Return the clean image x̂ [n, height, width, 3] at states x without a class token; t [n]."""
+        output, _ = self.network.apply(params, x, t, context)
+        return self.prediction.image(output, x, t)
+
     def given(self, measured: Mapping[str, Any]) -> Denoiser:
         """Return the denoiser with the arrays that a run measured for its prediction."""
         arrays = {name: np.asarray(measured[name]) for name in self.prediction.measured}
