@@ -77,3 +77,20 @@ def test_an_alignment_that_ends(vgg, tmp_path):
     with ocp.StandardCheckpointer() as reader:
         ours, theirs = map(reader.restore, saved)
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_run_without_repa_starts_from_one_with_it(vgg, tmp_path):
+    """The projector is left out, and the denoiser is the checkpoint's."""
+    source = tmp_path / "aligned"
+    one_step = ("--config.train.num_steps=1", "--config.train.sample_every=0")
+    succeed("--config=configs/cifar10.py:deco_repa-smoke", f"--workdir={source}", vgg, *one_step)
+    command = ["--config=configs/cifar10.py:deco-smoke", f"--workdir={tmp_path / 'plain'}", *one_step]
+    command += [f"--config.init_from={source}", "--config.optimizer.learning_rate=1e-12"]
+    refuse(*command, "--config.init_optimizer=True", says="include those of REPA's projector")
+    succeed(*command)
+    with ocp.StandardCheckpointer() as reader:
+        ours, theirs = (reader.restore(run / "checkpoints" / "1" / "params") for run in (tmp_path / "plain", source))
+    assert (set(theirs), set(ours)) == ({"denoiser", "projector"}, {"denoiser"})
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9), ours["denoiser"], theirs["denoiser"]
+    )

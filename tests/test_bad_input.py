@@ -40,6 +40,8 @@ FLAGS = [
     ([SMOKE, "--mode=sample", "--topology=v5e:4x4"], "doesn't read --topology, only compile"),
     ([SMOKE, "--checkpoint={tmp}/none"], "there is no checkpoint in .*/none"),
     ([SMOKE, "--checkpoint=hdfs://a/run"], "--checkpoint=hdfs://a/run is neither a path nor in a bucket"),
+    ([SMOKE, "--config.path.name=energy", "--config.sample.sampler=sde"], "only the straight path's velocity gives"),
+    ([SMOKE, "--config.loss.balance_start=1"], "balances the perceptual losses"),
     ([SMOKE, "--config.init_from=hdfs://a/run"], "config.init_from=hdfs://a/run is neither a path nor in a bucket"),
     ([SMOKE, "--config.init_from=~/no such run"], "there is no checkpoint in /.*/no such run"),
     ([SMOKE, "--config.data.batch_size=abc"], "--config.data.batch_size=abc.*a value like 16"),

@@ -254,6 +254,11 @@ def test_what_does_not_go_together():
         ({"loss.mean_flow": False}, "set both or neither"),
         ({"model.mean_velocity": False}, "set both or neither"),
         ({"model.attention": "cudnn", "model.dtype": "bfloat16"}, "no forward-mode derivative"),
+        ({"sample.guidance_rescale": 0.7}, "guidance_rescale has no effect on a model that learnt guidance"),
+        ({"sample.guidance_average": "ema"}, "guidance_average has no effect"),
+        ({"sample.guidance": 99.0}, "outside of what this model learns, 1 to 8"),
+        ({"sample.guidance_interval": (-1.0, 1.0)}, "begin at 0"),
+        ({"path.name": "energy", "model.prediction": "x"}, "use prediction=v, or the linear path"),
     ):
         changed = config.copy_and_resolve_references()
         changed.update_from_flattened_dict(changes)

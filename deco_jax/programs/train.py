@@ -73,7 +73,15 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     adaptation = adapted.Adaptation(config, folder, checkpoint_path, mesh) if adapter_of(config) else None
     if (config.init_from or checkpoint_path) and not checkpoint.complete_steps(folder) and adaptation is None:
         like = as_stored(checkpoint.find(config.init_from), config) if config.init_from else config
-        checkpoint.check_projector(checkpoint.find(checkpoint_path or config.init_from, config=like), config)
+        start = checkpoint.find(checkpoint_path or config.init_from, config=like)
+        leaves_projector = config.init_from and not config.loss.repa_weight and checkpoint.has_projector(start)
+        if not leaves_projector:
+            checkpoint.check_projector(start, config)
+        elif config.init_optimizer:
+            raise UserError(
+                f"the moments in {config.init_from} include those of REPA's projector, which config.loss.repa_weight=0 "
+                "leaves out; set config.init_optimizer=False"
+            )
         if like.model.num_classes != config.model.num_classes:
             fresh = (
                 f"the label table starts from scratch, with {config.model.num_classes:,} classes instead of the "

@@ -75,6 +75,11 @@ def check_model(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
         )
 
 
+def has_projector(path: pathlib.Path) -> bool:
+    """Return whether a checkpoint was trained with REPA."""
+    return bool(load_config(path)["loss"]["repa_weight"])
+
+
 def check_projector(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     """Raise UserError unless a checkpoint to continue from has the same REPA projector as the config, or both none."""
     stored = load_config(path)

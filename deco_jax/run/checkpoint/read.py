@@ -84,7 +84,11 @@ def load_step(path: pathlib.Path) -> int:
 
 
 def load_params(path: pathlib.Path, shapes: Any, config: ml_collections.ConfigDict, mesh: Mesh) -> Any:
-    """Load the raw weights {"denoiser", "projector"} of a checkpoint onto the mesh; errors as for `load_average`."""
+    """Load the raw weights {"denoiser", "projector"} of a checkpoint onto the mesh; errors as for `load_average`.
+
+    Args:
+        shapes: of the networks to load; a projector that isn't among them is left out.
+    """
     return _load(path, "params", shapes, config, mesh)
 
 
@@ -117,7 +121,7 @@ def _load(path: pathlib.Path, item: str, shapes: Any, config: ml_collections.Con
             shapes,
             state_shardings(mesh, shapes),
         )
-        return _read(path / item, placed)
+        return _read(path / item, placed, partial=item == "params")
 
 
 def load_state(path: pathlib.Path, shapes: State, config: ml_collections.ConfigDict) -> State:
@@ -212,8 +216,13 @@ def _with_empty(like: Any, tree: Any) -> Any:
     return {key: _with_empty(value, tree.get(key, {})) for key, value in like.items()}
 
 
-def _read(path: pathlib.Path, shapes: Any) -> Any:
+def _read(path: pathlib.Path, shapes: Any, *, partial: bool = False) -> Any:
+    """Read an item with these shapes; if `partial`, what else the item holds is left out."""
     if orbax_s3.stands_for(path):
         orbax_s3.enable()
+    if partial:
+        how = ocp.args.PyTreeRestore(shapes, ocp.checkpoint_utils.construct_restore_args(shapes), partial_restore=True)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            return reader.restore(path, how)
     with ocp.StandardCheckpointer() as reader:
         return reader.restore(path, shapes)
