@@ -8,11 +8,11 @@
     python -m deco_jax.main --config=configs/finetune.py:smoke --workdir=/tmp/smoke     # seconds, two cores
 
 After the colon comes a run's folder. The model, path, losses, image size and caption encoding are taken from that run;
-losses that need a teacher's weights are off. Without a run, they are those of DeCo-XL at 256², and --config.init_from
-gives the weights. The pretrained average is frozen. Trained are factors of rank 16 for the matrices of the
-transformer's blocks, and the label table: a class starts from the pretrained class of the same name, or else from "no
-class". Checkpoints hold what is trained; what is frozen is stored once per run. Every mode reads them merged. Averages
-are averages of the factors.
+REPA and the perceptual losses are off. A run with REG still needs its teacher's file (--config.teacher.path). Without a
+run, they are those of DeCo-XL at 256², and --config.init_from gives the weights. The pretrained average is frozen. Only
+factors of rank 16 for the matrices of the transformer's blocks, and the label table, are trained: a class starts from
+the pretrained class of the same name, or else from "no class". Checkpoints hold what is trained; frozen weights are
+stored once per run. Every mode merges the two. Averages are taken over the factors.
 
 Data: class folders, or captions for a text-to-image model (`--config.data.source=captioned_folder`); pictures are
 mirrored and cropped at random. If the model forgets what its class looked like, fill half of each batch with pictures
@@ -54,6 +54,8 @@ def get_config(variant: str = "XL") -> ml_collections.ConfigDict:
             for section in ("model", "path", "loss", "text", "sample"):
                 config[section] = pretrained[section]
         config.loss.dino_weight = config.loss.lpips_weight = 0.0
+        config.loss.balance_start = 0
+        config.teacher = pretrained.teacher
         config.sample.classes = config.sample.prompts = ""
         config.data.image_size = tuple(pretrained.data.image_size)
         config.data.source = pretrained.data.source if pretrained.model.text_width else "image_folder"

@@ -91,6 +91,4 @@ def test_a_run_without_repa_starts_from_one_with_it(vgg, tmp_path):
     with ocp.StandardCheckpointer() as reader:
         ours, theirs = (reader.restore(run / "checkpoints" / "1" / "params") for run in (tmp_path / "plain", source))
     assert (set(theirs), set(ours)) == ({"denoiser", "projector"}, {"denoiser"})
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9), ours["denoiser"], theirs["denoiser"]
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9), ours["denoiser"], theirs["denoiser"])

@@ -122,7 +122,7 @@ def model_that_returns(image, config=None):
 
 
 def test_reconstruction_of_a_perfect_model(tmp_path, files):
-    """At the first moment of the energy-guided path, a perfect velocity leads to the blurred image, not to the image."""
+    """At the beginning of the energy-guided path, a perfect velocity leads to the blurred image, not to the image."""
     setup = setup_of(tmp_path, files)
     setup.config.path.name, setup.config.evaluate.lpips_time = "energy", 1e-3
     source = sources.open_source(setup.config.data)

@@ -100,8 +100,8 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
         raise UserError("config.data.fast_crop only crops the centre; don't combine it with config.data.random_crop")
     if loss.balance_start and not (loss.lpips_weight or loss.dino_weight):
         raise UserError(
-            "config.loss.balance_start balances the perceptual losses, but config.loss.lpips_weight and dino_weight are "
-            "0; set one of them, or balance_start to 0"
+            "config.loss.balance_start balances the perceptual losses, but config.loss.lpips_weight and dino_weight "
+            "are 0; set one of them, or balance_start to 0"
         )
     if config.lora.rank and loss.balance_start:
         raise UserError(

@@ -2,8 +2,9 @@
 
 Reconstruction: images of the data are noised to config.evaluate.lpips_time, each with its own noise, and one evaluation
 of the network, with their class or caption, gives x̂. It is compared with the x̂ of a perfect network, which is the image
-itself, except for v-predictions on the energy-guided path. Pairs: distances between consecutive samples of the same class;
-higher means more diverse. Distances are those of the perceptual loss, including its rule for patch sizes other than 16.
+itself, except for v-predictions on the energy-guided path. Pairs: distances between consecutive samples of the same
+class; higher means more diverse. Distances are those of the perceptual loss, including its rule for patch sizes other
+than 16.
 """
 
 from __future__ import annotations
@@ -119,9 +120,9 @@ class LPIPS:
                 times = jnp.full((len(images),), t, jnp.float32)
                 index = jnp.arange(done, done + len(images))
                 height, width = images.shape[1:3]
-                noise = noise_of(
-                    self._config.sample.seed, index, (height, width), scale=self._config.path.noise_scale
-                )(0)
+                noise = noise_of(self._config.sample.seed, index, (height, width), scale=self._config.path.noise_scale)(
+                    0
+                )
                 point = path.point(images, noise, times)
                 given = {name: jnp.asarray(batch[name]) for name in condition.inputs}
                 predicted = np.asarray(model.denoise(point.state, t, context(model.frozen, given)))

@@ -169,12 +169,17 @@ def time_forward(config: ml_collections.ConfigDict, mesh: Mesh, add: Callable[..
     if "forward" in parts:
         draw = jax.jit(lambda: jax.random.normal(jax.random.key(1), shape), out_shardings=rows)
         times = jax.jit(lambda: jax.random.uniform(jax.random.key(2), (size,)), out_shardings=rows)
-        inputs = draw(), times(), sharding.place_everywhere(mesh, {"context": contexts(size)})["context"]
-        arguments = (jax.tree.map(lambda where: where.spec, shardings), *[sharding.BATCH] * 3)
-        forward = jax.jit(
-            sharding.each_device(lambda *inputs: network.apply(*inputs)[0], mesh, arguments, sharding.BATCH),
-            out_shardings=rows,
-        )
+        given = {"context": contexts(size)}
+        if config.model.class_token:
+            given["class_token"] = np.zeros((size, config.model.class_token), np.float32)
+        placed = sharding.place_everywhere(mesh, given)
+        inputs = draw(), times(), placed.pop("context"), placed
+        arguments = (jax.tree.map(lambda where: where.spec, shardings), *[sharding.BATCH] * 4)
+
+        def output(params: Any, images: jax.Array, t: jax.Array, context: jax.Array, more: Any) -> jax.Array:
+            return network.apply(params, images, t, context, **more)[0]
+
+        forward = jax.jit(sharding.each_device(output, mesh, arguments, sharding.BATCH), out_shardings=rows)
         arithmetic = flops.forward_total(config.model, config.data.image_size) * size
         add("forward", timed(lambda: forward(params, *inputs), config.benchmark), size, arithmetic)
     if "sample" not in parts:

@@ -58,6 +58,11 @@ def check(config: ml_collections.ConfigDict, model: api.Model | None, evaluators
             raise UserError(
                 f"config.evaluate.averages: {model.name} has no average {average!r}; it has {', '.join(there)}"
             )
+    if config.sample.num_images < config.evaluate.search_images:
+        raise UserError(
+            f"config.sample.num_images={config.sample.num_images} is less than config.evaluate.search_images="
+            f"{config.evaluate.search_images}, but the best settings are measured with the former; make it larger"
+        )
     by = config.evaluate.best_by
     if not any(by in evaluator.titles for evaluator in evaluators):
         raise UserError(
@@ -115,6 +120,11 @@ def search(
             scores = scores_of(model, small)
             row |= {"scores": scores.values, "missing": scores.missing}
         rows.append(row)
+        if by not in row["scores"]:
+            raise UserError(
+                f"config.evaluate.best_by={by} can't be measured ({row['missing'].get(by, 'no evaluator has it')}); "
+                "choose another score"
+            )
         if jax.process_index() == 0:
             score = row["scores"][by]
             print(f"{number} of {len(tried)}: {_named(row)}: {TITLES[by]} {score:.4g}", flush=True)
@@ -145,6 +155,8 @@ def _key(config: ml_collections.ConfigDict, name: str) -> str:
     values = to_json(config)
     measured = {name: value for name, value in values["evaluate"].items() if name not in varied}
     drawn = generate.fingerprint(config, name)
+    if "lpips" in config.evaluate.metrics.split(","):
+        measured |= {"lpips": values["lpips"]}
     return hashlib.sha256(json.dumps([drawn, measured, values["data"]], sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -73,10 +73,10 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     adaptation = adapted.Adaptation(config, folder, checkpoint_path, mesh) if adapter_of(config) else None
     if (config.init_from or checkpoint_path) and not checkpoint.complete_steps(folder) and adaptation is None:
         like = as_stored(checkpoint.find(config.init_from), config) if config.init_from else config
-        start = checkpoint.find(checkpoint_path or config.init_from, config=like)
-        leaves_projector = config.init_from and not config.loss.repa_weight and checkpoint.has_projector(start)
+        begins_with = checkpoint.find(checkpoint_path or config.init_from, config=like)
+        leaves_projector = config.init_from and not config.loss.repa_weight and checkpoint.has_projector(begins_with)
         if not leaves_projector:
-            checkpoint.check_projector(start, config)
+            checkpoint.check_projector(begins_with, config)
         elif config.init_optimizer:
             raise UserError(
                 f"the moments in {config.init_from} include those of REPA's projector, which config.loss.repa_weight=0 "
@@ -98,8 +98,6 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     check_same_classes(folder, source.class_names)
     quick_fid = make_quick_fid(config, folder, mesh) if config.evaluate.every else None
     best = Best(config, quick_fid.titles if quick_fid else ()) if config.train.keep_best else None
-    settled, remat = choose_remat(config, mesh, condition)
-    networks, observe, frozen = make_networks(settled, mesh, condition)
     optimizer = make_optimizer(config.optimizer)
     method = make_method(config)
     averages = method.averages
@@ -110,6 +108,8 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
         )
     check_average(config.sample, averages)
     other = load_other(config, mesh)
+    settled, remat = choose_remat(config, mesh, condition)
+    networks, observe, frozen = make_networks(settled, mesh, condition)
     shapes = state_shapes(networks, optimizer, mesh, averages, method.measured)
     requests = grid_requests(config, condition, frozen, prompts) if config.train.sample_every else None
     validation = None

@@ -79,6 +79,13 @@ def load_other(config: ml_collections.ConfigDict, mesh: Mesh) -> Other | None:
                 f"config.sample.guidance_model={config.sample.guidance_model} takes another condition: "
                 f"model.{name} is {theirs} there and {ours} here"
             )
+    for section, name in (("model", "class_token"), ("path", "name"), ("path", "noise_scale")):
+        theirs, ours = stored[section][name], config[section][name]
+        if theirs != ours:
+            raise UserError(
+                f"config.sample.guidance_model={config.sample.guidance_model} has other states: {section}.{name} is "
+                f"{theirs} there and {ours} here; choose a model with the same"
+            )
     patch, sides = stored.model.patch_size, image_sides(config.data.image_size)
     if any(side % patch for side in sides):
         raise UserError(

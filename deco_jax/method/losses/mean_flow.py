@@ -74,8 +74,11 @@ class MeanFlow:
         keys = jax.random.split(key, 5)
         ends = [times(each, batch) for each in keys[:2]]
         start, end = jnp.minimum(*ends), jnp.maximum(*ends)
-        place = jnp.arange(batch, dtype=jnp.float32)
-        still = jnp.floor((place + 1) * self.equal) > jnp.floor(place * self.equal)  # evenly spread over the batch
+        # Evenly spread over the batch. Mixed data sources alternate along it, so a fixed first place could give one of
+        # them all jumps of length 0.
+        first = jax.random.randint(jax.random.fold_in(key, len(keys)), (), 0, batch)
+        place = jnp.arange(batch, dtype=jnp.float32) + first
+        still = jnp.floor((place + 1) * self.equal) > jnp.floor(place * self.equal)
         length = jnp.where(still, 0.0, end - start)
         scale = self.max_guidance ** jax.random.uniform(keys[2], (batch,))
         low = jax.random.uniform(keys[3], (batch,), maxval=0.5)

@@ -1,8 +1,9 @@
 """Perceptual losses: the predicted image looks like the true one (PixelGen, arXiv 2602.02493).
 
-LPIPS compares VGG16's features, P-DINO those of REPA's teacher. Both compare the predicted image x̂, whatever the
-network predicts, with that of a perfect network. Only examples from `perceptual_min_time` on count, because images
-predicted at early times are blurred.
+LPIPS compares VGG16's features, P-DINO those of REPA's teacher, of the predicted image x̂, whatever the network
+predicts. LPIPS compares it with the x̂ of a perfect network. P-DINO compares it with the clean image, whose features
+REPA needs too; on the energy-guided path with a v-prediction, where a perfect x̂ is blurred, the two differ. Only
+examples from `perceptual_min_time` on count, because images predicted at early times are blurred.
 """
 
 from __future__ import annotations
