@@ -5,7 +5,9 @@ import json
 import ml_collections
 import pytest
 
+from configs import reg256
 from deco_jax.programs import benchmark
+from deco_jax.run import sharding
 from tests.helpers import run_main
 
 
@@ -88,3 +90,11 @@ def test_every_part_is_timed(report):
     assert rows["train step"]["images_per_second"] == pytest.approx(8 / rows["train step"]["seconds"]["median"])
     assert report["chip"] is None
     assert "share_of_peak" not in rows["train step"]
+
+
+def test_the_forward_pass_of_a_model_with_a_class_token():
+    config = reg256.get_config("smoke")
+    config.benchmark.parts, config.benchmark.repeats = "forward", 1
+    found = {}
+    benchmark.time_forward(config, sharding.make_mesh(1, 1), lambda name, seconds, *_: found.update({name: seconds}))
+    assert len(found["forward"]) == 1

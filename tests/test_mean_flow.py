@@ -118,6 +118,8 @@ def test_draws():
     assert still.mean() == 0.5
     assert still[:100].sum() == 50  # on every device alike
     assert (jump[:, 0] >= 0).all()
+    firsts = {bool(MeanFlow(0.5, 8.0).draw(jax.random.key(i), times, 8)[1][0, 0] == 0) for i in range(8)}
+    assert firsts == {True, False}  # not always the same of two sources that alternate
     ends = start[~still] + jump[~still, 0]
     both = np.log(np.concatenate([start[~still], ends]) / (1 - np.concatenate([start[~still], ends])))
     assert both.mean() == pytest.approx(-0.8, abs=0.02)

@@ -102,6 +102,20 @@ def test_what_it_refuses(folder, settings, said):
         make(config)
 
 
+def test_of_a_prediction_that_was_measured_on_the_data(folder, tmp_path):
+    """--mode=evaluate takes the basis from the checkpoint, so it finds what training found."""
+    command = [
+        SMOKE, NO_SAMPLES, f"--workdir={tmp_path}", "--config.data.source=image_folder", f"--config.data.path={folder}",
+        "--config.data.split=train", "--config.data.validation_split=val", "--config.model.num_classes=2",
+        "--config.data.batch_size=2", "--config.data.num_workers=0", "--config.model.prediction=asymmetric",
+        "--config.model.asymmetric_rank=3",
+    ]  # fmt: skip
+    succeed(*command, "--config.train.validate_every=2")
+    succeed(*command, "--mode=evaluate", "--config.evaluate.metrics=validation_loss")
+    scores = json.loads((tmp_path / "evaluation.json").read_text())
+    assert scores["validation_loss"] == pytest.approx(rows(tmp_path)[4]["validation_loss"], rel=1e-5)
+
+
 def test_while_training(folder, tmp_path):
     """It stands in the metrics, and changes nothing in them."""
     command = [

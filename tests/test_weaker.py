@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 import deco_jax
+from configs import quickstart
 from deco_jax.errors import UserError
+from deco_jax.run import sharding
+from deco_jax.sampling.weaker import load_other
 from tests.helpers import fake_devices, run_main
-from tests.runs import SMOKE, succeed
+from tests.runs import SMOKE, random_checkpoint, succeed
 
 RULE = {"guidance": 2.5, "guidance_interval": (-1.0, 1.0), "guidance_rescale": 0.5, "guidance_rule": "zero_star"}
 FLAGS = [f"--config.sample.{name}={value}" for name, value in RULE.items()]
@@ -69,6 +72,23 @@ def test_another_checkpoint(run):
 def test_what_can_t_be_is_one_line(run, settings, words):
     with pytest.raises(UserError, match=words):
         deco_jax.load(run).sample(classes=[1], **settings)
+
+
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ({"path.noise_scale": 2.0}, "path.noise_scale is 1.0 there and 2.0 here"),
+        ({"path.name": "energy"}, "path.name is linear there and energy here"),
+        ({"model.class_token": 8}, "model.class_token is 0 there and 8 here"),
+    ],
+)
+def test_a_model_with_other_states(tmp_path, setting, words):
+    run = random_checkpoint(tmp_path / "run", quickstart.get_config("smoke"))
+    config = quickstart.get_config("smoke")
+    config.sample.guidance_model = str(run)
+    config.update_from_flattened_dict(setting)
+    with pytest.raises(UserError, match=words):
+        load_other(config, sharding.make_mesh(1, 1))
 
 
 @pytest.mark.slow
