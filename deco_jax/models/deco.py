@@ -33,8 +33,8 @@ class DeCoSettings(TrunkSettings):
     )
     decoder_chunk: int = setting(
         0,
-        "Tokens that the decoder computes at a time; 0: all at once, on TPUs by our own kernel. On a CPU a few thousand "
-        "are fastest.",
+        "Tokens that the decoder computes at a time; 0: all at once, on TPUs by our own kernel. On a CPU a few "
+        "thousand are fastest.",
         at_least(0, MAX_INT32),
         computed=True,
     )
