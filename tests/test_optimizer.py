@@ -53,6 +53,16 @@ def test_clipping_by_stage_is_optax_s_with_each_norm():
         np.testing.assert_allclose(update["w"], by_hand["w"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_updates_are_counted(name):
+    params = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+    made = optimizer.make_optimizer(section(name=name))
+    state = made.init(params)
+    for number in range(3):
+        assert int(optimizer.updates_done(state)) == number
+        _, state = made.update(params, state, params)
+
+
 def test_a_stage_without_clipping():
     params, gradient = {"w": jnp.zeros(3)}, {"w": jnp.asarray([0.0, 3.0, 4.0])}
     staged = optimizer.make_optimizer(section(clip_norm=2.0, stages="1:1e-4:0", eps=1.0))

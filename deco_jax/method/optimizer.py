@@ -78,6 +78,15 @@ def learning_rate(config: ml_collections.ConfigDict) -> Schedule:
     return rate
 
 
+def updates_done(state: Any) -> Any:
+    """Return an optimizer state's number of updates, by which schedules go.
+
+    It differs from the run's step after a step that wasn't finite, and in a run that continues imported weights, which
+    warms up again because they come without moments.
+    """
+    return optax.tree.get_all_with_path(state, "count")[0][1]
+
+
 def _completed(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Fill in the paper's values for missing settings, so that AdamW's own are enough."""
     paper = {
@@ -154,7 +163,7 @@ def _clipped_by_stage(
 
     def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         _, inner = state
-        count = optax.tree.get_all_with_path(inner, "count")[0][1]
+        count = updates_done(inner)
         limit = jnp.asarray(limits)[jnp.sum(count >= jnp.asarray(starts))]
         norm = optax.tree.norm(gradients)
         scale = jnp.where((limit > 0) & (norm > limit), limit / norm, 1.0)

@@ -24,7 +24,7 @@ from deco_jax.conditioning.requests import Requests, grid_columns
 from deco_jax.data import pipeline
 from deco_jax.errors import UserError
 from deco_jax.evaluation.evaluator import Subject
-from deco_jax.method.optimizer import learning_rate
+from deco_jax.method.optimizer import learning_rate, updates_done
 from deco_jax.method.training import COMPILER, PRIOR, Batch, Metrics
 from deco_jax.run import checkpoint, distributed, monitor, sharding
 from deco_jax.run.best import Best
@@ -152,7 +152,7 @@ class Log:
         memory = monitor.peak_memory()
         if memory is not None:
             values["peak_memory_gib"] = memory / 2**30
-        values["learning_rate"] = float(self._rate(np.int32(step - 1)))
+        values["learning_rate"] = float(self._rate(max(0, int(updates_done(state["opt_state"])) - 1)))
         values["images_per_second"] = self._run.config.data.batch_size * len(history) / seconds
         values |= self._run.goodput.shares()
         if self.blocked:
