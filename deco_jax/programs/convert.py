@@ -88,13 +88,14 @@ def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: s
     state = {"step": np.int32(file.step), "skipped": np.int32(0), "params": params, "averages": averages}
     checkpoints = checkpoint.Checkpoints(folder, config.train.keep_checkpoints, copy=False)
     try:
-        checkpoints.save(file.step, state, config)
-        checkpoints.wait()
+        try:
+            checkpoints.save(file.step, state, config)
+            checkpoints.wait()
+        finally:
+            checkpoints.close()
     except BaseException:
         checkpoints.remove_unfinished()
         raise
-    finally:
-        checkpoints.close()
     write_json(folder / "config.json", to_json(config))
     if config.model.num_classes == IMAGENET_CLASSES:
         write_json(folder / "classes.json", imagenet.class_names())

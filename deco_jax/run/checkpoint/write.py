@@ -160,8 +160,14 @@ class Checkpoints:
 
     def remove_unfinished(self) -> None:
         """Remove what a failed write has left; a resumed run does this when it starts."""
-        for entry in self.folder.glob("*.orbax-checkpoint-tmp*"):
-            storage.remove_tree(entry)
+        # The first array that can't be written ends the write, but others may still be on their way to the folder.
+        for _ in range(25):
+            left = list(self.folder.glob("*.orbax-checkpoint-tmp*"))
+            if not left:
+                break
+            for entry in left:
+                storage.remove_tree(entry)
+            time.sleep(0.2)
 
     def close(self) -> None:
         """Wait for the last write and release the folder; raises that write's error, if any."""
