@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import jax
@@ -150,7 +151,7 @@ def test_as_a_command(run, tmp_path, capsys):
     assert len({row["scores"]["kid"] for row in rows}) == 4
     best = min(rows, key=lambda row: row["scores"]["kid"])
     assert result["best"] == best["key"]
-    assert said.count("data digits: 6 of 6 images measured") == 1  # the reference once
+    assert len(re.findall(r"^6 of 6 images measured.*data digits", said, re.M)) == 1  # the reference once
     assert said.count("4 of 4 images measured") == 4
     evaluation = json.loads((folder / "evaluation.json").read_text())
     drawn = evaluation["config"]["sample"]
@@ -228,6 +229,7 @@ def test_what_cannot_be_searched(run, tmp_path):
         ({"averages": ("ema", "long")}, "has no average 'long'; it has ema, short"),
         ({"samples": str(tmp_path / "images.npz"), "steps": (1, 2)}, "so there is no choice of how to draw them"),
         ({"steps": (1, 2), "best_by": "kid"}, "best_by=kid is not measured by config.evaluate.metrics=adm"),
+        ({"steps": (1, 2), "search_images": 11}, "num_images=10 is less than config.evaluate.search_images=11"),
         ({"metrics": "fd_dinov2"}, "config.evaluate.dinov2 is empty; download DINOv2's.*dinov2_vitl14_pretrain.pth"),
     ]
     for changes, says in cases:

@@ -58,16 +58,16 @@ def check(config: ml_collections.ConfigDict, model: api.Model | None, evaluators
             raise UserError(
                 f"config.evaluate.averages: {model.name} has no average {average!r}; it has {', '.join(there)}"
             )
-    if config.sample.num_images < config.evaluate.search_images:
-        raise UserError(
-            f"config.sample.num_images={config.sample.num_images} is less than config.evaluate.search_images="
-            f"{config.evaluate.search_images}, but the best settings are measured with the former; make it larger"
-        )
     by = config.evaluate.best_by
     if not any(by in evaluator.titles for evaluator in evaluators):
         raise UserError(
             f"config.evaluate.best_by={by} is not measured by config.evaluate.metrics={config.evaluate.metrics}; "
             "add the metric that has it"
+        )
+    if config.sample.num_images < config.evaluate.search_images:
+        raise UserError(
+            f"config.sample.num_images={config.sample.num_images} is less than config.evaluate.search_images="
+            f"{config.evaluate.search_images}, but the best settings are measured with the former; make it larger"
         )
 
 
