@@ -170,7 +170,7 @@ def test_as_a_command(run, tmp_path, capsys):
     assert json.loads((tmp_path / "evaluation.json").read_text())["kid"] == pytest.approx(evaluation["kid"], rel=1e-3)
 
     # Cut off after three rows: these are taken as they are, the last is measured.
-    kept = [{**row, "scores": {"kid": 1e30}} for row in rows[:3]]
+    kept = [{**row, "scores": {"kid": 1e300}} for row in rows[:3]]
     (folder / "best_of.json").write_text(json.dumps({"best_by": "kid", "rows": kept}))
     config.evaluate.averages, config.evaluate.guidances, config.evaluate.search_images = ("ema,short",), (1.0, 3.0), 4
     capsys.readouterr()
