@@ -51,11 +51,10 @@ def get_config(variant: str = "XL") -> ml_collections.ConfigDict:
             )
         pretrained = saved.get_config(str(place))
         with config.unlocked():
-            for section in ("model", "path", "loss", "text", "sample"):
+            for section in ("model", "path", "loss", "teacher", "text", "sample"):
                 config[section] = pretrained[section]
         config.loss.dino_weight = config.loss.lpips_weight = 0.0
         config.loss.balance_start = 0
-        config.teacher = pretrained.teacher
         config.sample.classes = config.sample.prompts = ""
         config.data.image_size = tuple(pretrained.data.image_size)
         config.data.source = pretrained.data.source if pretrained.model.text_width else "image_folder"

@@ -86,8 +86,8 @@ def test_a_run_without_repa_starts_from_one_with_it(vgg, tmp_path):
     succeed("--config=configs/cifar10.py:deco_repa-smoke", f"--workdir={source}", vgg, *one_step)
     command = ["--config=configs/cifar10.py:deco-smoke", f"--workdir={tmp_path / 'plain'}", *one_step]
     command += [f"--config.init_from={source}", "--config.optimizer.learning_rate=1e-12"]
-    refuse(*command, "--config.init_optimizer=True", says="include those of REPA's projector")
-    succeed(*command)
+    refuse(*command, "--config.init_optimizer=True", says="its moments can't be; set config.init_optimizer=False")
+    assert "has a REPA projector, which is left out" in succeed(*command).stdout
     with ocp.StandardCheckpointer() as reader:
         ours, theirs = (reader.restore(run / "checkpoints" / "1" / "params") for run in (tmp_path / "plain", source))
     assert (set(theirs), set(ours)) == ({"denoiser", "projector"}, {"denoiser"})

@@ -123,6 +123,9 @@ def test_velocity(model):
     everywhere = jax.jit(network.apply)(model.params, x, jnp.full(3, 0.5), np.full(3, 4, np.int32))[0]
     assert relative_error(model.velocity(x, 0.5, "4"), everywhere) < 1e-6
 
+    clean = x + (1 - t[:, None, None, None]) * expected  # of a v-prediction on the straight path
+    assert relative_error(model.denoise(x, t, [2, 4, 4]), clean) < 1e-6
+
     # Differentiable, also where a caller jits around it: against a central difference.
     direction = jax.random.normal(jax.random.key(2), x.shape)
 

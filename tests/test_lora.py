@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import deco_jax
-from configs import finetune, quickstart
+from configs import finetune, pixelgen256, quickstart
+from deco_jax import config as config_lib
 from deco_jax.convert import deco, torch_files
 from deco_jax.errors import UserError
 from deco_jax.method import lora, training
@@ -317,3 +318,13 @@ def test_the_smoke_variant(tmp_path):
     refuse(*without, new, says="adapts the weights of config.init_from, which is empty; give a run's folder")
     refuse("--config=configs/finetune.py:nothing", new, says="there is no run or variant 'nothing'")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_pixelgen_run_can_be_adapted(tmp_path):
+    """Its perceptual losses, and what balances them, are off; its teacher is kept, which REG would need."""
+    pretrained = pixelgen256.get_config("smoke")
+    assert pretrained.loss.balance_start
+    (tmp_path / "config.json").write_text(json.dumps(config_lib.to_json(pretrained)))
+    config = finetune.get_config(str(tmp_path))
+    config_lib.check(config)
+    assert config.teacher.to_dict() == pretrained.teacher.to_dict()

@@ -175,8 +175,8 @@ class Model:
         """Estimate the clean image x̂ at states, without guidance; arguments and errors as for `velocity`.
 
         Returns:
-            float32 [n, height, width, 3] in about ±1, of which a perfect model gives the mean over all images that
-            could have become this state.
+            float32 [n, height, width, 3] in about ±1: the mean of the images that this state may have come from, as
+            the model has learnt it. A v-prediction on the energy-guided path gives that of images still blurred.
 
         Examples:
             >>> model.denoise(jnp.zeros((2, 16, 16, 3)), 0.5, [3, 7]).shape
@@ -193,8 +193,8 @@ class Model:
             raise UserError(f"times have shape {jnp.shape(t)}; give one, or one for each of {shape[0]} states")
         if self.denoiser.token:
             raise UserError(
-                "this model's velocity also depends on a class token (config.model.class_token), which states of "
-                "images don't have; sample and stream draw both"
+                "this model also takes a class token (config.model.class_token), which states of images don't have; "
+                "sample and stream draw both"
             )
         context = self._inputs.context(condition, shape[0])
         times = jnp.broadcast_to(jnp.asarray(t, jnp.float32), (shape[0],))

@@ -223,7 +223,8 @@ def _check_mean_flow(config: ml_collections.ConfigDict) -> None:
             f"MeanFlow needs the time derivative of the velocity, which config.model.prediction={model.prediction} "
             "doesn't have on config.path.name=energy; use prediction=v, or the linear path"
         )
-    for name, plain in (("rule", "plain"), ("rescale", 0.0), ("model", ""), ("average", "")):
+    unused = {"rule": "plain", "rescale": 0.0, "times": "step", "model": "", "average": ""}
+    for name, plain in unused.items():
         if sample[f"guidance_{name}"] != plain:
             raise UserError(
                 f"config.sample.guidance_{name} has no effect on a model that learnt guidance (config.loss.mean_flow); "

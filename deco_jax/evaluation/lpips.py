@@ -103,6 +103,7 @@ class LPIPS:
         source = sources.open_source(data)
         count = min(self._config.evaluate.lpips_images, len(source))
         path, prediction, condition = make_path(self._config), model.denoiser.prediction, model.condition
+        seed, scale = self._config.sample.seed, self._config.path.noise_scale
         batches = pipeline.epoch(
             source,
             image_sides(data.image_size),
@@ -120,9 +121,7 @@ class LPIPS:
                 times = jnp.full((len(images),), t, jnp.float32)
                 index = jnp.arange(done, done + len(images))
                 height, width = images.shape[1:3]
-                noise = noise_of(self._config.sample.seed, index, (height, width), scale=self._config.path.noise_scale)(
-                    0
-                )
+                noise = noise_of(seed, index, (height, width), scale=scale)(0)
                 point = path.point(images, noise, times)
                 given = {name: jnp.asarray(batch[name]) for name in condition.inputs}
                 predicted = np.asarray(model.denoise(point.state, t, context(model.frozen, given)))

@@ -27,7 +27,7 @@ from deco_jax.method.objective import Method, make_method
 from deco_jax.method.step import Draws
 from deco_jax.method.training import TRAINING, Batch, load_frozen, make_observer
 from deco_jax.models.network import Network, Params, build
-from deco_jax.run import sharding
+from deco_jax.run import checkpoint, sharding, storage
 
 # Keeps its noise separate from that of training and samples.
 VALIDATION = TRAINING + 1
@@ -82,7 +82,7 @@ class ValidationLoss:
             )
         self._indices = np.arange(count, dtype=np.int64) * len(self._source) // count
         method = method_without_trained(config)
-        observe = make_observer(method, condition)
+        observe, self._measured = make_observer(method, condition), method.measured
         names = ["validation_loss", *(f"validation_{loss.name}" for loss in method.losses)]
         self.titles = {name: name.replace("_", " ") for name in names}
 
@@ -119,6 +119,10 @@ class ValidationLoss:
                 "validation_loss from config.evaluate.metrics"
             )
         data, frozen = self._config.data, {**subject.frozen, **self._frozen}
+        if self._measured and "measured" not in frozen:
+            assert subject.model is not None
+            where = storage.path(subject.model.name)
+            frozen["measured"] = checkpoint.load_measured(where, self._measured, self._mesh)
         batches = pipeline.epoch(
             self._source,
             image_sides(data.image_size),

@@ -23,7 +23,7 @@ from deco_jax import api
 from deco_jax.config import to_json
 from deco_jax.errors import UserError
 from deco_jax.evaluation import TITLES
-from deco_jax.evaluation.evaluator import Evaluator, Scores
+from deco_jax.evaluation.evaluator import Evaluator, Scores, metric_names
 from deco_jax.report import style
 from deco_jax.run import checkpoint, distributed, files, storage
 from deco_jax.run.writer import write_atomically, write_json
@@ -155,7 +155,7 @@ def _key(config: ml_collections.ConfigDict, name: str) -> str:
     values = to_json(config)
     measured = {name: value for name, value in values["evaluate"].items() if name not in varied}
     drawn = generate.fingerprint(config, name)
-    if "lpips" in config.evaluate.metrics.split(","):
+    if "lpips" in metric_names(config):
         measured |= {"lpips": values["lpips"]}
     return hashlib.sha256(json.dumps([drawn, measured, values["data"]], sort_keys=True).encode()).hexdigest()[:16]
 

@@ -5,6 +5,7 @@ Arrays stay on the host: nothing here needs an accelerator, and files are read t
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import jax
@@ -88,11 +89,9 @@ def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: s
     state = {"step": np.int32(file.step), "skipped": np.int32(0), "params": params, "averages": averages}
     checkpoints = checkpoint.Checkpoints(folder, config.train.keep_checkpoints, copy=False)
     try:
-        try:
+        with contextlib.closing(checkpoints):
             checkpoints.save(file.step, state, config)
             checkpoints.wait()
-        finally:
-            checkpoints.close()
     except BaseException:
         checkpoints.remove_unfinished()
         raise

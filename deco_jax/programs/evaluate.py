@@ -32,7 +32,6 @@ from deco_jax.evaluation.image_sets import ImageSet, drawn_images, folder_images
 from deco_jax.evaluation.inception_features import open_reference
 from deco_jax.evaluation.measuring import FOLDER, read
 from deco_jax.evaluation.statistics import NpzImages
-from deco_jax.method.objective import make_method
 from deco_jax.programs import best_of
 from deco_jax.run import checkpoint, distributed, fetch, sharding, storage, tracking
 from deco_jax.run.workdir import make_workdir
@@ -172,14 +171,7 @@ def drawn_samples(config: ml_collections.ConfigDict, model: api.Model) -> ImageS
 
 def subject_of(samples: ImageSet, model: api.Model | None) -> Subject:
     """Return what evaluators get: samples, and the weights that drew them."""
-    if model is None:
-        return Subject(samples)
-    frozen = dict(model.frozen)
-    if "validation_loss" in model.config.evaluate.metrics.split(","):
-        # The loss also depends on what the run measured on its data.
-        names = make_method(model.config).measured
-        frozen["measured"] = checkpoint.load_measured(storage.path(model.name), names, model.mesh) if names else {}
-    return Subject(samples, model.params, frozen, model)
+    return Subject(samples) if model is None else Subject(samples, model.params, model.frozen, model)
 
 
 def table(result: dict[str, Any], titles: Mapping[str, str]) -> str:

@@ -69,19 +69,17 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
         raise UserError(
             "--checkpoint continues a run and config.init_from starts a new one with its weights; give only one of them"
         )
-    fresh = ""
+    fresh = left_out = ""
     adaptation = adapted.Adaptation(config, folder, checkpoint_path, mesh) if adapter_of(config) else None
     if (config.init_from or checkpoint_path) and not checkpoint.complete_steps(folder) and adaptation is None:
         like = as_stored(checkpoint.find(config.init_from), config) if config.init_from else config
         begins_with = checkpoint.find(checkpoint_path or config.init_from, config=like)
-        leaves_projector = config.init_from and not config.loss.repa_weight and checkpoint.has_projector(begins_with)
-        if not leaves_projector:
+        if config.init_from and not config.loss.repa_weight and checkpoint.has_projector(begins_with):
+            left_out = f"{config.init_from} has a REPA projector, which is left out because config.loss.repa_weight=0"
+        else:
             checkpoint.check_projector(begins_with, config)
-        elif config.init_optimizer:
-            raise UserError(
-                f"the moments in {config.init_from} include those of REPA's projector, which config.loss.repa_weight=0 "
-                "leaves out; set config.init_optimizer=False"
-            )
+        if left_out and config.init_optimizer:
+            raise UserError(f"{left_out}, but its moments can't be; set config.init_optimizer=False")
         if like.model.num_classes != config.model.num_classes:
             fresh = (
                 f"the label table starts from scratch, with {config.model.num_classes:,} classes instead of the "
@@ -167,7 +165,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
         + (f"of {source.num_classes} classes; " if source.num_classes else "with captions; ")
         + (f"resumed at step {start}" if resumed else "a new run")
     )
-    notes = (source.notes(), fresh, adaptation.note if adaptation else "", remat.note if remat else "")
+    notes = (source.notes(), left_out, fresh, adaptation.note if adaptation else "", remat.note if remat else "")
     for line in (settings.said(changed), *notes):
         if line:
             writer.say(line)

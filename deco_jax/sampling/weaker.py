@@ -65,27 +65,26 @@ def load_other(config: ml_collections.ConfigDict, mesh: Mesh) -> Other | None:
     """Load the model that config.sample.guidance_model names, computed in the types of `config`; None if it is empty.
 
     Raises:
-        UserError: there is no such run or average, or its model takes another condition or other image sizes.
+        UserError: there is no such run or average, or its model takes another condition, other states or other image
+            sizes.
     """
     if not config.sample.guidance_model:
         return None
     average = config.sample.guidance_average or "ema"
     where = checkpoint.find(config.sample.guidance_model)
     stored = config_lib.make_config(config_lib.complete(checkpoint.load_config(where)))
-    for name in ("num_classes", "text_width", "text_length"):
-        theirs, ours = stored.model[name], config.model[name]
-        if theirs != ours:
-            raise UserError(
-                f"config.sample.guidance_model={config.sample.guidance_model} takes another condition: "
-                f"model.{name} is {theirs} there and {ours} here"
-            )
-    for section, name in (("model", "class_token"), ("path", "name"), ("path", "noise_scale")):
-        theirs, ours = stored[section][name], config[section][name]
-        if theirs != ours:
-            raise UserError(
-                f"config.sample.guidance_model={config.sample.guidance_model} has other states: {section}.{name} is "
-                f"{theirs} there and {ours} here; choose a model with the same"
-            )
+    alike = {
+        "takes another condition": ("model.num_classes", "model.text_width", "model.text_length"),
+        "has other states": ("model.class_token", "path.name", "path.noise_scale"),
+    }
+    for problem, names in alike.items():
+        for section, name in (setting.split(".") for setting in names):
+            theirs, ours = stored[section][name], config[section][name]
+            if theirs != ours:
+                raise UserError(
+                    f"config.sample.guidance_model={config.sample.guidance_model} {problem}: {section}.{name} is "
+                    f"{theirs} there and {ours} here; choose a model with the same"
+                )
     patch, sides = stored.model.patch_size, image_sides(config.data.image_size)
     if any(side % patch for side in sides):
         raise UserError(

@@ -27,6 +27,7 @@ from deco_jax.run.checkpoint.folder import (
     average_names,
     check_model,
     check_projector,
+    has_projector,
     load_config,
     readable,
 )
@@ -89,7 +90,12 @@ def load_params(path: pathlib.Path, shapes: Any, config: ml_collections.ConfigDi
     Args:
         shapes: of the networks to load; a projector that isn't among them is left out.
     """
-    return _load(path, "params", shapes, config, mesh)
+    left_out: dict[str, Any] = {}
+    if "projector" not in shapes and has_projector(path):
+        with readable(path):
+            left_out = {"projector": _stored_shapes(path / "params")["projector"]}
+    found = _load(path, "params", {**shapes, **left_out}, config, mesh)
+    return {name: tree for name, tree in found.items() if name not in left_out}
 
 
 def load_optimizer(path: pathlib.Path, shapes: Any) -> Any:
@@ -121,7 +127,7 @@ def _load(path: pathlib.Path, item: str, shapes: Any, config: ml_collections.Con
             shapes,
             state_shardings(mesh, shapes),
         )
-        return _read(path / item, placed, partial=item == "params")
+        return _read(path / item, placed)
 
 
 def load_state(path: pathlib.Path, shapes: State, config: ml_collections.ConfigDict) -> State:
@@ -216,13 +222,17 @@ def _with_empty(like: Any, tree: Any) -> Any:
     return {key: _with_empty(value, tree.get(key, {})) for key, value in like.items()}
 
 
-def _read(path: pathlib.Path, shapes: Any, *, partial: bool = False) -> Any:
-    """Read an item with these shapes; if `partial`, what else the item holds is left out."""
+def _stored_shapes(path: pathlib.Path) -> Any:
+    """Return the shapes of an item's arrays as they are stored."""
     if orbax_s3.stands_for(path):
         orbax_s3.enable()
-    if partial:
-        how = ocp.args.PyTreeRestore(shapes, ocp.checkpoint_utils.construct_restore_args(shapes), partial_restore=True)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            return reader.restore(path, how)
+    with ocp.StandardCheckpointer() as reader:
+        stored = reader.metadata(path).item_metadata.tree
+    return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), stored)
+
+
+def _read(path: pathlib.Path, shapes: Any) -> Any:
+    if orbax_s3.stands_for(path):
+        orbax_s3.enable()
     with ocp.StandardCheckpointer() as reader:
         return reader.restore(path, shapes)
