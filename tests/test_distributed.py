@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -54,7 +56,8 @@ def test_flags_that_contradict_each_other(flags, message):
 def test_one_process_agrees_with_itself():
     done = []
     distributed.on_main_host(lambda: done.append(1))
-    assert done == [1]
+    distributed.on_every_host(lambda: done.append(2))
+    assert done == [1, 2]
     assert distributed.from_main_host(3) == 3
     assert distributed.all_hosts(True)
     assert not distributed.all_hosts(False)
@@ -74,6 +77,35 @@ def test_hosts_that_list_other_images(monkeypatch):
     distributed.check_same_data(sources.Digits())
     with pytest.raises(UserError, match=r"the hosts don't list the same images .here 1,796 in 10 classes"):
         distributed.check_same_data(Fewer())
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, raised",
+    [
+        (None, 0, None),
+        (None, 1, OSError("another host failed here")),
+        (None, 2, UserError("another host failed here")),
+        (ValueError("damaged"), 0, ValueError("damaged")),
+        (ValueError("damaged"), 1, ValueError("damaged")),
+        (ValueError("damaged"), 2, UserError("another host failed here")),
+        (UserError("another model"), 1, UserError("another model")),
+    ],
+)
+def test_what_fails_on_one_host_fails_on_all(ours, theirs, raised, monkeypatch):
+    def action():
+        if ours:
+            raise ours
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        distributed.multihost_utils, "process_allgather", lambda value: np.asarray([value, theirs], np.int32)
+    )
+    if raised is None:
+        distributed.on_every_host(action)
+        return
+    with pytest.raises(type(raised), match=str(raised)) as caught:
+        distributed.on_every_host(action)
+    assert caught.type is type(raised)
 
 
 def test_stage_logs_where_there_are_several(capsys):
@@ -139,13 +171,13 @@ def together(workdir, *arguments: str, config: str = SMOKE) -> list[subprocess.P
     ]
 
 
-def finish(processes: list[subprocess.Popen], timeout: float = 400) -> list[str]:
+def finish(processes: list[subprocess.Popen], timeout: float = 400, code: int = 0) -> list[str]:
     try:
         outputs = [process.communicate(timeout=timeout)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert [process.returncode for process in processes] == [code, code], "\n".join(outputs)
     return outputs
 
 
@@ -180,6 +212,24 @@ def test_two_hosts_train_and_sample_like_one_and_one_goes_on(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_hosts_pass_over_a_checkpoint_that_is_damaged(tmp_path):
+    """Each host checks a share of the files, so only one of them sees the damage."""
+    run = ("--config.train.save_every=1", "--config.train.sample_every=0")
+    finish(together(tmp_path, "--config.train.num_steps=2", *run))
+    largest = max((tmp_path / "checkpoints" / "2" / "params" / "d").iterdir(), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    outputs = finish(together(tmp_path, "--config.train.num_steps=3", *run))
+    assert "resumed at step 1" in outputs[0]
+    said = [re.search(r"2 is damaged and passed over: (.*)", output)[1] for output in outputs]
+    (reason,) = [line for line in said if "isn't what was written" in line]
+    assert reason.startswith("its file params/d/")
+    assert "another host failed here, and its log says why" in said
+    assert sorted(steps(tmp_path)) == ["1", "2", "2.damaged", "3"]
+
+
+@pytest.mark.slow
 def test_two_hosts_encode_captions_like_one(tmp_path):
     config, batch = "--config=configs/t2i_256.py:smoke", "--config.data.batch_size=64"
     folders = [tmp_path / "one", tmp_path / "two"]
@@ -204,7 +254,7 @@ def test_a_signal_to_any_host_saves_the_same_step_on_all(signalled, number, tmp_
         assert time.monotonic() < deadline, finish(processes, timeout=1)
         time.sleep(0.1)
     processes[signalled].send_signal(number)
-    outputs = finish(processes)
+    outputs = finish(processes, code=distributed.RESTART)
     (saved,) = steps(tmp_path)
     assert f"saved step {saved}" in outputs[0]
     assert rows(tmp_path)[int(saved) - 1]["step"] == int(saved) - 1
@@ -226,7 +276,7 @@ def test_two_hosts_stop_in_the_middle_of_a_grid(tmp_path):
         time.sleep(0.1)
     time.sleep(10)
     processes[1].send_signal(signal.SIGTERM)
-    outputs = finish(processes, timeout=120)
+    outputs = finish(processes, timeout=120, code=distributed.RESTART)
     assert steps(tmp_path) == ["2"]
     assert "saved step 2" in outputs[0]
     assert not (tmp_path / "samples" / "step_00000002.png").exists()

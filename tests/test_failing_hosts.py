@@ -83,6 +83,36 @@ with Watchdog(pathlib.Path(sys.argv[1]), 1.0, clock) as watchdog:
 """
 
 
+ENDING = """
+import sys, time
+from deco_jax import main
+from deco_jax.method import objective
+from deco_jax.programs import train
+lower = train.lower_train_step
+count = 0
+def slowly(*arguments):
+    global count
+    count += 1
+    if count == 2:
+        time.sleep(6)
+    return lower(*arguments)
+train.lower_train_step = slowly
+objective.Method.ends = (2,)
+sys.argv = ["main", *sys.argv[1:]]
+main.cli()
+"""
+
+
+@pytest.mark.slow
+def test_compiling_again_where_a_loss_ends_is_no_hung_step(tmp_path):
+    arguments = [SMOKE, f"--workdir={tmp_path}", NO_SAMPLES, "--config.train.step_timeout=4"]
+    done = subprocess.run(
+        [sys.executable, "-c", ENDING, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("compiling the training step") == 2
+
+
 def test_a_step_that_hangs_on_the_devices(tmp_path):
     (tmp_path / "file").touch()
     for folder in (tmp_path, tmp_path / "file"):  # the second can't be written

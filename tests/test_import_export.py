@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import deco_jax
 from configs import ablation, imagenet256, t2i_256
 from deco_jax.convert import torch_files
 from deco_jax.errors import UserError
@@ -93,6 +94,9 @@ def test_an_imported_imagenet_model_knows_its_classes(tmp_path, monkeypatch, cla
     names = tmp_path / "classes.json"
     assert names.exists() == (classes == 1000)
     assert classes == 10 or json.loads(names.read_text())[207] == "golden retriever"
+    checkpoints.export_checkpoint(config, str(tmp_path))
+    exported = deco_jax.load(tmp_path / "export").class_names
+    assert exported is None if classes == 10 else exported[207] == "golden retriever"
 
 
 def test_a_text_to_image_checkpoint(tmp_path):

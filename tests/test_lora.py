@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import deco_jax
 from configs import finetune, pixelgen256, quickstart
@@ -27,7 +29,7 @@ from deco_jax.run import adapted, checkpoint, sharding
 from deco_jax.run.checkpoint import read
 from deco_jax.run.state import create_state
 from tests.helpers import ROOT, fake_devices, relative_error
-from tests.runs import NO_SAMPLES, files, rows, succeed, two_steps
+from tests.runs import NO_SAMPLES, files, rows, signal_when, succeed, two_steps
 from tests.test_bad_input import refuse
 
 LORA = ("--config.lora.rank=3", "--config.lora.alpha=6", "--config.lora.whole=label_embed")
@@ -274,6 +276,32 @@ def test_resumed_is_uninterrupted_to_the_bit_without_what_it_started_from(run, p
     before = files(tmp_path)
     refuse(f"--workdir={tmp_path}", "--config.lora.rank=4", says="lora.rank was 3 and is 4")
     assert files(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_an_average_of_the_run_as_the_weaker_model(pretrained, tmp_path):
+    """The guided model itself as its weaker one changes nothing: training draws the same grid without guidance."""
+    grids = []
+    for name, settings in {"plain": ("guidance=1.0",), "led": ("guidance=3.0", "guidance_average=ema")}.items():
+        options = [f"--config.sample.{setting}" for setting in settings]
+        succeed(*command(pretrained), *options, f"--workdir={tmp_path / name}", "--config.train.num_steps=2")
+        grids.append(np.asarray(Image.open(tmp_path / name / "samples" / "step_00000002.png"), np.int32))
+    assert grids[0].std() > 10
+    assert np.abs(grids[0] - grids[1]).max() <= 1
+
+
+@pytest.mark.slow
+def test_local_copies_of_a_start_without_a_checkpoint_are_not_used(pretrained, tmp_path):
+    """Their factors belong to frozen weights that the next start may find changed."""
+    more = (f"--workdir={tmp_path / 'run'}", f"--config.train.local_copies={tmp_path / 'local'}")
+    more += ("--config.train.local_copies_every=1", "--config.train.save_every=1000")
+    long = (*command(pretrained), *more, "--config.train.num_steps=1000", "--config.train.sample_every=0")
+    code, _ = signal_when(signal.SIGKILL, lambda said: "step 5/" in said, *long)
+    assert code == -signal.SIGKILL
+    assert list((tmp_path / "local").glob("*/*/*.npz"))
+    said = succeed(*command(pretrained), *more, "--config.train.num_steps=2", "--config.train.sample_every=0")
+    assert "a new run" in said.stdout
+    assert "copies of step" not in said.stderr
 
 
 @pytest.mark.slow

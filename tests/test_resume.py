@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from deco_jax.run import preemption
+from deco_jax.run import distributed, preemption
 from tests.helpers import ROOT, run_main
 from tests.runs import NO_SAMPLES, SMOKE, depends_on_time, files, rows, signal_when, steps, succeed, two_steps
 
@@ -74,7 +74,10 @@ def test_asked_to_stop(tmp_path, undisturbed):
     """SIGTERM and Ctrl-C save first, whatever the save interval."""
     command = [*LONG, "--config.train.save_every=1000", f"--workdir={tmp_path}"]
     before = 0
-    for number, expected_code, line in ((signal.SIGTERM, 0, "step 8/"), (signal.SIGINT, 130, "step 25/")):
+    for number, expected_code, line in (
+        (signal.SIGTERM, distributed.RESTART, "step 8/"),
+        (signal.SIGINT, 130, "step 25/"),
+    ):
         code, said = signal_when(number, functools.partial(lambda line, said: line in said, line), *command)
         assert code == expected_code, said
         assert "Traceback" not in said
@@ -204,7 +207,7 @@ def test_a_closed_terminal_and_a_scheduler_s_warning_save_too(number, hangup):
         signal.raise_signal(number)
         assert watch.reached()
         assert watch.reason == f"asked to end ({number.name})"
-        assert watch.exit_code == 0
+        assert watch.exit_code == distributed.RESTART  # launchers start the run again
     assert not preemption.Watch().reached()
 
 
@@ -224,7 +227,7 @@ def test_asked_to_stop_while_a_grid_is_drawn(tmp_path):
     command += ["--config.sample.num_steps=500", "--config.sample.batch_size=1", "--config.train.save_every=100"]
     command += ["--config.train.log_every=1", f"--workdir={tmp_path}"]
     code, said = signal_when(signal.SIGTERM, lambda said: "step 1/" in said, *command)
-    assert code == 0, said
+    assert code == distributed.RESTART, said
     assert "asked to end (SIGTERM): saved step 1" in said
     assert steps(tmp_path) == ["1"]
     assert not (tmp_path / "samples").exists()
@@ -242,7 +245,7 @@ def test_ctrl_c_reaches_all_hosts(monkeypatch):
             signal.raise_signal(signal.SIGINT)
             assert received == [signal.SIGTERM]
             assert watch.reached()
-            assert (watch.reason, watch.exit_code) == ("interrupted", 0)
+            assert (watch.reason, watch.exit_code) == ("interrupted", distributed.RESTART)
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -9,12 +10,15 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import deco_jax
+from configs import quickstart
 from deco_jax.data import prompts, sources
 from deco_jax.errors import UserError
 from deco_jax.programs import convert, sample
 from deco_jax.run import storage
+from deco_jax.sampling import generate
 from tests.bucket_runs import Data, assert_nothing_left_here, killed_and_resumed, same_samples
 from tests.buckets import Bucket, download, large_puts, needs_gcs, upload
 from tests.helpers import ROOT
@@ -81,6 +85,15 @@ def test_prompts_of_a_bucket(here, tmp_path):
         prompts.read_prompts("gs://bucket/none.txt")
 
 
+def test_a_rewritten_checkpoint_of_a_bucket_is_another(here):
+    config, where = quickstart.get_config("smoke"), "gs://bucket/rewritten/checkpoints/4"
+    found = set()
+    for note in (b"the first", b"trained again"):
+        here.upload("rewritten/checkpoints/4/_CHECKPOINT_METADATA", note)
+        found |= {generate.fingerprint(config, where), generate.fingerprint(config, storage.path(where))}
+    assert len(found) == 2
+
+
 def test_images_of_an_earlier_request_are_kept(here):
     for name in ("request.json", "grid.png", "images/0.png", "images/1.png"):
         here.upload(f"run/samples/{name}", b'{"fingerprint": "first"}' if name == "request.json" else name.encode())
@@ -92,6 +105,30 @@ def test_images_of_an_earlier_request_are_kept(here):
         f"run/samples/earlier/1/{name}" for name in ("grid.png", "images/0.png", "images/1.png", "request.json")
     ]
     assert here.files["run/samples/earlier/1/images/1.png"] == b"images/1.png"
+
+
+def test_finished_images_of_a_bucket_are_fetched_once_for_each_format(here, monkeypatch):
+    folder = storage.path("gs://bucket/drawn/samples")
+    parts = sample.Parts(folder / "parts", "of this request")
+    batches = [np.full((count, 8, 8, 3), 40 * count, np.uint8) for count in (3, 3, 1)]
+    for batch in batches:
+        parts.add(batch)
+    again = sample.Parts(folder / "parts", "of this request")
+    assert again.count == parts.count == 7
+    fetched, load = [], storage.load_array
+    monkeypatch.setattr(storage, "load_array", lambda path: fetched.append(path.name) or load(path))
+    names = ["000000000.npy", "000000003.npy", "000000006.npy"]
+    for held in (parts, again):
+        sample.write_images(folder / "images", held, None)
+        sample.write_npz(folder / "samples.npz", held)
+        # What was fetched last needn't be fetched again.
+        assert [name for i, name in enumerate(fetched) if name != fetched[i - 1]][:3] == names
+        assert len(fetched) <= 6
+        fetched.clear()
+    with np.load(io.BytesIO(here.files["drawn/samples/samples.npz"])) as file:
+        np.testing.assert_array_equal(file["arr_0"], np.concatenate(batches))
+    image = Image.open(io.BytesIO(here.files["drawn/samples/images/000006.png"]))
+    np.testing.assert_array_equal(np.asarray(image), batches[2][0])
 
 
 @pytest.mark.slow

@@ -74,7 +74,8 @@ class TrainingRun:
 
     def sampling(self, state: State) -> Sampling:
         """Return how images are drawn, including the weaker model that guidance leads away from, if there is one."""
-        return self.guide(Sampling.of(self.config), state["averages"].__getitem__)
+        averages, merge = state["averages"], self.merge
+        return self.guide(Sampling.of(self.config), lambda name: merge(averages[name]) if merge else averages[name])
 
 
 class Action(Protocol):
@@ -92,8 +93,8 @@ class Action(Protocol):
         """Return whether to do it after a step; `stopping`: it is the last step before the run stops."""
         ...
 
-    def __call__(self, step: int, state: State) -> None:
-        """Do it, with the state after the step."""
+    def __call__(self, step: int, state: State) -> bool | None:
+        """Do it, with the state after the step; return False if it was postponed."""
         ...
 
 
@@ -190,7 +191,7 @@ class Save:
         again = self._postponed and self._run.at(step, train.log_every)
         return self._must or again or self._run.at(step, train.save_every)
 
-    def __call__(self, step: int, state: State) -> None:
+    def __call__(self, step: int, state: State) -> bool:
         run = self._run
         self._log.check(step)
         began = time.monotonic()
@@ -198,12 +199,13 @@ class Save:
             if not self._postponed:
                 logging.warning("step %d: the last checkpoint is still being written; this one is postponed", step)
             self._postponed = True
-            return
+            return False
         self._postponed = False
         run.writer.sync()
         run.checkpoints.save(step, state, run.config)
         self._log.blocked = max(self._log.blocked, time.monotonic() - began)
         run.goodput.note(step)
+        return True
 
 
 class CopyLocally:

@@ -105,9 +105,10 @@ def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: s
 def export_checkpoint(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str = "") -> None:
     """Write a checkpoint in the official layout, and each average of its weights as safetensors.
 
-    The files are WORKDIR/export/{deco.ckpt, ema.safetensors and one for each other average, config.json}. Names in the
-    safetensors files are the official ones, and deco.ckpt has config.sample.average as its EMA. A JiT with a bottleneck
-    is JiT's, not PixelGen's, so it is written as checkpoint-last.pth instead, with another average as its second EMA.
+    The files are WORKDIR/export/{deco.ckpt, ema.safetensors and one for each other average, config.json, classes.json}.
+    Names in the safetensors files are the official ones, and deco.ckpt has config.sample.average as its EMA. A JiT with
+    a bottleneck is JiT's, not PixelGen's, so it is written as checkpoint-last.pth instead, with another average as its
+    second EMA. classes.json is there if the run knows the names of its classes.
 
     Raises:
         UserError: there is no checkpoint, or it belongs to another model.
@@ -144,6 +145,8 @@ def export_checkpoint(config: ml_collections.ConfigDict, workdir: str, checkpoin
         with files.whole(folder / api.MEASURED) as part, part.open("wb") as file:
             np.savez(file, **arrays)
     write_json(folder / "config.json", stored)
+    if class_names := api.class_names(where):
+        write_json(folder / api.CLASSES, class_names)
     if why := _no_official_module(config.model):
         print(f"exported {where} to {folder}: {weights}, config.json; no deco.ckpt: {why}")
         return

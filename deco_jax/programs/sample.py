@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import pathlib
 import zipfile
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -122,13 +123,16 @@ class Parts:
     def __init__(self, folder: pathlib.Path, request: str) -> None:
         self.folder = folder
         self.count = 0
+        self._firsts: list[int] = []  # on the main host: the first image of each file
+        self._loaded: tuple[int, np.ndarray] | None = None  # of a bucket a file at a time: it is fetched whole
         if jax.process_index() == 0:
             note = folder / "request"
             if not note.exists() or note.read_text() != request:
                 storage.remove_tree(folder)
                 write_atomically(note, request.encode())
-            while (path := self._path(self.count)).exists():
-                self.count += len(storage.load_array(path))
+            while self._path(self.count).exists():
+                self._firsts.append(self.count)
+                self.count += len(self._load(self.count))
         self.count = distributed.from_main_host(self.count)
 
     def _path(self, first: int) -> pathlib.Path:
@@ -136,20 +140,24 @@ class Parts:
 
     def add(self, batch: np.ndarray, write: bool = True) -> None:
         if write:
+            self._firsts.append(self.count)
             files.save_array(self._path(self.count), batch)
         self.count += len(batch)
 
-    def arrays(self) -> list[np.ndarray]:
-        """Return all batches, memory-mapped, in order."""
-        return [storage.load_array(path) for path in sorted(self.folder.glob("*.npy"))]
+    def arrays(self) -> Iterator[np.ndarray]:
+        """Yield all batches in order."""
+        return map(self._load, self._firsts)
 
     def take(self, indices: np.ndarray) -> np.ndarray:
-        """Return images by index, uint8 [len(indices), height, width, 3]."""
-        paths = sorted(self.folder.glob("*.npy"))
-        firsts = np.asarray([int(path.stem) for path in paths])
-        holding = np.searchsorted(firsts, indices, side="right") - 1  # the file of each image
-        arrays = {k: storage.load_array(paths[k]) for k in np.unique(holding)}
-        return np.stack([arrays[k][i - firsts[k]] for i, k in zip(indices, holding, strict=True)])
+        """Return images by their indices, which ascend, uint8 [len(indices), height, width, 3]."""
+        holding = np.searchsorted(self._firsts, indices, side="right") - 1  # the file of each image
+        firsts = np.asarray(self._firsts)[holding]
+        return np.stack([self._load(first)[i - first] for i, first in zip(indices, firsts.tolist(), strict=True)])
+
+    def _load(self, first: int) -> np.ndarray:
+        if self._loaded is None or self._loaded[0] != first:
+            self._loaded = (first, storage.load_array(self._path(first)))
+        return self._loaded[1]
 
     def remove(self) -> None:
         storage.remove_tree(self.folder)
@@ -157,13 +165,13 @@ class Parts:
 
 def write_npz(path: pathlib.Path, parts: Parts) -> None:
     """Write arr_0, uint8 [images, height, width, 3], batch by batch to keep memory small."""
-    arrays = parts.arrays()
-    header = {"descr": "|u1", "fortran_order": False, "shape": (parts.count, *arrays[0].shape[1:])}
+    shape = (parts.count, *parts.take(np.asarray([0])).shape[1:])
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with (
         files.whole(path) as part,
         zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive,
         archive.open("arr_0.npy", "w", force_zip64=True) as file,
     ):
         np.lib.format.write_array_header_1_0(file, header)
-        for array in arrays:
+        for array in parts.arrays():
             file.write(np.ascontiguousarray(array).tobytes())

@@ -126,6 +126,9 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     main_host = jax.process_index() == 0
     goodput = Goodput(folder if main_host else None)
     copies = LocalCopies(config, folder) if config.train.local_copies else None
+    if copies and adaptation and not checkpoints.steps():
+        # They have factors for the frozen weights of an earlier start, which may have been others.
+        copies.clear()
     with distributed.stage("reading the newest checkpoint"), goodput.spending("restore"):
         state = copies.restore(shapes, newer_than=max(checkpoints.steps(), default=0)) if copies else None
         if state is None:
@@ -275,8 +278,9 @@ def loop(
         may_compile = FirstTime(compilations)
         for step in range(start + 1, total + 1):
             if step > start + 1 and step - 1 in ends:
-                with compilations.expected():
+                with compilations.expected(), watchdog.resting():
                     train_step = compile_step(step - 1, state, batch)
+                    distributed.wait_for_all(f"step_{step}")
                 log.restart_clock()
             profiler.before(step - start - 1)
             if step == start + 1:
@@ -289,8 +293,9 @@ def loop(
                 run.goodput.handed_over(step, metrics)
             watchdog.handed_over(step)
             log.add(metrics)
-            if profiler.after(step - start, metrics):
-                run.writer.say(f"wrote a trace of {train.profile_steps} steps to {profiler.folder}")
+            with watchdog.resting():
+                if profiler.after(step - start, metrics):
+                    run.writer.say(f"wrote a trace of {train.profile_steps} steps to {profiler.folder}")
             # While the device works on this step, the host fetches the next batch.
             reader.used()
             if step < total:
@@ -314,10 +319,10 @@ def loop(
                     try:
                         with may_compile(action), contextlib.nullcontext() if action.hurried else watch.leaving():
                             with run.goodput.spending(action.spends), watchdog.resting():
-                                action(step, state)
+                                if action(step, state) is not False:
+                                    done.append(action)
                     except preemption.StopRequestedError:
                         stopping = True
-                    done.append(action)
                     log.restart_clock()
             if stopping:
                 with run.goodput.spending("saving"), watchdog.resting():

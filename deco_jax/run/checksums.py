@@ -38,8 +38,8 @@ def write(folder: pathlib.Path) -> None:
         part.write_text(json.dumps(noted, indent=1) + "\n")
 
 
-def check(folder: pathlib.Path, item: str = "") -> None:
-    """Compare the files of a checkpoint, or of one of its items, with their checksums; several hosts share the work.
+def check(folder: pathlib.Path, *items: str) -> None:
+    """Compare the files of a checkpoint, or of some of its items, with their checksums; several hosts share the work.
 
     Older checkpoints have no checksums, and neither do those whose run was killed before writing them; these pass. The
     checkpoint may have been copied to or from a bucket in the meantime.
@@ -53,7 +53,7 @@ def check(folder: pathlib.Path, item: str = "") -> None:
         return
     listed = _listed(os.fspath(folder)) if storage.is_remote(folder) and "service" in noted else {}
     expected = noted["service" if "service" in noted else "crc32"]
-    names = [name for name in sorted(expected) if not item or name.startswith(f"{item}/")]
+    names = [name for name in sorted(expected) if not items or name.partition("/")[0] in items]
     for name in names[jax.process_index() :: jax.process_count()]:
         path = folder / name
         if not (name in listed or path.exists()):

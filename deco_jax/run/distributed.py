@@ -22,8 +22,8 @@ from deco_jax.errors import UserError
 
 # A stage that takes longer says so, again and again.
 REMINDER_SECONDS = 60.0
-# Exit status of a process that ends because another one, or a device, no longer answers: EX_TEMPFAIL of sysexits.h.
-# Launchers restart a run that ends with it; 1 means an error that would happen again.
+# Exit status of a run that can go on if it is started again: it was asked to stop, or another process or a device no
+# longer answers. EX_TEMPFAIL of sysexits.h. Launchers restart such a run; 1 means an error that would happen again.
 RESTART = 75
 # Waiting for another host's compilation may take long.
 BARRIER_SECONDS = 3600
@@ -246,6 +246,33 @@ def on_main_host(action: Callable[[], None]) -> None:
         raise failure or UserError("the first host failed; its log says why")
 
 
+def on_every_host(action: Callable[[], None]) -> None:
+    """Do something without transfers between the hosts on each of them; return if it succeeded on all.
+
+    So no host goes on to transfers that the others will not take part in.
+
+    Raises:
+        UserError: it failed with one, here or on another host, which has the reason.
+        Exception: any other failure here.
+        OSError: any other failure, on another host.
+    """
+    if jax.process_count() == 1:
+        action()
+        return
+    failure: Exception | None = None
+    try:
+        action()
+    except Exception as error:
+        failure = error
+    ours = 0 if failure is None else 2 if isinstance(failure, UserError) else 1
+    worst = int(np.max(multihost_utils.process_allgather(np.asarray(ours, np.int32))))
+    if not worst:
+        return
+    if failure is not None and ours == worst:
+        raise failure
+    raise (UserError if worst == 2 else OSError)("another host failed here, and its log says why")
+
+
 def from_main_host(value: int | bool) -> int:
     """Return the first host's value on all hosts."""
     if jax.process_count() == 1:
@@ -292,11 +319,11 @@ def check_same_data(source: Source) -> None:
 
 
 def leave(code: int, timeout: float = 60.0) -> NoReturn:
-    """End this process, one of several: once the others are done, too, if all went well, or else at once.
+    """End this process, one of several: once the others are done, too, if all went well or all stop, or else at once.
 
     The interpreter's own shutdown is skipped, because it can hang while threads of the runtime are still running.
     """
-    if code == 0:
+    if code in (0, RESTART):
         late = threading.Timer(timeout, os._exit, [code])
         late.daemon = True
         late.start()

@@ -139,6 +139,11 @@ class LocalCopies:
 
             return jax.tree_util.tree_map_with_path(leaf, shapes)
 
+    def clear(self) -> None:
+        """Remove this host's copies so far."""
+        for step in self.steps():
+            (self.folder / f"{step}.npz").unlink(missing_ok=True)
+
     def remove(self) -> None:
         """Remove the copies of a run that has ended."""
         self.wait()

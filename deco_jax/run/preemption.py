@@ -1,5 +1,5 @@
 """Stops on request: SIGTERM (a pod is taken away, a scheduler's limit), SIGUSR1 (SLURM's warning), SIGHUP (a closed
-terminal) and Ctrl-C end a run after saving."""
+terminal) and Ctrl-C end a run after saving, with a status on which launchers start it again."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+
+from deco_jax.run.distributed import RESTART
 
 _interruptible: Watch | None = None  # for work that may be left between two batches
 
@@ -94,8 +96,8 @@ class Watch:
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C on a single host, so that scripts stop, too; 0 after the others, which ask for this."""
-        return 130 if self._signal == signal.SIGINT and jax.process_count() == 1 else 0
+        """130 after Ctrl-C on a single host, so that scripts stop, too; else RESTART: the training isn't finished."""
+        return 130 if self._signal == signal.SIGINT and jax.process_count() == 1 else RESTART
 
 
 def _leave_terminal() -> None:

@@ -29,7 +29,7 @@ from deco_jax.images import to_uint8
 from deco_jax.method.predictions import Prediction, make_prediction
 from deco_jax.models import network as network_lib
 from deco_jax.models.network import Network, Params
-from deco_jax.run import checkpoint, preemption
+from deco_jax.run import checkpoint, preemption, storage
 from deco_jax.run.sharding import (
     BATCH,
     WHOLE,
@@ -328,7 +328,7 @@ def fingerprint(
     """Return a digest of everything that the images of a checkpoint depend on; `names` are their captions."""
     values = to_json(config)
     drawn_from = {
-        "checkpoint": [str(where), checkpoint.written(pathlib.Path(where))],
+        "checkpoint": [str(where), checkpoint.written(storage.path(where))],
         "model": values["model"],
         "size": values["data"]["image_size"],
         "path": values["path"],

@@ -66,7 +66,7 @@ def load_base(workdir: pathlib.Path, shapes: Params, mesh: Mesh) -> Params:
             "folder, not only its checkpoints"
         )
     with _readable(folder, "read", "copy it again"):
-        checksums.check(folder)
+        distributed.on_every_host(lambda: checksums.check(folder))
         with ocp.StandardCheckpointer() as reader:
             return reader.restore(folder / PARAMETERS, sharding.placed_shapes(mesh, {BASE: shapes})[BASE])
 

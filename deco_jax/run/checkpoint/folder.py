@@ -108,7 +108,8 @@ def check_projector(path: pathlib.Path, config: ml_collections.ConfigDict) -> No
 
 def load_config(path: pathlib.Path) -> dict[str, Any]:
     """Read the resolved config in a checkpoint, as plain values; settings of later versions get their defaults."""
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+    # Not with a Checkpointer, which waits for the other hosts, also for one that couldn't read the file.
+    with contextlib.closing(ocp.JsonCheckpointHandler()) as reader:
         return config_lib.complete(reader.restore(path / "config"))
 
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from deco_jax.errors import UserError
 from deco_jax.method.averages import EMA
 from deco_jax.method.lora import adapter_of
-from deco_jax.run import checksums, orbax_s3
+from deco_jax.run import checksums, distributed, orbax_s3
 from deco_jax.run.checkpoint.base import read_merged
 from deco_jax.run.checkpoint.folder import (
     MEASURED_ITEM,
@@ -61,10 +61,11 @@ def load_measured(path: pathlib.Path, shapes: Mapping[str, Any], mesh: Mesh) -> 
     Raises:
         UserError: the checkpoint lacks some of `shapes`, or is damaged.
     """
+    if not shapes:
+        return {}
     whole = replicated(mesh)
     with readable(path):
-        for name in shapes:
-            checksums.check(path, f"{MEASURED_ITEM}{name}")
+        distributed.on_every_host(lambda: checksums.check(path, *(f"{MEASURED_ITEM}{name}" for name in shapes)))
         found = _read_measured(
             path, {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole) for name, a in shapes.items()}
         )
@@ -105,14 +106,13 @@ def load_optimizer(path: pathlib.Path, shapes: Any) -> Any:
         shapes: of the state, with shardings.
     """
     with readable(path):
-        checksums.check(path, "optimizer")
+        distributed.on_every_host(lambda: checksums.check(path, "optimizer"))
         return _restore_optimizer(path, shapes)
 
 
 def _load(path: pathlib.Path, item: str, shapes: Any, config: ml_collections.ConfigDict, mesh: Mesh) -> Any:
     with readable(path):
-        check_model(path, config)
-        checksums.check(path, item)
+        _check(path, config, item)
         stored = load_config(path)
         if adapter_of(stored) is not None:
             if item != "params":
@@ -141,10 +141,20 @@ def load_state(path: pathlib.Path, shapes: State, config: ml_collections.ConfigD
 
 
 def checked_state(path: pathlib.Path, shapes: State, config: ml_collections.ConfigDict) -> State:
-    check_model(path, config)
-    check_projector(path, config)
-    checksums.check(path)
+    _check(path, config)
     return _restore_state(path, shapes)
+
+
+def _check(path: pathlib.Path, config: ml_collections.ConfigDict, *items: str) -> None:
+    """Check a checkpoint, or some of its items, before Orbax reads it: there all hosts wait for each other."""
+
+    def check() -> None:
+        check_model(path, config)
+        if not items:
+            check_projector(path, config)
+        checksums.check(path, *items)
+
+    distributed.on_every_host(check)
 
 
 def _restore_state(path: pathlib.Path, shapes: State) -> State:
