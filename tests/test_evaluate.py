@@ -14,11 +14,12 @@ from PIL import Image
 
 from configs import quickstart
 from deco_jax.errors import UserError
-from deco_jax.evaluation import image_sets, inception_features
+from deco_jax.evaluation import image_sets, inception_features, measuring
 from deco_jax.evaluation.measuring import read
 from deco_jax.evaluation.statistics import NpzImages
 from deco_jax.models.inception import Features
 from deco_jax.programs import evaluate as evaluate_lib
+from deco_jax.run import preemption
 from tests.helpers import relative_error
 from tests.runs import NO_SAMPLES, SMOKE, rows, signal_when, succeed, two_steps
 from tests.test_bad_input import refuse
@@ -97,12 +98,20 @@ def test_evaluators_of_the_same_features_share_a_reader(tmp_path):
     """ADM's scores and KID take Inception's features of each image once."""
     features = inception_features.InceptionFeatures.__new__(inception_features.InceptionFeatures)
     features.config, features.folder, features.weights = settings(), tmp_path, "digest"
-    features.extractor, features._reader = Projection(7), None
+    features.extractor, features._newest = Projection(7), measuring.Newest()
     samples = image_sets.folder_images(as_folder(tmp_path / "images", pictures(7)))
     read(samples, [features.reader(samples), features.reader(samples)], 4, quiet=True)
     assert features.of_samples(samples).count == 7
     other = samples._replace(identity="other")
     assert features.reader(other).count == 0
+
+
+def test_a_stop_is_noticed_between_the_batches_of_a_measurement(tmp_path):
+    images = image_sets.folder_images(as_folder(tmp_path / "images", pictures(15)))
+    with preemption.Watch() as watch, watch.leaving():
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(preemption.StopRequestedError):
+            measured(images, extractor=Projection(0))
 
 
 def test_npz_equals_folder(tmp_path):

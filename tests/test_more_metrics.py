@@ -85,7 +85,10 @@ def test_pairs_of_a_folder(tmp_path, files):
         Image.fromarray(image).save(tmp_path / f"{i:06d}_class_{label}.png")
     samples = image_sets.folder_images(tmp_path)
     np.testing.assert_array_equal(samples.labels, [0, 0, 0, 1, 1])
-    scores = lpips.make(setup_of(tmp_path, files))(Subject(samples))
+    evaluator = lpips.make(setup_of(tmp_path, files))
+    # With several hosts, a second reader might not see yet what the first host has written.
+    assert evaluator.readers(samples) == evaluator.readers(samples)
+    scores = evaluator(Subject(samples))
     network = vgg.frozen_lpips("", "", "float32", 4)
     expected = jax.jit(network.apply)(lpips_params(), *(to_float(jnp.asarray(a)) for a in (pixels[:1], pixels[1:2])))
     assert scores.values["lpips_pairs"] == pytest.approx(float(expected[0]), rel=1e-4)

@@ -17,7 +17,7 @@ from deco_jax.errors import UserError
 from deco_jax.evaluation import TITLES
 from deco_jax.evaluation.evaluator import Scores, Setup, Subject
 from deco_jax.evaluation.image_sets import ImageSet, digest
-from deco_jax.evaluation.measuring import FOLDER, Extractor, Reader, Rows, file_identity, fingerprint_of, read
+from deco_jax.evaluation.measuring import FOLDER, Extractor, Newest, Reader, Rows, file_identity, fingerprint_of, read
 from deco_jax.models import clip
 from deco_jax.models.network import Params, functional
 from deco_jax.run import fetch
@@ -47,6 +47,7 @@ class CLIPScore:
             both = images.apply(params["image"], pixels), texts.apply(params["text"], tokens)
             return cosines(*both)[:, None]
 
+        self._newest: Newest[Rows] = Newest()
         self._extractor = Extractor(score, {"image": image, "text": text}, setup.batch_size, setup.mesh)
 
     def readers(self, samples: ImageSet) -> list[Reader]:
@@ -58,8 +59,8 @@ class CLIPScore:
             tokens = self._encode([captions[int(i)] for i in index])
             rows.add(100 * np.maximum(self._extractor(batch, tokens), 0))
 
-        said = digest("\n".join(captions).encode())
-        return [Reader(Rows(1, fingerprint_of(samples, self._weights, said)), add, self._path, self._save_every)]
+        named = fingerprint_of(samples, self._weights, digest("\n".join(captions).encode()))
+        return [self._newest(named, lambda: Reader(Rows(1, named), add, self._path, self._save_every))]
 
     def __call__(self, subject: Subject) -> Scores:
         """Return the mean over a subject's samples."""

@@ -23,7 +23,7 @@ from deco_jax.evaluation.evaluator import Scores, Setup, Subject
 from deco_jax.evaluation.fid import frechet_distance
 from deco_jax.evaluation.image_sets import ImageSet, digest
 from deco_jax.evaluation.inception_features import open_reference
-from deco_jax.evaluation.measuring import FOLDER, Extractor, Reader, Rows, file_identity, fingerprint_of, read
+from deco_jax.evaluation.measuring import FOLDER, Extractor, Newest, Reader, Rows, file_identity, fingerprint_of, read
 from deco_jax.models.dinov2 import MEAN, META_URL, STD, DINOv2, load_teacher, sizes
 from deco_jax.models.network import Params, View, functional
 from deco_jax.run import fetch, storage
@@ -76,9 +76,11 @@ class FDDINOv2:
         params = load_teacher(path, settings.dinov2_size)
         self._extractor = Extractor(apply, params, setup.batch_size, setup.mesh)
         self._width = sizes(settings.dinov2_size)[0]
+        self._newest: Newest[Rows] = Newest()
 
     def readers(self, samples: ImageSet) -> list[Reader]:
-        return [self._reader(samples, self._folder / "samples_dinov2.npz")]
+        path = self._folder / "samples_dinov2.npz"
+        return [self._newest(fingerprint_of(samples, self._weights), lambda: self._reader(samples, path))]
 
     def _reader(self, images: ImageSet, path: pathlib.Path) -> Reader[Rows]:
         empty = Rows(self._width, fingerprint_of(images, self._weights))

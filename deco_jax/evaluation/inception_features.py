@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from deco_jax.errors import UserError
 from deco_jax.evaluation.image_sets import ImageSet, digest, npz_images, source_images
-from deco_jax.evaluation.measuring import FOLDER, Reader, fingerprint_of, read
+from deco_jax.evaluation.measuring import FOLDER, Newest, Reader, fingerprint_of, read
 from deco_jax.evaluation.statistics import Accumulator, Statistics, read_reference
 from deco_jax.models.inception import FeatureExtractor
 from deco_jax.models.inception_weights import WHERE, load_inception
@@ -37,7 +37,7 @@ class InceptionFeatures:
         self.config, self.folder = config, folder / FOLDER
         self.weights = digest(self.path.read_bytes())
         self.extractor = FeatureExtractor(load_inception(self.path), min(config.evaluate.batch_size, most), mesh)
-        self._reader: Reader[Accumulator] | None = None
+        self._newest: Newest[Accumulator] = Newest()
 
     def reader(self, samples: ImageSet, kept: bool = True) -> Reader[Accumulator]:
         """Return the reader that measures samples.
@@ -49,11 +49,11 @@ class InceptionFeatures:
         if not kept:
             return inception_reader(samples, self.extractor, None, self.weights, 0, 1)
         num_kept = settings.precision_recall_samples
-        wanted = measured_from(samples, self.weights, num_kept)
-        if self._reader is None or self._reader.state.fingerprint != wanted:
-            save_every = settings.save_every
-            self._reader = inception_reader(samples, self.extractor, path, self.weights, num_kept, save_every)
-        return self._reader
+
+        def make() -> Reader[Accumulator]:
+            return inception_reader(samples, self.extractor, path, self.weights, num_kept, settings.save_every)
+
+        return self._newest(measured_from(samples, self.weights, num_kept), make)
 
     def of_samples(self, samples: ImageSet) -> Accumulator:
         """Return the statistics of samples; samples that are already measured aren't drawn again."""

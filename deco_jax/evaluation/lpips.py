@@ -23,7 +23,7 @@ from deco_jax.errors import UserError
 from deco_jax.evaluation import TITLES
 from deco_jax.evaluation.evaluator import Scores, Setup, Subject
 from deco_jax.evaluation.image_sets import ImageSet
-from deco_jax.evaluation.measuring import FOLDER, Extractor, Reader, Rows, file_identity, fingerprint_of, read
+from deco_jax.evaluation.measuring import FOLDER, Extractor, Newest, Reader, Rows, file_identity, fingerprint_of, read
 from deco_jax.images import to_float
 from deco_jax.method.paths import make_path
 from deco_jax.models import vgg
@@ -53,6 +53,7 @@ class LPIPS:
             both = [to_float(a) if a.dtype == jnp.uint8 else a for a in (images, others)]
             return network.apply(params, *both)[:, None]
 
+        self._newest: Newest[Rows] = Newest()
         self._distance = Extractor(distance, network.load(), setup.batch_size, setup.mesh)
 
     def readers(self, samples: ImageSet) -> list[Reader]:
@@ -69,8 +70,8 @@ class LPIPS:
                 found[second] = self._distance(batch[second - 1], batch[second])
             rows.add(found)
 
-        empty = Rows(1, fingerprint_of(samples, self._weights, "pairs"))
-        return [Reader(empty, add, self._path, self._config.evaluate.save_every)]
+        named, save_every = fingerprint_of(samples, self._weights, "pairs"), self._config.evaluate.save_every
+        return [self._newest(named, lambda: Reader(Rows(1, named), add, self._path, save_every))]
 
     def __call__(self, subject: Subject) -> Scores:
         """Return both scores; those that the subject doesn't allow are missing."""

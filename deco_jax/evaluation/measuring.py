@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from deco_jax.errors import UserError
 from deco_jax.evaluation.image_sets import ImageSet, rebatched
 from deco_jax.evaluation.statistics import NPZ_ERRORS, save_npz
-from deco_jax.run import distributed, sharding, storage
+from deco_jax.run import distributed, preemption, sharding, storage
 from deco_jax.run.progress import Progress
 
 FOLDER = "evaluation"  # in a run's folder, for its measurements
@@ -84,6 +84,20 @@ class Reader(Generic[S]):
             self._saved = self.count
 
 
+class Newest(Generic[S]):
+    """Keeps the reader of the newest set: another host may not see yet what the first one wrote, so a new reader of it
+    would start again."""
+
+    def __init__(self) -> None:
+        self._reader: Reader[S] | None = None
+
+    def __call__(self, fingerprint: str, make: Callable[[], Reader[S]]) -> Reader[S]:
+        """Return the kept reader if it measures what the fingerprint says; or else make it, and keep that."""
+        if self._reader is None or self._reader.state.fingerprint != fingerprint:
+            self._reader = make()
+        return self._reader
+
+
 def _load(empty: S, path: pathlib.Path | None) -> S | None:
     """Load earlier measurements of the same thing, if there are any; with several hosts, if all of them can read it."""
     state: Any = type(empty).load(path) if path is not None and path.exists() else None
@@ -109,6 +123,7 @@ def read(images: ImageSet, readers: Sequence[Reader], batch_size: int, quiet: bo
     done, after = first, f", {images.name}"
     progress = Progress(images.total, done, "images measured", every=SECONDS_BETWEEN_LINES, after=after, active=speaks)
     for batch in rebatched(images.batches(batch_size, first), batch_size):
+        preemption.check()
         for reader in waiting:
             reader(batch, done, images.total)
         done += len(batch)

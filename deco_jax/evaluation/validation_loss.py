@@ -27,7 +27,7 @@ from deco_jax.method.objective import Method, make_method
 from deco_jax.method.step import Draws
 from deco_jax.method.training import TRAINING, Batch, load_frozen, make_observer
 from deco_jax.models.network import Network, Params, build
-from deco_jax.run import checkpoint, sharding, storage
+from deco_jax.run import checkpoint, preemption, sharding, storage
 
 # Keeps its noise separate from that of training and samples.
 VALIDATION = TRAINING + 1
@@ -137,6 +137,7 @@ class ValidationLoss:
         totals = dict.fromkeys(self.titles, 0.0)
         try:
             for number, batch in enumerate(batches):
+                preemption.check()
                 rows = {name: batch[name] for name in ("image", *self._condition.inputs)}
                 placed = sharding.place_batch(self._mesh, rows)
                 found = self._measure(subject.params, placed, np.int32(number), frozen)
