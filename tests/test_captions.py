@@ -8,6 +8,7 @@ import itertools
 import json
 import pathlib
 import tarfile
+import types
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 from scipy import stats
 
+from deco_jax.conditioning.requests import caption_requests
 from deco_jax.data import captioned_pairs, prepared, sources
+from deco_jax.data import features as features_lib
 from deco_jax.data.source import Source, choose_caption, parse_weights
 from deco_jax.errors import UserError
 from deco_jax.programs.prepare import prepare
@@ -136,6 +139,9 @@ class InMemory(Source):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": np.zeros((8, 8, 3), np.uint8), "label": 0, "captions": CAPTIONS[index]}
 
+    def captions(self, index: int) -> list[str]:
+        return CAPTIONS[index]
+
 
 def test_drawn_by_weight():
     """Counts of each image's captions against their weights, by a chi-squared test."""
@@ -206,6 +212,31 @@ def test_prepared_data_keeps_all_of_them(tmp_path):
     assert drawn(ours, 12) == drawn(theirs, 12)
     with pytest.raises(UserError, match=r"was prepared with config.data.captions=txt=1,long=1,rare=1"):
         prepared.Prepared(str(tmp_path / "shards"), {"txt": 1.0})
+
+
+def test_stored_features_of_the_heaviest_caption_are_drawn(tmp_path):
+    source = InMemory()
+    key = {"captions": 3 * COUNT, "length": 2, "width": 1, "prefix": "", "encoder": "none"}
+    features_lib.create(tmp_path, key)
+    store = features_lib.Features(tmp_path, key)
+    # The features of caption i are the bits i, so that the drawn ones tell where they are from.
+    bits = np.repeat(np.arange(3 * COUNT, dtype=np.uint16), 2).reshape(-1, 2, 1)
+    store.write(0, bits, np.zeros(3 * COUNT, np.uint64))
+    store.write_null(np.zeros((2, 1), np.uint16))
+    texts = types.SimpleNamespace(source=source, features=store)
+    requests = caption_requests(texts, 4)  # of images 0, 2, 4 and 6
+    assert list(requests.names) == ["0", "2 long", "4 long", "6"]
+    drawn = np.asarray(requests.batch(0, 4)["context"]).view(np.uint16)
+    assert drawn[:, 0, 0].tolist() == [0, 7, 13, 18]
+
+
+def test_a_prior_has_several_captions_too(tmp_path):
+    path = in_folder(tmp_path / "data")
+    source = sources.open_source(settings("captioned_folder", path, prior_path=path))
+    assert len(source) == 2 * COUNT
+    assert source.caption(COUNT + 1) == "1 long"
+    for number, caption in drawn(source, 3):
+        assert caption == CAPTIONS[number // 3 % COUNT][number % 3]
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -60,6 +62,14 @@ def test_same_noise_for_every_class():
     own = class_requests([5, 5, 7, 7, 9, 9], 10).batch(2, 3)
     assert (own["index"].tolist(), own["context"].tolist()) == ([2, 3, 4], [7, 7, 9])
     assert own["index"].dtype == np.int32
+
+
+def test_some_of_the_requests_keep_what_they_start_from():
+    chosen = class_requests([5, 5, 5, 5, 7, 7, 7, 7], 10, same_noise=True).spread(4).batch(0, 4)
+    assert (chosen["index"].tolist(), chosen["context"].tolist()) == ([0, 1, 0, 1], [5, 5, 7, 7])
+    states = np.arange(8, dtype=np.float32).reshape(8, 1, 1, 1)
+    started = dataclasses.replace(class_requests([5] * 8, 10), start=states).spread(2).batch(0, 2)
+    assert started["start"].ravel().tolist() == [0, 4]
 
 
 @pytest.mark.parametrize(

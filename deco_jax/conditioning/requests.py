@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from deco_jax.conditioning.classes import Classes
 from deco_jax.conditioning.condition import Condition
 from deco_jax.conditioning.texts import Texts
 from deco_jax.data import prompts as prompts_lib
-from deco_jax.data.features import Features, read_caption
+from deco_jax.data.features import Features, number_of_caption, read_caption
 from deco_jax.data.source import Source
 from deco_jax.errors import UserError
 from deco_jax.run import distributed
@@ -29,8 +30,8 @@ class Requests:
     context: indices [n] → labels int32 [n], or features bfloat16 [n, length, text_width].
     null: the null condition: int32 [], or [length, text_width].
     names: the caption of each image; None for classes, which are drawn in order.
-    noise: indices [n] → the number of the noise that each image starts from, int [n]; by default its index.
     labels: the class of each image, int32 [count]; None for texts.
+    same_noise: start the k-th image of every label from the same noise, instead of each image from its own.
     start: states to start from instead of noise, float32 [count, height, width, 3].
     """
 
@@ -38,8 +39,8 @@ class Requests:
     context: Callable[[np.ndarray], np.ndarray]
     null: np.ndarray
     names: Sequence[str] | None = None
-    noise: Callable[[np.ndarray], np.ndarray] = np.asarray
     labels: np.ndarray | None = None
+    same_noise: bool = False
     start: np.ndarray | None = None
 
     def batch(self, first: int, size: int) -> dict[str, np.ndarray]:
@@ -49,7 +50,8 @@ class Requests:
             "context"; "index" int32 [size], which decides the noise; and "start" if it is given.
         """
         index = np.minimum(np.arange(first, first + size), self.count - 1)
-        batch = {"index": np.asarray(self.noise(index), np.int32), "context": self.context(index)}
+        noise = self._places[index] if self.same_noise else index
+        batch = {"index": np.asarray(noise, np.int32), "context": self.context(index)}
         return batch if self.start is None else batch | {"start": self.start[index]}
 
     def spread(self, most: int) -> Requests:
@@ -59,7 +61,13 @@ class Requests:
         chosen, context = np.arange(most, dtype=np.int64) * self.count // most, self.context
         names = None if self.names is None else [self.names[i] for i in chosen.tolist()]
         labels = None if self.labels is None else self.labels[chosen]
-        return Requests(most, lambda index: context(chosen[index]), self.null, names, labels=labels)
+        start = None if self.start is None else self.start[chosen]
+        return Requests(most, lambda index: context(chosen[index]), self.null, names, labels, self.same_noise, start)
+
+    @functools.cached_property
+    def _places(self) -> np.ndarray:
+        assert self.labels is not None
+        return _places(self.labels)
 
     def kept(self, batch_size: int) -> Requests:
         """Return the same with all contexts computed now, `batch_size` at a time; no encoder is needed later."""
@@ -78,9 +86,8 @@ def class_requests(labels: Sequence[int] | np.ndarray, num_classes: int, same_no
         same_noise: start the k-th image of every class from the same noise, so that classes can be compared.
     """
     labels = np.asarray(labels, np.int32)
-    noise = _places(labels).__getitem__ if same_noise else np.asarray
     null = np.asarray(num_classes, np.int32)
-    return Requests(len(labels), labels.__getitem__, null, noise=noise, labels=labels)
+    return Requests(len(labels), labels.__getitem__, null, labels=labels, same_noise=same_noise)
 
 
 def _places(labels: np.ndarray) -> np.ndarray:
@@ -189,7 +196,8 @@ def caption_requests(
         return dataclasses.replace(prompt_requests(texts, prefixed, negative_prompt, frozen), names=names)
 
     def context(index: np.ndarray) -> np.ndarray:
-        return np.stack([features[int(i)] for i in names.indices[index]]).view(ml_dtypes.bfloat16)
+        numbers = [number_of_caption(names.source, int(i)) for i in names.indices[index]]
+        return np.stack([features[number] for number in numbers]).view(ml_dtypes.bfloat16)
 
     if negative_prompt.strip():
         null = _null(texts, negative_prompt, None, frozen)

@@ -16,14 +16,15 @@ import json
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from deco_jax.data.source import Source
+from deco_jax.data.source import Source, choose_caption
 from deco_jax.errors import UserError
 from deco_jax.run import files, storage
 
+T = TypeVar("T")
 SHARD_BYTES = 2**28
 # Number of evenly spaced captions that are compared before training starts; the others are compared when they are read.
 CHECKED = 1000
@@ -47,7 +48,15 @@ def caption_of_number(source: Source, number: int) -> str:
     return _reading(source, index, lambda: source.captions(index)[which])
 
 
-def _reading(source: Source, index: int, read: Callable[[], str]) -> str:
+def number_of_caption(source: Source, index: int) -> int:
+    """Return the number among all captions of the one that `read_caption` returns. UserError as `read_caption`."""
+    if source.num_captions == 1:
+        return index
+    which = _reading(source, index, lambda: choose_caption(source.captions(index), source.caption_weights))
+    return index * source.num_captions + which
+
+
+def _reading(source: Source, index: int, read: Callable[[], T]) -> T:
     try:
         return read()
     except (OSError, ValueError) as error:

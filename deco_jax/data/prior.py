@@ -28,6 +28,7 @@ class WithPrior(Mixture):
             raise UserError("config.data.prior_path and config.data.path need both classes, or both captions")
         names = sorted({*mine.class_names, *prior.class_names})
         self.parts, self.weights, self.class_names = [mine, prior], [1.0, 1.0], names
+        self.caption_weights = mine.caption_weights  # config.data.captions, for both
         self._labels = [[names.index(name) for name in part.class_names] for part in self.parts]
         self._ends = np.cumsum([len(part) for part in self.parts])
 
