@@ -72,7 +72,8 @@ code=\$?
 if [[ \$stopped ]]; then
   wait "\$step"
   code=\$?
-  if [[ \$code -eq 0 ]]; then scontrol requeue "\$SLURM_JOB_ID"; fi
+  # Saved, with 75, or killed while it did: to be continued. With 0 the run was done.
+  if [[ \$code -eq 75 || \$code -gt 130 ]]; then scontrol requeue "\$SLURM_JOB_ID"; fi
 elif [[ \$code -eq 75 || \$code -gt 130 ]] && ((SECONDS > 120 && \${SLURM_RESTART_COUNT:-0} < $restarts)); then
   echo "status \$code after \$SECONDS s: queued again"
   scontrol requeue "\$SLURM_JOB_ID"

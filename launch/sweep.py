@@ -374,7 +374,7 @@ def main(argv: list[str]) -> int:
                 print(shlex.join(command))
             else:
                 print(f"running {name}, {mode}", flush=True)
-                # A training that SIGTERM ends has saved and exits with 0, but there is nothing to measure yet.
+                # A training that did not reach its last step has nothing to measure yet, whatever its status.
                 if subprocess.run(command, cwd=ROOT).returncode or (mode == "train" and not is_done(task, mode, more)):
                     failed.append(run.folder.name)
                     break

@@ -9,7 +9,7 @@
 #   pip install -r requirements.txt "jax[tpu]"
 # With --type, the script requests N slices as a queued resource, waits for them, and runs --setup in the home folder of
 # every host (git clone, pip install). If the slices are taken away, it requests them again and the run continues, up to
-# --restarts times. It also restarts after a process was killed or a step hung (status 75), but not after an error (1).
+# --restarts times. It also restarts after a process was killed, hung or was asked to stop (75), but not after an error (1).
 # The workdir must be in a bucket, or on a file system that all hosts share. Slices are left running at the end; this
 # machine must stay on (tmux). For several slices, also give --config.mesh.slices=N.
 set -euo pipefail
@@ -67,7 +67,27 @@ do_or_print() {
   fi
 }
 
-state() { gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format="value(state.state)" 2>/dev/null || true; }
+# Prints the state of the slices, or NONE if they were never requested. Any other failure of gcloud is tried again, because
+# taking it for NONE would request slices that are there.
+state() {
+  local answer errors tries
+  errors=$(mktemp)
+  for ((tries = 0; ; tries++)); do
+    if answer=$(gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format="value(state.state)" 2>"$errors"); then
+      break
+    elif grep -qiE 'NOT_FOUND|not found' "$errors"; then
+      answer=NONE
+      break
+    elif ((tries >= 10)); then
+      cat "$errors" >&2
+      rm -f "$errors"
+      return 1
+    fi
+    sleep "$poll"
+  done
+  rm -f "$errors"
+  echo "$answer"
+}
 
 create() {
   do_or_print gcloud compute tpus queued-resources create "$name" "${where[@]}" "${node_flags[@]}" \
@@ -94,10 +114,10 @@ everywhere() {
 ready() {
   local now fresh=""
   while :; do
-    now=$(state)
+    now=$(state) || exit 1
     case $now in
       ACTIVE) break ;;
-      "") create; fresh=1 ;;
+      NONE) if create; then fresh=1; elif [[ $(state) == NONE ]]; then exit 1; fi ;;
       FAILED | SUSPENDED)
         echo "the slices are $now: requesting them again" >&2
         gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
@@ -110,7 +130,8 @@ ready() {
   [[ -z $fresh || -z $setup ]] || everywhere "$setup"
 }
 
-# A host restarts a process that was killed, or that ended with 75, as the others then do.
+# A host restarts a process that was killed, or that ended with 75, as the others then do. After SIGTERM, which a host
+# gets before it is taken away, that costs nothing: the connection ends, and new slices are requested below.
 program="${PYTHON:-python3} -m deco_jax.main --distributed $(printf '%q ' "$@")"
 remote="cd $(printf '%q' "$folder") && for i in \$(seq 0 $restarts); do $program; code=\$?; if [ \$code -ne 75 ] && [ \$code -le 130 ]; then break; fi; echo \"status \$code: starting again\" >&2; sleep 10; done; exit \$code"
 
@@ -131,6 +152,7 @@ for ((attempt = 0; ; attempt++)); do
   # An error of the run itself would happen again, so only lost slices lead to a restart.
   if [[ -z $type ]] || ((attempt >= restarts)); then exit "$code"; fi
   sleep "$poll"
-  if [[ $(state) == ACTIVE ]]; then exit "$code"; fi
-  echo "the slices were taken away ($(state)); continuing on new ones ($((attempt + 1)) of $restarts)" >&2
+  now=$(state) || exit "$code"
+  if [[ $now == ACTIVE ]]; then exit "$code"; fi
+  echo "the slices were taken away ($now); continuing on new ones ($((attempt + 1)) of $restarts)" >&2
 done

@@ -293,7 +293,7 @@ def test_sweep_says_which_run_failed(tmp_path):
 
 
 def test_a_training_that_ended_early_is_not_measured(tmp_path):
-    """As after SIGTERM: the program exits with 0, without the last step."""
+    """Whatever its status, it lacks the last step."""
     log, stub = tmp_path / "log", tmp_path / "python"
     stub.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
     stub.chmod(0o755)

@@ -72,7 +72,8 @@ case "$*" in
   *describe*)
     state=$(head -n 1 "$PLAY/gcloud.answers")
     sed -i 1d "$PLAY/gcloud.answers"
-    [[ $state != NONE ]] || exit 1
+    [[ $state != NONE ]] || { echo "ERROR: (gcloud) NOT_FOUND: Resource xl was not found" >&2; exit 1; }
+    [[ $state != LOST ]] || { echo "ERROR: (gcloud) There was a problem refreshing your auth tokens" >&2; exit 1; }
     echo "$state" ;;
   *ssh*) for last; do :; done; bash -c "${last#--command=}" ;;
 esac
@@ -82,20 +83,33 @@ QUEUED = ["--type=v5litepod-16", "--version=v2-alpha-tpuv5-lite", "--spot", "--s
 
 
 def test_slices_that_are_taken_away_are_asked_for_again(play):
-    states = ["NONE", "WAITING_FOR_RESOURCES", "ACTIVE", "SUSPENDING", "SUSPENDED", "SUSPENDED", "NONE", "ACTIVE"]
+    states = ["NONE", "WAITING_FOR_RESOURCES", "ACTIVE", "SUSPENDING", "SUSPENDED", "NONE", "ACTIVE"]
     play.play("gcloud", *states, script=GCLOUD)
     play.play("train", "1", "0")  # the first time as it is where the machine goes under it
     result = play.run(*POD, *QUEUED, "--", *ARGUMENTS, PYTHON="train")
     assert result.returncode == 0, result.stderr
     done = [re.search(r"describe|create|delete|ssh", call)[0] for call in play.calls("gcloud")]
     wait = ["describe", "create", "describe", "describe", "ssh"]  # the last one sets it up
-    taken = ["describe", "describe", "describe", "delete"]
+    taken = ["describe", "describe", "delete"]
     assert done == [*wait, "ssh", *taken, "describe", "create", "describe", "ssh", "ssh"]
     create = next(call for call in play.calls("gcloud") if "create" in call)
     for flag in ("--node-id=xl", "--accelerator-type=v5litepod-16", "--spot", "--runtime-version=v2-alpha-tpuv5-lite"):
         assert flag in create
     assert play.calls("train") == [f"-m deco_jax.main --distributed {' '.join(ARGUMENTS)}"] * 2
     assert "continuing on new ones (1 of 3)" in result.stderr
+
+
+def test_a_command_that_fails_does_not_mean_that_nothing_is_there(play):
+    play.play("gcloud", "LOST", "LOST", "ACTIVE", "ACTIVE", script=GCLOUD)
+    play.play("train", "0")
+    result = play.run(*POD, *QUEUED, "--", *ARGUMENTS, PYTHON="train")
+    assert result.returncode == 0, result.stderr
+    assert not [call for call in play.calls("gcloud") if "create" in call]
+    play.play("gcloud", *["LOST"] * 20, script=GCLOUD)
+    result = play.run(*POD, *QUEUED, "--", *ARGUMENTS, PYTHON="train")
+    assert result.returncode == 1
+    assert "There was a problem refreshing your auth tokens" in result.stderr
+    assert len(play.calls("train")) == 1
 
 
 def test_an_error_of_the_run_is_not_tried_again(play):
@@ -142,6 +156,18 @@ def test_slurm_requeues_what_may_be_mended(play, code, seconds, restarts, again)
     assert play.calls("scontrol") == (["requeue 7"] if again else [])
     (called,) = play.calls("srun")
     assert called.endswith(f"train -m deco_jax.main {' '.join(ARGUMENTS)}")
+
+
+@pytest.mark.parametrize("code, again", [(75, True), (137, True), (0, False), (1, False)])
+def test_slurm_queues_a_run_again_that_saved_at_the_time_limit(play, code, again):
+    """As SLURM does two minutes before it: the job gets SIGTERM, which it passes on."""
+    stopped = f'#!/usr/bin/env bash\ntrap "exit {code}" TERM\nkill -TERM $PPID\nwhile :; do /bin/sleep 0.05; done\n'
+    play.play("srun", script=stopped)
+    play.play("scontrol")
+    play.play("sbatch", script="#!/usr/bin/env bash\nbash\n")
+    result = play.run("launch/slurm.sh", "--nodes=2", "--", *ARGUMENTS, PYTHON="train", SLURM_JOB_ID="7")
+    assert result.returncode == code, result.stderr
+    assert play.calls("scontrol") == (["requeue 7"] if again else [])
 
 
 @pytest.mark.parametrize(
