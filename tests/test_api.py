@@ -221,6 +221,8 @@ def test_text_to_image(tmp_path):
     np.testing.assert_array_equal(model.sample(prompts=["a cat", "a dog"], **settings), both)
     for changes in ({"prompts": ["a cat", "a hen"]}, {"prompts": ["a cat", "a dog"], "negative_prompt": "a cow"}):
         assert np.abs(model.sample(**settings, **changes)[1].astype(int) - both[1]).max() > 2
+    with pytest.raises(deco_jax.UserError, match="negative_prompt has no effect where"):
+        model.sample(prompts="a cat", negative_prompt="a cow", guidance_average="ema", **settings)
     v = model.velocity(np.zeros((2, 32, 16, 3)), 0.5, ["a cat", "a dog"])
     assert not np.array_equal(v[0], v[1])
     with pytest.raises(deco_jax.UserError, match=r"draws prompts; give prompts=\.\.\., not classes"):

@@ -142,6 +142,10 @@ TEXTS = [
     (["--config.sample.prompts={tmp}/none.txt"], "no such file of prompts: .*/none.txt"),
     (["--config.sample.images_per_prompt=2"], "images_per_prompt applies to config.sample.prompts, which is empty"),
     (["--config.sample.prompts={tmp}"], "a folder without .txt files"),
+    (
+        ["--config.sample.negative_prompt=fog", "--config.sample.guidance_average=ema"],
+        "negative_prompt has no effect where guidance leads away from a weaker model",
+    ),
     (["--config.data.source=digits"], "the data has 10 classes, but the model takes captions"),
     (["--mode=sample", "--config.sample.prompts=a cat"], "there is no checkpoint in"),
 ]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import types
 
 import jax
 import numpy as np
 import pytest
 import torch
 
-from configs import quickstart
+from configs import meanflow_cifar10, quickstart
 from deco_jax.errors import UserError
 from deco_jax.evaluation.image_sets import ImageSet
 from deco_jax.evaluation.measuring import Reader, Rows, read
@@ -44,6 +45,21 @@ def test_combinations():
     ]
     assert len(described(settings(steps=(1, 2)))) == 2
     assert not best_of.wanted(settings())
+
+
+def test_a_combination_that_cannot_be_drawn_is_refused_before_the_first(monkeypatch):
+    model = types.SimpleNamespace(name="run")
+    evaluators = [types.SimpleNamespace(titles=("fid",))]
+    monkeypatch.setattr(checkpoint, "average_names", lambda path: ["ema"])
+    config = settings(steps=(4, 1), search_images=10)
+    best_of.check(config, model, evaluators)
+    config.sample.guidance_rule = "zero_star"  # whose first step waits
+    with pytest.raises(UserError, match="the first 1 steps of the guidance wait, of 1; draw in more steps"):
+        best_of.check(config, model, evaluators)
+    learnt = meanflow_cifar10.get_config("dit-smoke")
+    learnt.evaluate.update({"guidances": (2.0, 99.0), "search_images": 10})
+    with pytest.raises(UserError, match=r"guidance=99.0 is outside of what this model learns"):
+        best_of.check(learnt, model, evaluators)
 
 
 def test_table_is_sorted_and_names_the_best():

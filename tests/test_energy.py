@@ -64,6 +64,31 @@ def test_the_velocity_is_the_state_s_derivative(t):
     assert relative_error(velocity[0], slope) < 1e-3
 
 
+@pytest.mark.parametrize("t", [0.3, 0.6])
+def test_the_derivative_of_a_predicted_image_s_velocity(t):
+    """Along a change of x̂, state and time, as MeanFlow takes it; by central differences in float64, τ included."""
+    g, h = values("wide"), 1e-4
+    x, noise = g["x"][0].astype(np.float64), g["noise"][0].astype(np.float64)
+    change, drift = (np.random.default_rng(i).normal(size=x.shape) for i in (0, 1))
+    state = t * smooth_endpoint(x, t) + (1 - t) * noise
+
+    def velocity(e: float) -> np.ndarray:
+        image, time = x + e * change, t + e
+        slope = (smooth_endpoint(image, time + h) - smooth_endpoint(image, time - h)) / (2 * h)
+        return time * slope + (smooth_endpoint(image, time) - state - e * drift) / (1 - time)
+
+    expected = (velocity(h) - velocity(-h)) / (2 * h)
+    points = [jnp.asarray(a[None], jnp.float32) for a in (x, state)] + [jnp.asarray([t], jnp.float32)]
+    ahead = [jnp.asarray(a[None], jnp.float32) for a in (change, drift)] + [jnp.ones(1)]
+    found = {}
+    for exact in (True, False):
+        path = energy.EnergyPath(exact_derivative=exact)
+        found[exact] = jax.jit(lambda *p, path=path: jax.jvp(path.velocity_of, p, tuple(ahead)))(*points)
+    np.testing.assert_array_equal(found[True][0], found[False][0])
+    assert relative_error(found[True][1][0], expected) < 2e-3
+    assert relative_error(found[False][1][0], expected) > 0.05  # τ as a constant
+
+
 @pytest.mark.parametrize("side", [1, 2, 7, 8])
 def test_the_basis_is_orthonormal_and_ordered_by_frequency(side):
     basis, frequency = energy.fourier_basis(side)
@@ -78,3 +103,8 @@ def test_flat_images_do_not_divide_by_zero():
     endpoint = jax.jit(energy.blurred_endpoint)(x, jnp.asarray([0.3, 0.7]))
     np.testing.assert_allclose(endpoint.image, 0.25, atol=1e-6)
     np.testing.assert_allclose(endpoint.velocity, 0.0, atol=1e-6)
+    path = energy.EnergyPath(exact_derivative=True)
+    zeros, ones = jnp.zeros_like(x), jnp.ones(2)
+    for images in (x, zeros):
+        moved = jax.jvp(lambda a, t: path.velocity_of(a, zeros, t), (images, jnp.asarray([0.0, 1.0])), (x, ones))
+        assert all(np.all(np.isfinite(part)) for part in moved)

@@ -136,10 +136,11 @@ def test_draws():
 # ---------------------------------------------------------------------------------------- on a real network
 
 
-def prepared(variant, **loss):
+def prepared(variant, path="linear", **loss):
     """A config's method and networks, random weights that let no branch be zero, and a batch."""
     config = meanflow256.get_config(variant)
     config.model.depth, config.model.remat, config.model.dropout = 4, "full", 0.0
+    config.path.name = path
     config.loss.update(loss)
     networks = {"denoiser": network_lib.build(config.model.to_dict())}
     rng = np.random.default_rng(3)
@@ -153,10 +154,10 @@ def prepared(variant, **loss):
     return config, make_method(config), networks, params, pixels, observed
 
 
-@pytest.fixture(scope="module", params=["jit-smoke", "deco-smoke"])
+@pytest.fixture(scope="module", params=[("jit-smoke", "linear"), ("deco-smoke", "linear"), ("jit-smoke", "energy")])
 def step(request):
     """A step of MeanFlow, whose parts are computed in one program, and the parts by name."""
-    _, method, networks, params, pixels, observed = prepared(request.param)
+    _, method, networks, params, pixels, observed = prepared(*request.param)
     draws = method.draw(jax.random.key(4), pixels.shape)
     draws = draws._replace(dropped=jnp.zeros(4, bool), times=jnp.asarray([0.2, 0.3, 0.4, 0.6], jnp.float32))
     jump = [[0.5, 3.0, 0.1, 0.9], [0.0, 3.0, 0.1, 0.9], [0.3, 1.0, 0.1, 0.9], [0.2, 4.0, 0.1, 0.5]]
@@ -178,8 +179,12 @@ def step(request):
         return jax.jit(parts)(params), jax.jit(u), params, draws
 
 
-def test_derivative_by_central_differences(step):
-    """Through embeddings, the scanned and rematerialised blocks, the head and the conversion of x̂ to a velocity."""
+def test_derivative_by_central_differences(step, request):
+    """Through embeddings, the scanned and rematerialised blocks, the head and the conversion of x̂ to a velocity.
+
+    On the energy-guided path differences are coarser: its τ is a multiple of 2⁻¹⁷.
+    """
+    tolerance = 1e-2 if "energy" in request.node.callspec.params["step"] else 2e-3
     found, u, params, draws = step
     direction, eps = found["own_velocities"][0], 2e-3
     ahead = jnp.zeros_like(draws.jump).at[:, 0].set(-1.0)
@@ -189,7 +194,7 @@ def test_derivative_by_central_differences(step):
         return np.asarray(u(params, state, draws.times + e, draws.jump + e * ahead), np.float64)
 
     differences = (8 * (at(eps) - at(-eps)) - (at(2 * eps) - at(-2 * eps))) / (12 * eps)
-    assert relative_error(found["derivative"], differences) < 2e-3
+    assert relative_error(found["derivative"], differences) < tolerance
 
 
 def test_error_and_target_by_hand(step):
@@ -260,7 +265,6 @@ def test_what_does_not_go_together():
         ({"sample.guidance_average": "ema"}, "guidance_average has no effect"),
         ({"sample.guidance": 99.0}, "outside of what this model learns, 1 to 8"),
         ({"sample.guidance_interval": (-1.0, 1.0)}, "begin at 0"),
-        ({"path.name": "energy", "model.prediction": "x"}, "use prediction=v, or the linear path"),
     ):
         changed = config.copy_and_resolve_references()
         changed.update_from_flattened_dict(changes)

@@ -111,7 +111,7 @@ class Inputs:
         noise, negative = rest.pop("noise", None), rest.pop("negative_prompt", None)
         if unknown := rest.keys() - Settings.__annotations__.keys():
             raise UserError(f"there is no setting {min(unknown)!r}; choose from {', '.join(Settings.__annotations__)}")
-        sampling = self.sampling(**rest)
+        sampling = self.sampling(**rest, negative_prompt=negative if self.config.model.text_width else None)
         requests = self.requests(classes, prompts, context, negative)
         if noise is not None:
             noise = np.asarray(noise, np.float32)

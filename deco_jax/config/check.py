@@ -174,6 +174,11 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
             "config.sample.classes and same_noise are for class-to-image models, but config.model.num_classes is 0; "
             "leave them at their defaults"
         )
+    if config.sample.negative_prompt and (config.sample.guidance_model or config.sample.guidance_average):
+        raise UserError(
+            "config.sample.negative_prompt has no effect where guidance leads away from a weaker model "
+            "(config.sample.guidance_model, guidance_average); set only one of them"
+        )
     if config.sample.images_per_prompt and not config.sample.prompts:
         raise UserError(
             "config.sample.images_per_prompt applies to config.sample.prompts, which is empty; without prompts, use "
@@ -217,12 +222,7 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_mean_flow(config: ml_collections.ConfigDict) -> None:
-    sample, model = config.sample, config.model
-    if config.path.name == "energy" and model.prediction != "v":
-        raise UserError(
-            f"MeanFlow needs the time derivative of the velocity, which config.model.prediction={model.prediction} "
-            "doesn't have on config.path.name=energy; use prediction=v, or the linear path"
-        )
+    sample = config.sample
     unused = {"rule": "plain", "rescale": 0.0, "times": "step", "model": "", "average": ""}
     for name, plain in unused.items():
         if sample[f"guidance_{name}"] != plain:

@@ -10,6 +10,7 @@ quarter of the frequencies for the bisection.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -59,8 +60,12 @@ def release(t: AnyFloats) -> tuple[AnyFloats, AnyFloats]:
     return t**3 * (6 * t**2 - 15 * t + 10), 30 * t**2 * (1 - t) ** 2
 
 
-def blurred_endpoint(x: Images, t: PerExample) -> Endpoint:
+def blurred_endpoint(x: Images, t: PerExample, exact_derivative: bool = False) -> Endpoint:
     """Blur images x [batch, height, width, 3] as the energy-guided path does at times t [batch] in [0, 1].
+
+    Args:
+        exact_derivative: how τ changes with x and t is part of JAX's derivatives, by implicit differentiation of what
+            the bisections solve; otherwise τ counts as a constant, as in the published implementation.
 
     Returns:
         The endpoint e(t) and its derivative in t (arXiv 2608.05811; 0 where the release stands still).
@@ -99,8 +104,17 @@ def blurred_endpoint(x: Images, t: PerExample) -> Endpoint:
 
         low, high = jax.lax.fori_loop(0, BISECTIONS, halve, (jnp.zeros_like(t), jnp.ones_like(t)))
         tau = jnp.where(share <= EDGE, 1.0, jnp.where(share >= 1 - EDGE, 0.0, (low + high) / 2))
-        now = kept(tau)
-        denominator = -2 * rate * jnp.sum(energy * (now - least) * q * now, axis=(1, 2))
+
+        def missing_slope(tau: jax.Array) -> jax.Array:
+            return -2 * rate * jnp.sum(energy * (kept(tau) - least) * q * kept(tau), axis=(1, 2))
+
+        if exact_derivative:
+            tau = jax.lax.stop_gradient(tau)
+            divisor = jax.lax.stop_gradient(missing_slope(tau))
+            fixed = (share <= EDGE) | (share >= 1 - EDGE) | (total <= TINY) | (jnp.abs(divisor) <= TINY)
+            step = jnp.where(fixed, 0.0, (share * total - missing(tau)) / jnp.where(fixed, 1.0, divisor))
+            tau = tau + step - jax.lax.stop_gradient(step)  # the same value, Newton's derivative
+        now, denominator = kept(tau), missing_slope(tau)
         still = (slope <= 0) | (total <= TINY) | (jnp.abs(denominator) <= TINY)
         tau_slope = jnp.where(still, 0.0, slope * total / jnp.where(still, 1.0, denominator))
 
@@ -111,18 +125,25 @@ def blurred_endpoint(x: Images, t: PerExample) -> Endpoint:
     return Endpoint(image, velocity)
 
 
+@dataclasses.dataclass(frozen=True)
 class EnergyPath:
-    """The path x_t = t·e(t) + (1 − t)·ε, whose endpoint e(t) sharpens from a blur to the image (arXiv 2608.05811)."""
+    """The path x_t = t·e(t) + (1 − t)·ε, whose endpoint e(t) sharpens from a blur to the image (arXiv 2608.05811).
+
+    Args:
+        exact_derivative: see `blurred_endpoint`; MeanFlow needs it, because it differentiates along the path.
+    """
+
+    exact_derivative: bool = False
 
     def point(self, x: Images, noise: Images, t: PerExample) -> Point:
         """Return x_t and its velocity e + t·ė − ε."""
-        endpoint, t = blurred_endpoint(x, t), per_example(t, x)
+        endpoint, t = blurred_endpoint(x, t, self.exact_derivative), per_example(t, x)
         return Point(t * endpoint.image + (1 - t) * noise, endpoint.image + t * endpoint.velocity - noise)
 
     def velocity_of(self, x: Images, state: Images, t: Times, floor: float = MIN_REMAINING_TIME) -> Images:
         """Return t·ė(x) + (e(x) − x_t) / max(1 − t, floor)."""
         t = jnp.broadcast_to(jnp.asarray(t, jnp.float32), x.shape[:1])
-        endpoint, t = blurred_endpoint(x, t), per_example(t, x)
+        endpoint, t = blurred_endpoint(x, t, self.exact_derivative), per_example(t, x)
         return t * endpoint.velocity + (endpoint.image - state) / jnp.maximum(1 - t, floor)
 
     def image_of(self, velocity: Images, state: Images, t: Times) -> Images:

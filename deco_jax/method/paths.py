@@ -55,7 +55,7 @@ class LinearPath:
 def _energy(config: ml_collections.ConfigDict) -> Path:
     from deco_jax.method.energy import EnergyPath
 
-    return EnergyPath()
+    return EnergyPath(exact_derivative=config.loss.mean_flow)
 
 
 PATHS: dict[str, Callable[[ml_collections.ConfigDict], Path]] = {

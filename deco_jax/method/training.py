@@ -235,26 +235,17 @@ def lower_observe(observe: Observer, mesh: Mesh, frozen: dict[str, Any], batch: 
     return jax.jit(local).lower(frozen, batch)
 
 
-def make_networks(
-    config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition
-) -> tuple[dict[str, Network], Observer, dict[str, Any]]:
-    """Make the trained networks, and the frozen ones as a function and their weights on the mesh.
-
-    The weights that config.lora leaves frozen aren't included; `run.adapted` reads them.
-    """
-    networks, observe, _ = abstract_networks(config, mesh, condition)
-    return networks, observe, load_frozen(make_method(config), mesh) | condition.load()
-
-
 def abstract_networks(
     config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition | None = None
 ) -> tuple[dict[str, Network], Observer, dict[str, Any]]:
-    """Do the same as `make_networks` without reading a file: frozen weights are ShapeDtypeStructs with shardings.
-
-    The weights that config.lora leaves frozen are included, as "base".
+    """Make the trained networks, and the frozen ones as a function, without reading a file.
 
     Args:
         condition: by default one that only has shapes.
+
+    Returns:
+        The trained networks by name; the observer; and the frozen arrays by name as ShapeDtypeStructs with shardings.
+        `load_frozen` and `condition.load` read these; `run.adapted` reads "base", which config.lora freezes.
     """
     condition = condition or abstract_condition(config, mesh)
     whole = make_method(config)

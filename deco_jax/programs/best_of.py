@@ -20,6 +20,7 @@ import jax
 import ml_collections
 
 from deco_jax import api
+from deco_jax import config as config_lib
 from deco_jax.config import to_json
 from deco_jax.errors import UserError
 from deco_jax.evaluation import TITLES
@@ -28,6 +29,7 @@ from deco_jax.report import style
 from deco_jax.run import checkpoint, distributed, files, storage
 from deco_jax.run.writer import write_atomically, write_json
 from deco_jax.sampling import generate
+from deco_jax.sampling.settings import Sampling
 
 Row = dict[str, Any]
 NAME = "best_of"
@@ -46,7 +48,10 @@ def wanted(config: ml_collections.ConfigDict) -> bool:
 
 
 def check(config: ml_collections.ConfigDict, model: api.Model | None, evaluators: Sequence[Evaluator]) -> None:
-    """Raise UserError if the search can't run: no model, an average that it lacks, or a score that isn't measured."""
+    """Raise UserError if the search can't run to its end.
+
+    There may be no model, an average that it lacks, a score that isn't measured, or a combination that can't be drawn.
+    """
     if model is None:
         raise UserError(
             "config.evaluate.samples names existing images, so there is no choice of how to draw them; leave it or "
@@ -58,6 +63,9 @@ def check(config: ml_collections.ConfigDict, model: api.Model | None, evaluators
             raise UserError(
                 f"config.evaluate.averages: {model.name} has no average {average!r}; it has {', '.join(there)}"
             )
+    for candidate in candidates(config):
+        config_lib.check(candidate)
+        Sampling.of(candidate).table()
     by = config.evaluate.best_by
     if not any(by in evaluator.titles for evaluator in evaluators):
         raise UserError(

@@ -27,7 +27,15 @@ from deco_jax.evaluation.validation_loss import ValidationLoss
 from deco_jax.method.lora import adapter_of
 from deco_jax.method.objective import make_method
 from deco_jax.method.optimizer import make_optimizer
-from deco_jax.method.training import COMPILER, Batch, Metrics, choose_remat, lower_train_step, make_networks
+from deco_jax.method.training import (
+    COMPILER,
+    Batch,
+    Metrics,
+    abstract_networks,
+    choose_remat,
+    load_frozen,
+    lower_train_step,
+)
 from deco_jax.programs import measure
 from deco_jax.programs.actions import Action, CopyLocally, Evaluate, FirstTime, Grid, Log, Reader, Save, TrainingRun
 from deco_jax.run import adapted, checkpoint, distributed, monitor, preemption, settings, sharding, storage, tracking
@@ -106,8 +114,9 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
         )
     check_average(config.sample, averages)
     other = load_other(config, mesh)
+    frozen = load_frozen(method, mesh) | condition.load()  # before anything compiles: a file may be missing
     settled, remat = choose_remat(config, mesh, condition)
-    networks, observe, frozen = make_networks(settled, mesh, condition)
+    networks, observe, _ = abstract_networks(settled, mesh, condition)
     shapes = state_shapes(networks, optimizer, mesh, averages, method.measured)
     requests = grid_requests(config, condition, frozen, prompts) if config.train.sample_every else None
     validation = None
