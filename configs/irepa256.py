@@ -10,9 +10,9 @@
     variant     what it is                                                                 expected FID
     deco        DeCo-L, 200k steps; iREPA: the teacher's features less 0.8 of their mean,  not known; 31.35 with REPA
                 at unit deviation, and one 3×3 convolution as the projector
-    jit         JiT-L/16 (jit256.py) with iREPA, weight 0.5                                unknown to us
+    jit         JiT-L/16 (jit256.py) with iREPA, weight 0.5                                not known
     haste       DeCo-XL; REPA for the first 250,000 steps only                             not known; 1.90 with REPA
-    pixelrepa   JiT-L/16 with PixelREPA: weight 0.1, a fifth of the tokens hidden from a   unknown to us
+    pixelrepa   JiT-L/16 with PixelREPA: weight 0.1, a fifth of the tokens hidden from a   not known
                 projector of two transformer blocks
 
 HASTE also matches attention maps, which isn't implemented here. How PixelREPA hides a token is our interpretation: one

@@ -11,8 +11,8 @@
 averages with 0.9999 ("ema") and 0.9996 ("short"), 600 epochs; Heun in 50 steps, guidance in (0.1, 1].
 
     variant    blocks, width, heads    guidance    expected FID at 600 epochs
-    B          12, 768, 12             2.9         unknown to us
-    L          24, 1024, 16            2.4         unknown to us
+    B          12, 768, 12             2.9         not known
+    L          24, 1024, 16            2.4         not known
     H          32, 1280, 16            2.2         1.86
 
 The scores are the authors'; with this code: not measured yet. Hardware and time: not measured yet.

@@ -5,10 +5,10 @@
     python -m deco_jax.main --config=configs/jit512.py:smoke --workdir=/tmp/smoke
 
 Patches are 32 pixels wide, and the noise has standard deviation 2 (`path.noise_scale`), because larger images need more
-of it. Everything else is as in jit256.py, including guidance: we don't have the published guidance at 512².
+of it. Everything else is as in jit256.py, including guidance: the published guidance at 512² is not known.
 
-Variants B, L and H have the same sizes as in jit256.py. Expected FID: we have no published figure; with this code, not
-measured yet. Hardware and time: a step's arithmetic is that of jit256.py except for the patches' 3,072 values.
+Variants B, L and H have the same sizes as in jit256.py. Expected FID: the published one is not known; with this code,
+not measured yet. Hardware and time: a step's arithmetic is that of jit256.py except for the patches' 3,072 values.
 """
 
 from __future__ import annotations
