@@ -172,9 +172,9 @@ def _run() -> None:
         config_lib.settle_image_size(_CONFIG.value)
         config_lib.settle_paths(_CONFIG.value, workdir=workdir, checkpoint=checkpoint, source=source)
         if mode.draws:
-            from deco_jax.run.settings import check_drawn_size
+            from deco_jax.run.settings import check_drawn
 
-            check_drawn_size(_CONFIG.value, command_line.overridden(), workdir, checkpoint)
+            check_drawn(_CONFIG.value, command_line.overridden(), workdir, checkpoint)
         if mode.joins:
             from deco_jax.run import distributed
 

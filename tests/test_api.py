@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import pytest
 import deco_jax
 from configs import quickstart, t2i_256
 from deco_jax import config as config_lib
+from deco_jax.convert import torch_files
 from deco_jax.programs import convert
 from deco_jax.run import monitor
+from deco_jax.sampling.guidance import Guidance
 from tests.helpers import ROOT, fake_devices, relative_error
 from tests.runs import random_checkpoint
 
@@ -78,6 +81,18 @@ def test_what_load_does_not_open(workdir, tmp_path):
         ((workdir,), {"config": quickstart.get_config("smoke")}, "has its own config; leave out config="),
         ((tmp_path / "notes.ckpt",), {}, "notes.ckpt"),
     ]
+    for name, content, says in (
+        ("config.json", "[]", "config.json can't be read"),
+        ("measured.npz", "no archive", "measured.npz can't be read"),
+        ("classes.json", "{", "classes.json can't be read"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = config_lib.to_json(quickstart.get_config("smoke"))
+        (folder / "config.json").write_text(json.dumps(config))
+        torch_files.write_safetensors(folder / "ema.safetensors", {"x": np.zeros(1, np.float32)}, {})
+        (folder / name).write_text(content)
+        cases.append(((folder,), {}, says))
     for arguments, options, says in cases:
         with pytest.raises(deco_jax.UserError, match=says) as error:
             deco_jax.load(*arguments, **options)
@@ -165,13 +180,16 @@ def test_invert(model):
 
 def test_another_guidance_rule(model):
     """A rule of one's own, without touching the package."""
-    from deco_jax.sampling.guidance import Guidance
 
     @jax.tree_util.register_dataclass
     class Swapped(Guidance):
         def combine(self, conditional, unconditional):
             return super().combine(unconditional, conditional)
 
+    # An average of the run as the weaker model is taken from the settings: here it is the model itself.
+    led = {**EULER, "guidance": Guidance(5.0), "guidance_average": "ema"}
+    plain = model.sample(classes=[3], **{**EULER, "guidance": 1.0})
+    assert np.abs(model.sample(classes=[3], **led).astype(int) - plain).max() <= 1
     swapped = model.sample(classes=[3], **{**EULER, "guidance": Swapped(2.0)}, guidance_interval=(0.0, 0.5))
     same = model.sample(classes=[3], **{**EULER, "guidance": Guidance(1.0 - 2.0, (0.0, 0.5))})
     assert np.abs(swapped.astype(int) - same).max() <= 1
@@ -198,6 +216,14 @@ def test_another_guidance_rule(model):
         (lambda m: m.sample(classes=1, steps=3), "there is no setting 'steps'; choose from"),
         (lambda m: m.sample(classes=1, batch_size=-1), "batch_size=-1 must be at least 1"),
         (lambda m: m.sample(classes=1, noise=np.zeros((1, 8, 8, 3))), "the noise has shape (1, 8, 8, 3)"),
+        (lambda m: m.sample(classes="²"), "there is no class '²'"),
+        (lambda m: m.sample(classes=[None]), "there is no class None"),
+        (lambda m: m.sample(context=np.array([11])), "other labels than 0 to 10 (no class)"),
+        (lambda m: m.sample(context=np.array([0.5])), "other labels than 0 to 10"),
+        (lambda m: m.sample(context=np.zeros((0,), int)), "the context has shape (0,); give labels [n]"),
+        (lambda m: m.sample(context=np.zeros((1, 3, 3))), "the context has shape (1, 3, 3)"),
+        (lambda m: m.sample(classes=1, guidance=Guidance(2.0), guidance_rule="zero_star"), "leave out guidance_rule"),
+        (lambda m: m.sample(classes=1, guidance=Guidance(2.0), guidance_model="/none"), "there is no checkpoint in"),
         (lambda m: next(m.stream(classes=[11])), "there is no class 11"),
         (lambda m: m.velocity(np.zeros((1, 16, 16)), 0.5, 1), "states have shape (1, 16, 16)"),
         (lambda m: m.velocity(np.zeros((1, 18, 16, 3)), 0.5, 1), "with sides that 4 divides"),

@@ -94,7 +94,10 @@ def test_an_imported_imagenet_model_knows_its_classes(tmp_path, monkeypatch, cla
     names = tmp_path / "classes.json"
     assert names.exists() == (classes == 1000)
     assert classes == 10 or json.loads(names.read_text())[207] == "golden retriever"
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "short.safetensors").write_text("of an earlier export")
     checkpoints.export_checkpoint(config, str(tmp_path))
+    assert not (tmp_path / "export" / "short.safetensors").exists()
     exported = deco_jax.load(tmp_path / "export").class_names
     assert exported is None if classes == 10 else exported[207] == "golden retriever"
 

@@ -7,6 +7,8 @@ import numpy as np
 import optax
 import pytest
 
+from configs import quickstart
+from deco_jax import config as config_lib
 from deco_jax.config import default_config
 from deco_jax.errors import UserError
 from deco_jax.method import optimizer
@@ -37,6 +39,16 @@ def test_schedules_by_hand():
 def test_stages_that_cannot_be_read(stages):
     with pytest.raises(UserError, match="is not a stage; write STEP:LEARNING_RATE"):
         optimizer.parse_stages(stages)
+
+
+@pytest.mark.parametrize("start, end", [(0, 0), (1000, 500)])
+def test_a_decay_that_ends_before_it_begins_is_refused(start, end):
+    config = quickstart.get_config("smoke")
+    config.optimizer.update({"decay_start": start, "decay_end": end})
+    config_lib.check(config)
+    config.optimizer.schedule = "cosine"
+    with pytest.raises(UserError, match=rf"decay_start={start} to decay_end={end}, which must be later"):
+        config_lib.check(config)
 
 
 def test_clipping_by_stage_is_optax_s_with_each_norm():

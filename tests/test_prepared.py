@@ -69,6 +69,30 @@ def test_training_on_the_shards_is_training_on_the_source(tmp_path, captions, ki
     assert pickle.loads(pickle.dumps(ours))[29]["label"] == source[29]["label"]
 
 
+def test_a_split_of_prepared_data_is_a_subfolder(tmp_path):
+    whole, part = make_images(tmp_path / "images", False), tmp_path / "shards"
+    program.prepare(config(whole), str(part))
+    with pytest.raises(UserError, match=r"split=val: prepared data of a split are in a subfolder .*--workdir=\S+/val"):
+        sources.open_source(config(part, source="prepared", split="val").data)
+    program.prepare(config(whole, image_size=8), str(part / "val"))
+    assert sources.open_source(config(part, source="prepared", split="val", image_size=8).data)._root == str(
+        part / "val"
+    )
+
+
+def test_images_that_were_cropped_smaller_are_not_enlarged(tmp_path):
+    program.prepare(config(make_images(tmp_path / "images", False)), str(tmp_path / "shards"))
+    with pytest.raises(UserError, match=r"which is smaller than \(64, 8\); prepare the data again"):
+        sources.open_source(config(tmp_path / "shards", source="prepared", image_size=(64, 8)).data)
+
+
+@pytest.mark.parametrize("setting", ["weights", "prior_path"])
+def test_several_datasets_are_prepared_one_by_one(tmp_path, setting):
+    with pytest.raises(UserError, match=rf"config.data.{setting} mixes several; prepare each by itself"):
+        program.prepare(config(tmp_path, **{setting: "1,2"}), str(tmp_path / "shards"))
+    assert not (tmp_path / "shards").exists()
+
+
 def test_cut_off_it_goes_on_with_what_is_missing(tmp_path, monkeypatch, capsys):
     settings = config(make_images(tmp_path / "images", False))
     program.prepare(settings, str(tmp_path / "whole"))

@@ -61,14 +61,19 @@ def test_a_damaged_config_is_written_anew(tmp_path, text):
 
 def test_a_size_that_only_the_config_asks_for_is_refused(tmp_path):
     config = quickstart.get_config("smoke")
-    settings.check_drawn_size(config, [], str(tmp_path), "")
+    settings.check_drawn(config, [], str(tmp_path), "")
     settings.record(tmp_path, config, 0)
-    settings.check_drawn_size(config, [], str(tmp_path), "")
+    settings.check_drawn(config, [], str(tmp_path), "")
     config.data.image_size = (8, 24)
-    settings.check_drawn_size(config, ["data.image_size"], str(tmp_path), "")
+    settings.check_drawn(config, ["data.image_size"], str(tmp_path), "")
     for workdir, checkpoint in ((tmp_path, ""), (tmp_path / "other", tmp_path)):
-        with pytest.raises(UserError, match=r"was trained at 16x16, but the config says 8x24; leave --config out"):
-            settings.check_drawn_size(config, ["sample.seed"], str(workdir), str(checkpoint))
+        says = r"was trained with config.data.image_size=\(16, 16\), but the config says \(8, 24\); leave --config out"
+        with pytest.raises(UserError, match=says):
+            settings.check_drawn(config, ["sample.seed"], str(workdir), str(checkpoint))
+    config.data.image_size, config.path.noise_scale = (16, 16), 3.0
+    with pytest.raises(UserError, match=r"config.path.noise_scale=1.0, but the config says 3.0"):
+        settings.check_drawn(config, [], str(tmp_path), "")
+    settings.check_drawn(config, ["path.noise_scale"], str(tmp_path), "")
 
 
 def test_what_a_run_trains_with_is_what_its_config_says(tmp_path):
@@ -94,6 +99,6 @@ def test_what_a_run_trains_with_is_what_its_config_says(tmp_path):
     before = files(run)
     says = r"config.data.image_size was \[16, 16\] and is \[24, 24\]; leave --config out to continue"
     refuse(SMOKE, f"--workdir={run}", "--config.data.image_size=24", "--config.train.num_steps=9", says=says)
-    says = "was trained at 16x16, but the config says 32x32; leave --config out"
+    says = r"was trained with config.data.image_size=\(16, 16\), but the config says \(32, 32\); leave --config out"
     refuse("--config=imagenet256:smoke", f"--workdir={run}", "--mode=sample", says=says)
     assert files(run) == before

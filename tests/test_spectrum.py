@@ -11,6 +11,8 @@ import pytest
 import scipy.fft
 from PIL import Image
 
+from configs import quickstart
+from deco_jax import config as config_lib
 from deco_jax.conditioning.requests import even_labels
 from deco_jax.evaluation.spectrum import block_energy, normalised_spectrum
 from deco_jax.method.dct import zigzag
@@ -128,6 +130,14 @@ def test_energies_of_a_checkpoint_by_hand(measured):
     for name, energies, block in (("dit", dit, 4), ("velocity", velocity, 8)):
         expected = np.mean(energies, axis=(0, 1)).reshape(-1)[zigzag(block)]
         assert relative_error(first[name]["energy"], expected) < 1e-4
+
+
+def test_on_the_checkpoint_s_own_path(tmp_path, monkeypatch):
+    theirs, ours = quickstart.get_config("smoke"), quickstart.get_config("smoke")
+    theirs.path.name, theirs.path.noise_scale = "energy", 3.0
+    monkeypatch.setattr(checkpoint, "load_config", lambda where: config_lib.to_json(theirs))
+    found = spectrum.stored_config(tmp_path, ours)
+    assert (found.path.name, found.path.noise_scale) == ("energy", 3.0)
 
 
 def test_computed_as_the_config_says(measured):

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import quickstart
+from configs import meanflow_cifar10, quickstart
 from deco_jax import images as images_lib
 from deco_jax.conditioning.condition import open_condition
 from deco_jax.data import sources
 from deco_jax.errors import UserError
 from deco_jax.evaluation.evaluator import Subject
-from deco_jax.evaluation.validation_loss import VALIDATION, ValidationLoss
+from deco_jax.evaluation.validation_loss import VALIDATION, ValidationLoss, method_to_compare
 from deco_jax.method import training
 from deco_jax.method.losses.frequency import frequency_loss, jpeg_weights
 from deco_jax.method.objective import make_method
@@ -114,6 +114,17 @@ def test_of_a_prediction_that_was_measured_on_the_data(folder, tmp_path):
     succeed(*command, "--mode=evaluate", "--config.evaluate.metrics=validation_loss")
     scores = json.loads((tmp_path / "evaluation.json").read_text())
     assert scores["validation_loss"] == pytest.approx(rows(tmp_path)[4]["validation_loss"], rel=1e-5)
+
+
+def test_values_of_different_steps_can_be_compared(folder):
+    """Neither the balance's factor, which changes, nor MeanFlow's division of errors by themselves."""
+    config = config_for(folder)
+    config.loss.lpips_weight, config.loss.balance_start = 0.1, 1
+    assert make_method(config).balance is not None
+    assert method_to_compare(config).balance is None
+    learnt = meanflow_cifar10.get_config("dit-smoke")
+    assert [loss.power for loss in make_method(learnt).losses] == [1.0, 1.0]
+    assert [loss.power for loss in method_to_compare(learnt).losses] == [0.0, 0.0]
 
 
 def test_while_training(folder, tmp_path):

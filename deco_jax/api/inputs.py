@@ -137,7 +137,11 @@ class Inputs:
         config_lib.check(config)
         if rule is None:
             return self._sampling_of(config)
-        sampling = Sampling.of(config)
+        for name in ("rule", "rescale", "times"):
+            if given.get(f"guidance_{name}") is not None:
+                raise UserError(f"guidance is a rule here, which has its own numbers; leave out guidance_{name}")
+        sampling = self._sampling_of(config) if rule.weaker is None else Sampling.of(config)
+        rule = rule if rule.weaker else dataclasses.replace(rule, weaker=sampling.guidance.weaker)
         if given.get("guidance_interval") is not None:
             rule = dataclasses.replace(rule, interval=sampling.guidance.interval)
         return dataclasses.replace(sampling, guidance=rule)
@@ -154,7 +158,8 @@ class Inputs:
         if negative_prompt and wanted == "classes":
             raise UserError("a negative prompt is for text-to-image models; this one draws classes")
         if context is not None:
-            return Requests(len(context), np.asarray(context).__getitem__, self._null(negative_prompt))
+            context = self._checked(np.asarray(context))
+            return Requests(len(context), context.__getitem__, self._null(negative_prompt))
         if wanted == "prompts":
             texts = [prompts] if isinstance(prompts, str) else [str(prompt) for prompt in prompts]
             if not texts or not all(text.strip() for text in texts):
@@ -166,6 +171,20 @@ class Inputs:
         if not labels:
             raise UserError("no classes are given; classes=[0] draws one image of the first class")
         return requests_lib.class_requests(labels, self.config.model.num_classes)
+
+    def _checked(self, context: np.ndarray) -> np.ndarray:
+        """Return labels or text features if they are some of this model's; UserError otherwise."""
+        model = self.config.model
+        shape = (model.text_length, model.text_width) if model.text_width else ()
+        if not context.size or context.ndim != 1 + len(shape) or context.shape[1:] != shape:
+            wanted = f"features [n, {shape[0]}, {shape[1]}]" if shape else "labels [n]"
+            raise UserError(f"the context has shape {context.shape}; give {wanted}, with n at least 1")
+        inside = context.dtype.kind in "iu" and np.all((context >= 0) & (context <= model.num_classes))
+        if not shape and not inside:
+            raise UserError(
+                f"the context has other labels than 0 to {model.num_classes} (no class); give some of these"
+            )
+        return context
 
     def _null(self, negative_prompt: str | None) -> np.ndarray:
         if not self.config.model.text_width:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import zipfile
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -80,7 +81,12 @@ def class_names(where: pathlib.Path) -> list[str] | None:
     """Read the class names that a checkpoint's run, or an exported folder, stored; None if it didn't."""
     for folder in (where, where.parent.parent):
         if (folder / CLASSES).is_file():
-            return json.loads((folder / CLASSES).read_text())
+            try:
+                return [str(name) for name in json.loads((folder / CLASSES).read_text())]
+            except (ValueError, TypeError) as error:
+                raise UserError(
+                    f"{folder / CLASSES} can't be read ({error}); remove it to go on without names"
+                ) from error
     return None
 
 
@@ -101,12 +107,16 @@ def _load_exported(folder: pathlib.Path, average: str, mesh: Mesh) -> Model:
         there = ", ".join(sorted(file.stem for file in folder.glob("*.safetensors")))
         raise UserError(f"{folder} has no average {average!r}; it has {there}")
     try:
-        values = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
+        config = config_lib.make_config(config_lib.complete(json.loads((folder / "config.json").read_text())))
+    except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{folder / 'config.json'} can't be read ({error}); export it again") from error
-    config = config_lib.make_config(config_lib.complete(values))
-    tensors = torch_files.read_safetensors(fetch.local(weights))
-    measured = dict(np.load(fetch.local(folder / MEASURED))) if (folder / MEASURED).is_file() else {}
+    tensors, measured = torch_files.read_safetensors(fetch.local(weights)), {}
+    if (folder / MEASURED).is_file():
+        try:
+            with np.load(fetch.local(folder / MEASURED)) as file:
+                measured = dict(file)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{folder / MEASURED} can't be read ({error}); export it again") from error
     return _of_tensors(weights, tensors, config, mesh, class_names(folder), measured)
 
 

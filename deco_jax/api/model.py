@@ -61,6 +61,11 @@ class Model:
         self._guides: dict[tuple[str, str], tuple[Guide, Callable[[str], Params]]] = {}
         self._inputs = Inputs(config, mesh, condition, self.class_names, self.sampling)
 
+    def share_inputs(self, other: Model) -> None:
+        """Use the condition's arrays of another model of the same kind, such as its text encoder, if they are read."""
+        if "frozen" in vars(other._inputs):
+            self._inputs.frozen = other._inputs.frozen
+
     @property
     def num_classes(self) -> int:
         """The number of classes; 0 for text to image."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -154,13 +155,14 @@ def _find_class(one: int | str, num_classes: int, by_name: Mapping[str, int]) ->
         text = one.strip()
         if _is_class(text, by_name):
             return by_name.get(text, by_name.get(text.lower(), 0))
-        if not text.lstrip("-").isdigit():
+        if not re.fullmatch("-?[0-9]+", text):
             close = difflib.get_close_matches(text, list(by_name), n=1)
             remedy = f"did you mean {close[0]!r}?" if close else f"choose one from 0 to {num_classes - 1}"
             known = "" if by_name else " (this run's class names are not known)"
             raise UserError(f"there is no class {text!r}{known}; {remedy}")
         one = int(text)
-    if isinstance(one, bool) or int(one) != one or not 0 <= one < num_classes:
+    number = isinstance(one, (int, float, np.integer, np.floating)) and not isinstance(one, bool)
+    if not number or int(one) != one or not 0 <= one < num_classes:
         raise UserError(f"there is no class {one}; choose one from 0 to {num_classes - 1}")
     return int(one)
 

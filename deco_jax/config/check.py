@@ -214,6 +214,13 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
             f"config.evaluate.every={config.evaluate.every} must be a multiple of "
             f"config.train.log_every={config.train.log_every}: the FID goes into the same line of metrics.jsonl"
         )
+    optimizer = config.optimizer
+    if optimizer.schedule != "constant" and optimizer.decay_end <= optimizer.decay_start:
+        raise UserError(
+            f"config.optimizer.schedule={optimizer.schedule} falls from config.optimizer.decay_start="
+            f"{optimizer.decay_start} to decay_end={optimizer.decay_end}, which must be later; set decay_end, for "
+            f"instance to config.train.num_steps={config.train.num_steps}"
+        )
     if data.batch_size % config.optimizer.accumulate_steps:
         raise UserError(
             f"config.optimizer.accumulate_steps={config.optimizer.accumulate_steps} does not divide "

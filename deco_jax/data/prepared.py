@@ -103,18 +103,26 @@ def write_shard(source: Source, indices: range, folder: str, number: int, kind: 
         part.write_text(json.dumps({"labels": labels, "left_out": left_out}))
 
 
+def is_complete(root: str) -> bool:
+    """Return whether a folder holds what --mode=prepare has finished."""
+    return (storage.path(root) / INDEX).exists()
+
+
 class Prepared(Source):
     """What --mode=prepare has written into a folder.
 
     Args:
         captions: weights of several captions of an image; they may be others than the data was prepared with, of the
             same names in the same order.
+        image_size: (height, width) to which the images will be cropped, if it is known.
 
     Raises:
-        UserError: the folder is not complete, or not such a folder.
+        UserError: the folder is not complete, or not such a folder, or has smaller images.
     """
 
-    def __init__(self, root: str, captions: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self, root: str, captions: Mapping[str, float] | None = None, image_size: tuple[int, int] | None = None
+    ) -> None:
         self._root = root
         self.caption_weights = tuple((captions or {}).values())
         try:
@@ -124,6 +132,7 @@ class Prepared(Source):
             with (storage.path(root) / "labels.npy").open("rb") as file:
                 self._labels = np.load(io.BytesIO(file.read()))
             names = index.get("captions", [])
+            cropped = tuple(index["image_size"]) if index.get("images", "files") != "files" else None
         except FileNotFoundError:
             raise UserError(
                 f"{root} has no complete {INDEX}; run --mode=prepare with --workdir={root}, which continues where it "
@@ -131,6 +140,11 @@ class Prepared(Source):
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{root}/{INDEX} can't be read ({error}); prepare the data again") from error
+        if image_size and cropped and (image_size[0] > cropped[0] or image_size[1] > cropped[1]):
+            raise UserError(
+                f"{root} was prepared with config.data.image_size={cropped}, which is smaller than {image_size}; "
+                "prepare the data again at that size"
+            )
         if names != list(captions or {}):
             like = ",".join(f"{name}=1" for name in names)
             raise UserError(

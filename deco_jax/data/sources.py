@@ -16,6 +16,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from deco_jax.data import prepared
 from deco_jax.data.captioned_folder import CaptionedFolder
 from deco_jax.data.mixture import Mixture
 from deco_jax.data.parquet import Parquet
@@ -302,7 +303,13 @@ def open_source(data: Any) -> Source:
     if data.source == "parquet":
         return Parquet(path, split, (data.image_column, data.label_column, data.caption_column), captions)
     if data.source == "prepared":
-        return Prepared(path, captions)
+        root = os.path.join(path, split) if split else path
+        if split and prepared.is_complete(path) and not prepared.is_complete(root):
+            raise UserError(
+                f"config.data.split={split}: prepared data of a split are in a subfolder of that name, which {path} "
+                f"lacks; run --mode=prepare with --workdir={root}, or leave the split empty"
+            )
+        return Prepared(root, captions, image_sides(data.image_size))
     root = os.path.join(path, split) if split else path
     with storage.answering(root):
         where = storage.path(root)

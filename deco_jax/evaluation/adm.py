@@ -71,7 +71,9 @@ class ADM:
         return Scores(scores, missing, notes)
 
     def _quick_fid(self, samples: ImageSet) -> float:
-        theirs, _ = self._features.of_reference
+        theirs = self._features.reference.statistics
+        if theirs is None:
+            theirs, _ = self._features.of_reference
         reader = self._features.reader(samples, kept=False)
         read(samples, [reader], self._features.extractor.batch_size, quiet=True)
         ours = reader.state.statistics()

@@ -29,8 +29,9 @@ class Subject:
 
     samples: drawn from the weights batch by batch when an evaluator asks for them, or read from files.
     params: one average of the denoiser's weights, on the mesh; None if there are only samples.
-    frozen: arrays that aren't trained (teacher, text encoder, null features), by name, on the mesh.
-    model: in --mode=evaluate, the weights with everything needed to apply them; None during training.
+    frozen: during training, arrays that aren't trained (teacher, text encoder, null features), by name, on the mesh.
+    model: in --mode=evaluate, the weights with everything needed to apply them, read when it is asked for; None during
+        training.
     """
 
     samples: ImageSet | None = None

@@ -23,6 +23,8 @@ from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
 from deco_jax.evaluation.evaluator import Scores, Setup, Subject
 from deco_jax.evaluation.image_sets import ImageSet
+from deco_jax.method.losses.loss import Loss
+from deco_jax.method.losses.mean_flow import MeanVelocityLoss, VelocityHeadLoss
 from deco_jax.method.objective import Method, make_method
 from deco_jax.method.step import Draws
 from deco_jax.method.training import TRAINING, Batch, load_frozen, make_observer
@@ -81,7 +83,7 @@ class ValidationLoss:
                 f"{config.data.validation_images} of {len(self._source):,} images don't fill one"
             )
         self._indices = np.arange(count, dtype=np.int64) * len(self._source) // count
-        method = method_without_trained(config)
+        method = method_to_compare(config)
         observe, self._measured = make_observer(method, condition), method.measured
         names = ["validation_loss", *(f"validation_{loss.name}" for loss in method.losses)]
         self.titles = {name: name.replace("_", " ") for name in names}
@@ -118,7 +120,8 @@ class ValidationLoss:
                 "the validation loss needs weights, and config.evaluate.samples has none; leave it empty, or remove "
                 "validation_loss from config.evaluate.metrics"
             )
-        data, frozen = self._config.data, {**subject.frozen, **self._frozen}
+        data = self._config.data
+        frozen = {**subject.frozen, **(subject.model.frozen if subject.model else {}), **self._frozen}
         if self._measured and "measured" not in frozen:
             assert subject.model is not None
             where = storage.path(subject.model.name)
@@ -148,10 +151,20 @@ class ValidationLoss:
         return Scores({name: total * data.batch_size / len(self._indices) for name, total in totals.items()})
 
 
-def method_without_trained(config: ml_collections.ConfigDict) -> Method:
-    """Make the config's method without the losses that train a network of their own, which no average has."""
+def method_to_compare(config: ml_collections.ConfigDict) -> Method:
+    """Make the config's method so that its values at different steps can be compared.
+
+    It lacks the losses that train a network of their own, which no average has, and the factor of
+    config.loss.balance_start, which changes. MeanFlow's errors aren't divided by themselves: they are sums of squares.
+    """
     method = make_method(config)
-    return dataclasses.replace(method, losses=tuple(loss for loss in method.losses if not loss.trained))
+    losses: list[Loss] = []
+    for loss in method.losses:
+        if isinstance(loss, (MeanVelocityLoss, VelocityHeadLoss)):
+            losses.append(dataclasses.replace(loss, power=0.0))
+        elif not loss.trained:
+            losses.append(loss)
+    return dataclasses.replace(method, losses=tuple(losses), balance=None)
 
 
 def held_out_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -205,5 +218,5 @@ def make(setup: Setup) -> ValidationLoss:
         condition,
         build(config.model.to_dict()),
         json.loads(names.read_text()) if names.is_file() else None,
-        load_frozen(method_without_trained(config), mesh),
+        load_frozen(method_to_compare(config), mesh),
     )

@@ -95,7 +95,7 @@ def benchmark(config: ml_collections.ConfigDict, workdir: str, import_seconds: f
         report["train_step_bytes"] = time_training(config, mesh, condition, add, time.monotonic() - began)
     if "forward" in parts or "sample" in parts:
         time_forward(config, mesh, add)
-    if "input" in parts:
+    if "input" in parts or "torch" in parts:
         time_input(config, mesh, source, condition, add)
         report["input"] = input_per_core(config, source, report["rows"].get("train step"), mesh.size)
         say(describe_input(report["input"]))

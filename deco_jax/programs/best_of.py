@@ -154,6 +154,7 @@ def _with_average(model: api.Model, config: ml_collections.ConfigDict) -> api.Mo
     params = checkpoint.load_average(where, model.denoiser.network.shapes, config, model.mesh, config.sample.average)
     other = api.Model(config, params, model.mesh, model.name, model.condition, model.class_names, model.denoiser)
     other.generator = model.generator
+    other.share_inputs(model)
     return other
 
 

@@ -312,7 +312,7 @@ def advice(config: ml_collections.ConfigDict, mesh: Mesh, report: dict[str, Any]
             f"split the state ({size['state'] / 2**30:.1f} GiB per device) over more devices: "
             f"config.mesh.fsdp={min(mesh.size // config.mesh.slices, mesh.shape['fsdp'] * 8)} config.mesh.data=-1"
         )
-    stronger = {"none": "dots", "dots": "full"}.get(config.model.remat)
+    stronger = {"none": "dots", "dots": "attention", "attention": "full"}.get(config.model.remat)
     if stronger:
         advised.append(f"keep fewer activations: config.model.remat={stronger}")
     if rows // parts > 1:

@@ -6,6 +6,8 @@ Arrays stay on the host: nothing here needs an accelerator, and files are read t
 from __future__ import annotations
 
 import contextlib
+import pathlib
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -136,7 +138,8 @@ def export_checkpoint(config: ml_collections.ConfigDict, workdir: str, checkpoin
     others = [name for name in checkpoint.average_names(where) if name != chosen]
     for name in others:
         torch_files.write_safetensors(folder / f"{name}.safetensors", read(name), {"step": str(step)})
-    weights = ", ".join(f"{name}.safetensors" for name in (chosen, *others))
+    written = [f"{name}.safetensors" for name in (chosen, *others)]
+    weights = ", ".join(written)
     stored["lora"]["rank"] = 0  # merged
     if names := make_prediction(config).measured:
         found = checkpoint.load_measured(where, names, mesh)
@@ -144,10 +147,13 @@ def export_checkpoint(config: ml_collections.ConfigDict, workdir: str, checkpoin
         # An open file: given a path, NumPy would add .npz to its name.
         with files.whole(folder / api.MEASURED) as part, part.open("wb") as file:
             np.savez(file, **arrays)
+        written.append(api.MEASURED)
     write_json(folder / "config.json", stored)
     if class_names := api.class_names(where):
         write_json(folder / api.CLASSES, class_names)
+        written.append(api.CLASSES)
     if why := _no_official_module(config.model):
+        _remove_earlier(folder, written)
         print(f"exported {where} to {folder}: {weights}, config.json; no deco.ckpt: {why}")
         return
     params = checkpoint.load_params(where, shapes, config, mesh)
@@ -165,7 +171,17 @@ def export_checkpoint(config: ml_collections.ConfigDict, workdir: str, checkpoin
     else:
         name = "deco.ckpt"
         torch_files.write_lightning(folder / name, official)
+    _remove_earlier(folder, [*written, name])
     print(f"exported {where} to {folder}: {name}, {weights}, config.json")
+
+
+def _remove_earlier(folder: pathlib.Path, written: Collection[str]) -> None:
+    """Remove what an earlier export left that this one hasn't written: it would look like a part of it."""
+    kinds = {"deco.ckpt", jit_files.FILE, api.MEASURED, api.CLASSES}
+    for path in [*folder.glob("*.safetensors"), *(folder / name for name in sorted(kinds))]:
+        if path.name not in written and path.exists():
+            path.unlink()
+            print(f"removed {path} of an earlier export")
 
 
 def _no_official_projector(config: ml_collections.ConfigDict) -> str:

@@ -154,7 +154,7 @@ def drawn_samples(config: ml_collections.ConfigDict, model: api.Model) -> ImageS
 
     def draw(first: int) -> Iterator[np.ndarray]:
         # Done here so that a text encoder is only read if there are still images to draw.
-        requests = data_requests(config.sample, model.condition, count)
+        requests = data_requests(config.sample, model.condition, count, model.frozen)
         return model.images(requests, sampling, config.sample.batch_size, first)
 
     images = drawn_images(draw, count, sampling.size, f"drawn from {model.name}")
@@ -171,7 +171,7 @@ def drawn_samples(config: ml_collections.ConfigDict, model: api.Model) -> ImageS
 
 def subject_of(samples: ImageSet, model: api.Model | None) -> Subject:
     """Return what evaluators get: samples, and the weights that drew them."""
-    return Subject(samples) if model is None else Subject(samples, model.params, model.frozen, model)
+    return Subject(samples) if model is None else Subject(samples, model.params, model=model)
 
 
 def table(result: dict[str, Any], titles: Mapping[str, str]) -> str:

@@ -44,6 +44,12 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> None:
             f"config.data.random_crop needs whole images, but config.data.prepared_images={data.prepared_images} "
             "stores cropped ones; prepare with config.data.prepared_images=files"
         )
+    for name in ("weights", "prior_path"):
+        if data.get(name):
+            raise UserError(
+                f"--mode=prepare writes one dataset, but config.data.{name} mixes several; prepare each by itself, and "
+                f"give config.data.{name} with the prepared folders when you train"
+            )
     source = sources.open_source(data)
     distributed.check_same_data(source)
     size = image_sides(data.image_size)

@@ -102,11 +102,12 @@ def _curve(energy: np.ndarray) -> dict[str, list[float]]:
 
 
 def stored_config(where: pathlib.Path, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Return `config` with a checkpoint's model and image size; how it is computed stays as `config` says."""
+    """Return `config` with a checkpoint's model, path and image size; how it is computed stays as `config` says."""
     stored = checkpoint.load_config(where)
     theirs = ml_collections.ConfigDict(config.to_dict())
     computed = {key: config.model[key] for key in COMPUTED if key in config.model and key in stored["model"]}
     theirs.model = ml_collections.ConfigDict(stored["model"] | computed)
+    theirs.path = ml_collections.ConfigDict(stored["path"])
     height, width = theirs.data.image_size = tuple(stored["data"]["image_size"])
     if theirs.model.get("class_token"):
         raise UserError(f"{where} also denoises a class token; the spectrum only supports models without one")

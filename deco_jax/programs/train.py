@@ -15,6 +15,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from deco_jax import interrupts
+from deco_jax.api import CLASSES
 from deco_jax.conditioning.condition import Condition, open_condition
 from deco_jax.conditioning.requests import Prompts, Requests, data_requests, open_prompts, sampling_requests
 from deco_jax.data import imagenet, pipeline, sources
@@ -23,7 +24,7 @@ from deco_jax.errors import UserError
 from deco_jax.evaluation.adm import ADM, make_quick_fid
 from deco_jax.evaluation.evaluator import Subject
 from deco_jax.evaluation.image_sets import drawn_images
-from deco_jax.evaluation.validation_loss import ValidationLoss
+from deco_jax.evaluation.validation_loss import ValidationLoss, method_to_compare
 from deco_jax.method.lora import adapter_of
 from deco_jax.method.objective import make_method
 from deco_jax.method.optimizer import make_optimizer
@@ -51,8 +52,6 @@ from deco_jax.sampling import generate
 from deco_jax.sampling.weaker import Guide, check_average, load_other
 
 TrainStep = Callable[[State, Batch, dict[str, Any]], tuple[State, Metrics]]
-
-CLASSES = "classes.json"  # the class names in the order of the labels
 
 
 def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str = "") -> None:
@@ -119,7 +118,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     networks, observe, _ = abstract_networks(settled, mesh, condition)
     shapes = state_shapes(networks, optimizer, mesh, averages, method.measured)
     requests = grid_requests(config, condition, frozen, prompts) if config.train.sample_every else None
-    validation = None
+    validation, compared = None, method_to_compare(config)
     if config.train.validate_every:
         validation = ValidationLoss(config, mesh, condition, networks["denoiser"], source.class_names)
     if adaptation:
@@ -221,6 +220,8 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
                 if remat and remat.compiled and not ended:
                     return remat.compiled
                 began = time.monotonic()
+                for name in method.frozen.keys() - method.at(done).frozen.keys() - compared.frozen.keys():
+                    run.frozen.pop(name, None)  # of losses that have ended: its memory is free
                 # Compiled once, for these shapes: another shape or sharding later is an error, not a recompilation.
                 with (
                     interrupts.waits_for(COMPILER),
@@ -229,7 +230,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
                 ):
                     writer.say(f"compiling the training step{' without ' * bool(ended)}{', '.join(ended)} ...")
                     compiled = lower_train_step(
-                        networks, optimizer, config, observe, mesh, state, batch, frozen, done
+                        networks, optimizer, config, observe, mesh, state, batch, run.frozen, done
                     ).compile()
                 writer.say(f"compiled in {time.monotonic() - began:.1f} s")
                 return compiled

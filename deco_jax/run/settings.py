@@ -72,24 +72,29 @@ def record(folder: pathlib.Path, config: ml_collections.ConfigDict, step: int) -
     write_json(path, to_json(config))
 
 
-def check_drawn_size(config: ml_collections.ConfigDict, given: Collection[str], workdir: str, checkpoint: str) -> None:
-    """Raise UserError if images would be drawn at another size than the run's only because the config says so.
+def check_drawn(config: ml_collections.ConfigDict, given: Collection[str], workdir: str, checkpoint: str) -> None:
+    """Raise UserError if images would be drawn at another size, or from other noise, only because the config says so.
 
     Args:
-        given: dotted names of the settings given on the command line; a size given there is accepted.
+        given: dotted names of the settings given on the command line; what is given there is accepted.
         checkpoint: the one to draw from; "": the workdir's newest.
     """
     place = saved.of_workdir(checkpoint or workdir)
     values = None if place is None else _saved_values(place)
-    if values is None or "data.image_size" in given:
+    if values is None:
         return
-    theirs, ours = tuple(values["data"]["image_size"]), tuple(config.data.image_size)
-    if theirs != ours:
-        size = "x".join(map(str, theirs))
-        raise UserError(
-            f"{checkpoint or workdir} was trained at {size}, but the config says {'x'.join(map(str, ours))}; leave "
-            f"--config out to draw with the run's own settings, or set the size with --config.data.image_size={theirs}"
-        )
+    for name in ("data.image_size", "path.name", "path.noise_scale"):
+        section, key = name.split(".")
+        theirs, ours = (_value(settings[section][key]) for settings in (values, config))
+        if name not in given and theirs != ours:
+            raise UserError(
+                f"{checkpoint or workdir} was trained with config.{name}={theirs}, but the config says {ours}; leave "
+                f"--config out to draw with the run's own settings, or set it with --config.{name}={theirs}"
+            )
+
+
+def _value(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
 def _saved_values(path: pathlib.Path) -> dict[str, Any] | None:

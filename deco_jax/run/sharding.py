@@ -7,7 +7,7 @@ device keeps, so nothing can be spread over devices in another way. `gather` mak
 its derivative adds up the devices' gradients and leaves each device its part. Networks gather for themselves
 (`models.network.functional` and `models.layers.run_stack`), because they know the whole shapes of their parameters.
 Everything outside (optimizer, averages, noise) is elementwise, and XLA follows the arguments' shardings.
-docs/scaling.md says what else was tried.
+docs/kernels.md says what else was tried.
 """
 
 from __future__ import annotations
