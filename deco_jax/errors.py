@@ -1,8 +1,12 @@
-"""The exception for everything that the user can fix; its message says how."""
+"""The exception for everything that the user can fix, whose message says how; and what damaged files raise."""
 
 from __future__ import annotations
 
 import re
+import zipfile
+
+# What NumPy raises for an .npz that is damaged, or is none.
+NPZ_ERRORS = (OSError, ValueError, KeyError, EOFError, SyntaxError, AttributeError, zipfile.BadZipFile)
 
 
 class UserError(Exception):

@@ -10,6 +10,7 @@ import pytest
 from tests.helpers import lpips_files
 from tests.runs import rows, steps, succeed
 from tests.test_bad_input import refuse
+from tests.test_failing_hosts import run_changed
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +60,29 @@ def test_trains_samples_and_resumes(config, vgg, tmp_path):
         refuse(f"--workdir={tmp_path}", "--config.loss.repa_projector=conv", "--config.train.num_steps=9", says=says)
 
 
+NAMING = """
+from deco_jax.programs import train
+lower = train.lower_train_step
+def naming(networks, optimizer, config, observe, mesh, state, batch, frozen, start):
+    print("frozen:", *frozen, flush=True)
+    return lower(networks, optimizer, config, observe, mesh, state, batch, frozen, start)
+train.lower_train_step = naming
+"""
+
+
 @pytest.mark.slow
 def test_an_alignment_that_ends(vgg, tmp_path):
     """Resumed where it ends or run through: the same weights; from then on there is no alignment."""
     found = train_and_resume("irepa256.py:haste-smoke", tmp_path / "resumed", vgg)
     assert ["alignment" in found[step] for step in range(1, 5)] == [True, True, False, False]
-    said = succeed(
-        "--config=configs/irepa256.py:haste-smoke", f"--workdir={tmp_path / 'whole'}", vgg,
+    done = run_changed(
+        NAMING, "--config=configs/irepa256.py:haste-smoke", f"--workdir={tmp_path / 'whole'}", vgg,
         "--config.train.sample_every=0",
-    ).stdout  # fmt: skip
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
+    with_teacher, without = [line.split() for line in said.splitlines() if line.startswith("frozen:")]
+    assert set(with_teacher) - set(without) == {"teacher"}  # whose memory is free from then on
     assert said.count("compiling the training step") == 2
     assert "compiling the training step without alignment" in said
     whole = rows(tmp_path / "whole")

@@ -29,8 +29,6 @@ def the_same(expected: dict[int, dict], actual: dict[int, dict]) -> None:
 # ---------------------------------------------------------------------------------------- a step that hangs
 
 HANGING = """
-import sys, time
-from deco_jax import main
 from deco_jax.data import pipeline
 read = pipeline.Batches.__next__
 count = 0
@@ -41,17 +39,20 @@ def stuck(self):
         time.sleep(600)
     return read(self)
 pipeline.Batches.__next__ = stuck
-sys.argv = ["main", *sys.argv[1:]]
-main.cli()
 """
+
+
+def run_changed(change: str, *arguments: object) -> subprocess.CompletedProcess:
+    """Run the program after `change` has replaced parts of it."""
+    script = f"import sys, time\nfrom deco_jax import main\n{change}\nsys.argv[0] = 'main'\nmain.cli()\n"
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.mark.slow
 def test_a_hung_step_names_the_host_and_leaves_its_stacks(tmp_path):
-    arguments = [SMOKE, f"--workdir={tmp_path}", NO_SAMPLES, "--config.train.step_timeout=3"]
-    done = subprocess.run(
-        [sys.executable, "-c", HANGING, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    done = run_changed(HANGING, SMOKE, f"--workdir={tmp_path}", NO_SAMPLES, "--config.train.step_timeout=3")
     assert done.returncode == 75, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "host 0 of 1" in line
@@ -84,8 +85,6 @@ with Watchdog(pathlib.Path(sys.argv[1]), 1.0, clock) as watchdog:
 
 
 ENDING = """
-import sys, time
-from deco_jax import main
 from deco_jax.method import objective
 from deco_jax.programs import train
 lower = train.lower_train_step
@@ -98,17 +97,12 @@ def slowly(*arguments):
     return lower(*arguments)
 train.lower_train_step = slowly
 objective.Method.ends = (2,)
-sys.argv = ["main", *sys.argv[1:]]
-main.cli()
 """
 
 
 @pytest.mark.slow
 def test_compiling_again_where_a_loss_ends_is_no_hung_step(tmp_path):
-    arguments = [SMOKE, f"--workdir={tmp_path}", NO_SAMPLES, "--config.train.step_timeout=4"]
-    done = subprocess.run(
-        [sys.executable, "-c", ENDING, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    done = run_changed(ENDING, SMOKE, f"--workdir={tmp_path}", NO_SAMPLES, "--config.train.step_timeout=4")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("compiling the training step") == 2
 

@@ -14,6 +14,7 @@ from PIL import Image
 from configs import t2i_256
 from deco_jax.conditioning import condition
 from deco_jax.conditioning import requests as requests_lib
+from deco_jax.conditioning.texts import Texts
 from deco_jax.data import sources
 from deco_jax.method import training
 from deco_jax.method.optimizer import make_optimizer
@@ -24,7 +25,7 @@ from deco_jax.run.state import create_state, state_shapes
 from deco_jax.sampling import generate
 from deco_jax.sampling.settings import Sampling
 from tests.helpers import relative_error
-from tests.runs import NO_SAMPLES, rows, succeed
+from tests.runs import NO_SAMPLES, random_checkpoint, rows, succeed
 from tests.test_resume import losses
 from tests.texts import write_encoder
 
@@ -234,3 +235,19 @@ def test_evaluation_draws_the_datas_captions(run):
         config, where, requests_lib.CaptionsOf(sources.CaptionedDigits(), np.arange(8) * 1797 // 8)
     )
     assert images.identity != generate.fingerprint(config, where, ["another"] * 8)
+
+
+def test_an_evaluation_reads_the_text_encoder_once(tmp_path, monkeypatch):
+    """And not before there are images to draw."""
+    config = t2i_256.get_config("smoke")
+    random_checkpoint(tmp_path, config)
+    config.sample.num_images, config.sample.num_steps, config.sample.batch_size = 4, 1, 2
+    loaded, load = [], Texts.load_encoder
+    monkeypatch.setattr(Texts, "load_encoder", lambda self: loaded.append(1) or load(self))
+    model = evaluate.open_model(config, str(tmp_path), "")
+    samples = evaluate.drawn_samples(config, model)
+    evaluate.subject_of(samples, model)
+    assert not loaded
+    for _ in range(2):
+        assert sum(len(batch) for batch in samples.batches(2, 0)) == 4
+    assert len(loaded) == 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import zipfile
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -18,7 +17,7 @@ from deco_jax.api.model import Model
 from deco_jax.conditioning.condition import Condition, open_condition
 from deco_jax.convert import deco, infer, jit_files, torch_files
 from deco_jax.data.sources import Source
-from deco_jax.errors import UserError
+from deco_jax.errors import NPZ_ERRORS, UserError
 from deco_jax.run import checkpoint, fetch, sharding, storage
 from deco_jax.sampling import generate
 
@@ -115,7 +114,7 @@ def _load_exported(folder: pathlib.Path, average: str, mesh: Mesh) -> Model:
         try:
             with np.load(fetch.local(folder / MEASURED)) as file:
                 measured = dict(file)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except NPZ_ERRORS as error:
             raise UserError(f"{folder / MEASURED} can't be read ({error}); export it again") from error
     return _of_tensors(weights, tensors, config, mesh, class_names(folder), measured)
 

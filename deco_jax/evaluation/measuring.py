@@ -19,9 +19,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from deco_jax.errors import UserError
+from deco_jax.errors import NPZ_ERRORS, UserError
 from deco_jax.evaluation.image_sets import ImageSet, rebatched
-from deco_jax.evaluation.statistics import NPZ_ERRORS, save_npz
+from deco_jax.evaluation.statistics import save_npz
 from deco_jax.run import distributed, preemption, sharding, storage
 from deco_jax.run.progress import Progress
 

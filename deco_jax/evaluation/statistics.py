@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deco_jax.errors import UserError
+from deco_jax.errors import NPZ_ERRORS, UserError
 from deco_jax.evaluation.fid import SPLIT, InceptionScore
 from deco_jax.models.inception import NUM_CLASSES, POOL3_WIDTH, SPATIAL_WIDTH, Features, check_images
 from deco_jax.run import fetch, files, storage
@@ -168,9 +168,6 @@ class Accumulator:
             return self
         except NPZ_ERRORS as error:
             raise UserError(f"{path}: damaged, or not ours ({_brief(error)}); delete it to start again") from error
-
-
-NPZ_ERRORS = (OSError, ValueError, KeyError, EOFError, SyntaxError, AttributeError, zipfile.BadZipFile)
 
 
 def _brief(error: Exception) -> str:

@@ -23,8 +23,6 @@ from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
 from deco_jax.evaluation.evaluator import Scores, Setup, Subject
 from deco_jax.evaluation.image_sets import ImageSet
-from deco_jax.method.losses.loss import Loss
-from deco_jax.method.losses.mean_flow import MeanVelocityLoss, VelocityHeadLoss
 from deco_jax.method.objective import Method, make_method
 from deco_jax.method.step import Draws
 from deco_jax.method.training import TRAINING, Batch, load_frozen, make_observer
@@ -155,16 +153,11 @@ def method_to_compare(config: ml_collections.ConfigDict) -> Method:
     """Make the config's method so that its values at different steps can be compared.
 
     It lacks the losses that train a network of their own, which no average has, and the factor of
-    config.loss.balance_start, which changes. MeanFlow's errors aren't divided by themselves: they are sums of squares.
+    config.loss.balance_start, which changes.
     """
     method = make_method(config)
-    losses: list[Loss] = []
-    for loss in method.losses:
-        if isinstance(loss, (MeanVelocityLoss, VelocityHeadLoss)):
-            losses.append(dataclasses.replace(loss, power=0.0))
-        elif not loss.trained:
-            losses.append(loss)
-    return dataclasses.replace(method, losses=tuple(losses), balance=None)
+    losses = tuple(loss.comparable() for loss in method.losses if not loss.trained)
+    return dataclasses.replace(method, losses=losses, balance=None)
 
 
 def held_out_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

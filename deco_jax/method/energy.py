@@ -105,16 +105,17 @@ def blurred_endpoint(x: Images, t: PerExample, exact_derivative: bool = False) -
         low, high = jax.lax.fori_loop(0, BISECTIONS, halve, (jnp.zeros_like(t), jnp.ones_like(t)))
         tau = jnp.where(share <= EDGE, 1.0, jnp.where(share >= 1 - EDGE, 0.0, (low + high) / 2))
 
-        def missing_slope(tau: jax.Array) -> jax.Array:
-            return -2 * rate * jnp.sum(energy * (kept(tau) - least) * q * kept(tau), axis=(1, 2))
+        def slope_of_missing(now: jax.Array) -> jax.Array:
+            return -2 * rate * jnp.sum(energy * (now - least) * q * now, axis=(1, 2))
 
         if exact_derivative:
             tau = jax.lax.stop_gradient(tau)
-            divisor = jax.lax.stop_gradient(missing_slope(tau))
+            divisor = jax.lax.stop_gradient(slope_of_missing(kept(tau)))
             fixed = (share <= EDGE) | (share >= 1 - EDGE) | (total <= TINY) | (jnp.abs(divisor) <= TINY)
             step = jnp.where(fixed, 0.0, (share * total - missing(tau)) / jnp.where(fixed, 1.0, divisor))
             tau = tau + step - jax.lax.stop_gradient(step)  # the same value, Newton's derivative
-        now, denominator = kept(tau), missing_slope(tau)
+        now = kept(tau)
+        denominator = slope_of_missing(now)
         still = (slope <= 0) | (total <= TINY) | (jnp.abs(denominator) <= TINY)
         tau_slope = jnp.where(still, 0.0, slope * total / jnp.where(still, 1.0, denominator))
 

@@ -43,3 +43,7 @@ class Loss(Protocol):
     def __call__(self, step: Step) -> PerExample:
         """Return the unweighted loss of each example, float32 [batch]."""
         ...
+
+    def comparable(self) -> Loss:
+        """Return the loss in a form whose values tell better weights from worse; most losses do as they are."""
+        return self

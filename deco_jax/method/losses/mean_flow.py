@@ -205,6 +205,10 @@ class MeanVelocityLoss(Loss):
     def __call__(self, step: Step) -> PerExample:
         return step.error_weight * adaptive(step.error, self.power, self.offset)
 
+    def comparable(self) -> MeanVelocityLoss:
+        """Return the sum of squared errors: divided by itself, it is nearly constant."""
+        return dataclasses.replace(self, power=0.0)
+
 
 @dataclasses.dataclass(frozen=True)
 class VelocityHeadLoss(Loss):
@@ -218,6 +222,10 @@ class VelocityHeadLoss(Loss):
     def __call__(self, step: Step) -> PerExample:
         assert isinstance(step, MeanStep)
         return step.error_weight * adaptive(step.head_error, self.power, self.offset)
+
+    def comparable(self) -> VelocityHeadLoss:
+        """Return the sum of squared errors: divided by itself, it is nearly constant."""
+        return dataclasses.replace(self, power=0.0)
 
 
 def mean_from_config(config: ml_collections.ConfigDict) -> MeanVelocityLoss | None:
