@@ -44,7 +44,8 @@ PAPER = {
     for ours, theirs in (
         ("deco", "no_repa"),
         ("dit", "dit"),
-        *((f"{name}_repa", name) for name in ("deco", "jit", "no_frequency", "pixnerd", "patch4", "add")),
+        ("patch4_repa", "patch16"),  # the decoder's token is a whole patch in both
+        *((f"{name}_repa", name) for name in ("deco", "jit", "no_frequency", "pixnerd", "add")),
     )
     for size in ("", "-cpu")
 }

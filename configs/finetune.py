@@ -27,9 +27,9 @@ The classes are then those of both folders. `--config.lora.whole=label_embed,dec
 `--config.lora.rank=0` the whole model.
 
 Hardware and time: one GPU. For DeCo-XL at 256², 8.8 million factors train beside 681 million frozen parameters (2.5
-GiB, and as much again when merged; training everything takes 12.7 GiB for weights, moments and average). 1,000 steps of
-8 images. Time and memory: not measured yet. Expected FID: none; look at the grids, one with each checkpoint, every 200
-steps.
+GiB, and as much again when merged; training everything takes 12.7 GiB for weights, gradients, moments and average).
+1,000 steps of 8 images. Time and memory: not measured yet. Expected FID: none; look at the grids, one with each
+checkpoint, every 200 steps.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ MODES = {
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Name or file of a config, or a run's config.json.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.")
 _MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do; see above.")
-_SOURCE = flags.DEFINE_string("source", "", "import: the official checkpoint, a .ckpt file.")
+_SOURCE = flags.DEFINE_string("source", "", "import: the official checkpoint, a .ckpt file (JiT: .pth).")
 _TOPOLOGY = flags.DEFINE_string(
     "topology", "", "compile: the machine to compile for, such as v5e:16x16 or cpu:8; empty: this one."
 )

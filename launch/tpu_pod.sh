@@ -6,7 +6,7 @@
 #       --config=configs/imagenet256.py --workdir=gs://bucket/runs/xl --config.mesh.fsdp=16
 #
 # Without --type, the slice --name must exist, with the code in --folder on every host, installed by:
-#   pip install -r requirements.txt "jax[tpu]"
+#   pip install ".[tpu,gs]"    # [tpu,s3] for a workdir in s3://
 # With --type, the script requests N slices as a queued resource, waits for them, and runs --setup in the home folder of
 # every host (git clone, pip install). If the slices are taken away, it requests them again and the run continues, up to
 # --restarts times. It also restarts after a process was killed, hung or was asked to stop (75), but not after an error (1).

@@ -14,6 +14,7 @@ from collections import Counter
 
 import pytest
 
+from deco_jax.run.distributed import RESTART
 from tests.bucket_runs import assert_nothing_left_here
 from tests.buckets import Bucket, download, needs_gcs
 from tests.helpers import ROOT
@@ -131,7 +132,7 @@ def test_kills_at_random_moments_change_nothing(where, tmp_path, request):
             process.kill()
             process.stderr.close()
         if moment == "asked":
-            assert code == 0, errors
+            assert code == RESTART, errors
         else:
             assert code == -signal.SIGKILL, errors
         counts[moment] += 1

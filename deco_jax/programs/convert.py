@@ -43,7 +43,7 @@ def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: s
         UserError: the file can't be read, belongs to another model, or the workdir already holds a run.
     """
     if not source:
-        raise UserError("--mode=import needs --source=FILE.ckpt, the checkpoint to import")
+        raise UserError("--mode=import needs --source=FILE, the checkpoint to import: a .ckpt, or JiT's .pth")
     if checkpoint.complete_steps(workdir):
         raise UserError(f"--workdir={workdir} already has checkpoints; choose an empty folder for the imported one")
     prediction = make_prediction(config)

@@ -1,5 +1,6 @@
 """Stops on request: SIGTERM (a pod is taken away, a scheduler's limit), SIGUSR1 (SLURM's warning), SIGHUP (a closed
-terminal) and Ctrl-C end a run after saving, with a status on which launchers start it again."""
+terminal) and Ctrl-C end a run after saving, all but Ctrl-C in a single process with a status on which launchers start
+it again."""
 
 from __future__ import annotations
 
