@@ -72,6 +72,7 @@ run_all() {
     if ((i == 0)); then "${command[@]}" & else "${command[@]}" >"$logs/process_$i.log" 2>&1 & fi
     pids+=($!)
   done
+  if [[ $stopped ]]; then forward; fi # asked to stop before all had started
   for ((i = 0; i < count; i++)); do
     code=0
     wait "${pids[i]}" || code=$?
@@ -81,7 +82,7 @@ run_all() {
       ((status != 0)) || status=$code
       ((code == 75 || code > 130)) || again=""
       echo "process $i ended with status $code" >&2
-      if ((i > 0)); then tail -n 40 "$logs/process_$i.log" >&2; fi
+      if ((i > 0)) && [[ -e "$logs/process_$i.log" ]]; then tail -n 40 "$logs/process_$i.log" >&2; fi
     fi
   done
 }

@@ -59,14 +59,17 @@ set -uo pipefail
 cd $(printf '%q' "$root") || exit 1
 
 stopped=""
+step=""
+early="" # asked to stop before the number of the step was known
 # shellcheck disable=SC2329  # by the trap
-stop() { stopped=1; kill -TERM "\$step"; }
+stop() { stopped=1; if [[ \$step ]]; then kill -TERM "\$step"; else early=1; fi; }
 trap stop TERM
 # srun doesn't inherit it from the job.
 export SRUN_CPUS_PER_TASK=$cpus
 # Every task sees all GPUs of its node and uses the one with its local number.
 srun --kill-on-bad-exit=1 --gpu-bind=none ${PYTHON:-python} -m deco_jax.main $arguments&
 step=\$!
+if [[ \$early ]]; then kill -TERM "\$step"; fi
 wait "\$step"
 code=\$?
 if [[ \$stopped ]]; then

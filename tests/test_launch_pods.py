@@ -170,6 +170,30 @@ def test_slurm_queues_a_run_again_that_saved_at_the_time_limit(play, code, again
     assert play.calls("scontrol") == (["requeue 7"] if again else [])
 
 
+def test_slurm_passes_on_a_stop_that_comes_before_it_knows_the_step(play):
+    stopped = '#!/usr/bin/env bash\ntrap "exit 75" TERM\ntouch "$PLAY/ready"\nwhile :; do /bin/sleep 0.05; done\n'
+    play.play("srun", script=stopped)
+    play.play("scontrol")
+    early = r"s|^step=\$!|until [[ -e $PLAY/ready ]]; do /bin/sleep 0.05; done; kill -TERM $$; &|"
+    play.play("sbatch", script=f"#!/usr/bin/env bash\nsed '{early}' | bash\n")
+    result = play.run("launch/slurm.sh", "--nodes=2", "--", *ARGUMENTS, PYTHON="train", SLURM_JOB_ID="7")
+    assert result.returncode == 75, result.stderr
+    assert play.calls("scontrol") == ["requeue 7"]
+
+
+def test_local_processes_pass_on_a_stop_that_comes_before_they_started(play):
+    """While the launcher looks for a free port."""
+    asked = (
+        '[[ $1 != -c ]] || { kill -TERM "$(<"$PLAY/launcher")"; echo 1; exit; }\n'
+        'trap "exit 75" TERM\nwhile :; do /bin/sleep 0.05; done\n'
+    )
+    play.play("train", script=f"#!/usr/bin/env bash\n{asked}")
+    launch = 'echo $$ > "$PLAY/launcher"; exec launch/local_processes.sh 2 --restarts=2 -- "$@"'
+    result = play.run("bash", "-c", launch, "bash", *ARGUMENTS, PYTHON="train")
+    assert result.returncode in (75, 143), result.stderr
+    assert "starting all again" not in result.stderr
+
+
 @pytest.mark.parametrize(
     "codes, expected",
     [
