@@ -34,6 +34,8 @@ checkpoint, every 200 steps.
 
 from __future__ import annotations
 
+import os
+
 import ml_collections
 
 from configs import imagenet256
@@ -43,6 +45,7 @@ from deco_jax.config import default_config, saved
 def get_config(variant: str = "XL") -> ml_collections.ConfigDict:
     """Return a variant: XL (default), smoke, or the folder of a run to start from."""
     config = default_config()
+    variant = os.path.expanduser(variant)  # a shell doesn't, after a colon
     if variant not in ("XL", "smoke"):
         place = saved.of_workdir(variant)
         if place is None:
@@ -55,7 +58,10 @@ def get_config(variant: str = "XL") -> ml_collections.ConfigDict:
                 config[section] = pretrained[section]
         config.loss.dino_weight = config.loss.lpips_weight = 0.0
         config.loss.balance_start = 0
-        config.sample.classes = config.sample.prompts = ""
+        # What belongs to that run's data, prompts and averages.
+        config.sample.classes = config.sample.prompts = config.sample.guidance_average = ""
+        config.sample.images_per_prompt, config.sample.average = 0, "ema"
+        config.text.features = config.text.validation_features = ""
         config.data.image_size = tuple(pretrained.data.image_size)
         config.data.source = pretrained.data.source if pretrained.model.text_width else "image_folder"
         config.init_from = variant

@@ -163,7 +163,7 @@ def _run() -> None:
     # The shell doesn't expand the ~ in --workdir=~/runs.
     workdir, checkpoint, source = (os.path.expanduser(flag.value or "") for flag in (_WORKDIR, _CHECKPOINT, _SOURCE))
     try:
-        for flag in ("checkpoint", "source", "topology", "what", "search"):
+        for flag in ("checkpoint", "source", "topology", "what", "search", "port"):
             if flags.FLAGS[flag].value != flags.FLAGS[flag].default and flag not in mode.reads:
                 readers = ", ".join(name for name, other in MODES.items() if flag in other.reads)
                 raise UserError(f"--mode={_MODE.value} doesn't read --{flag}, only {readers}; leave it out")

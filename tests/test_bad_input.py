@@ -36,6 +36,7 @@ FLAGS = [
     ([SMOKE, "--mode=demo", "--port=70000"], "--port=70000.*upper_bound|--port=70000.*65535"),
     ([SMOKE, "somewhere"], "unexpected argument 'somewhere'"),
     ([SMOKE, "--mode=report", "--checkpoint={run}"], "--mode=report doesn't read --checkpoint, only train, sample"),
+    ([SMOKE, "--mode=sample", "--port=8080"], "--mode=sample doesn't read --port, only demo"),
     ([SMOKE, "--source=a.ckpt"], "--mode=train doesn't read --source, only import"),
     ([SMOKE, "--mode=sample", "--topology=v5e:4x4"], "doesn't read --topology, only compile"),
     ([SMOKE, "--checkpoint={tmp}/none"], "there is no checkpoint in .*/none"),

@@ -31,7 +31,13 @@ from tests.runs import SMOKE, rows, succeed
     ],
 )
 def test_attention(name, dtype, platform, chosen):
-    assert choices.attention(name, dtype, platform) == chosen
+    assert choices.attention(name, dtype, 72, platform) == chosen
+
+
+# JAX refuses other widths with an exception; up to 256 it takes on Hopper and later.
+@pytest.mark.parametrize("head_width, taken", [(36, False), (72, True), (128, True), (136, False), (288, False)])
+def test_cudnns_attention_is_for_head_widths_that_it_takes(head_width, taken):
+    assert (choices.attention("auto", jnp.bfloat16, head_width, "gpu") == "cudnn") == taken
 
 
 def program(peak: float, cycles: int = 0):

@@ -91,6 +91,7 @@ WRONG = [
     ("model.num_heads", 5, "num_heads=5 does not divide .*width=32"),
     ("model.num_heads", 16, "head width 2 .*multiple of 4"),
     ("model.context_start", 9, "context_start=9 is deeper than config.model.depth"),
+    ("sample.guidance_interval", (-0.5, 0.3), r"two times \(low, high\)"),
     ("model.patch_size", 5, "patch_size=5 does not divide the image, 16x16"),
     ("model.decoder_patch_size", 3, "decoder_patch_size=3 does not divide"),
     ("model.dtype", "float16", "one of bfloat16, float32"),
@@ -278,6 +279,26 @@ def test_a_model_named_on_the_command_line_brings_its_settings():
     config.model.name = "dit"
     with pytest.raises(UserError, match=r"model\.decoder_width is not a setting of the model dit; leave it out"):
         config_lib.settle_model(config, ["model.name", "model.decoder_width"])
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"model.context_tokens": 2, "model.context_start": 2}, "leaves the config.model.context_tokens no block"),
+        ({"loss.lpips_weight": 0.1, "lpips.pixels_per_patch": 0, "data.image_size": (8, 8)}, "8 pixels a side"),
+        (
+            {"model.attention": "cudnn", "model.dtype": "bfloat16", "model.width": 48, "model.num_heads": 4},
+            "head width 12 .*multiple of 8",
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(changes, says):
+    config = quickstart.get_config("smoke")
+    config.model.depth = 2
+    config_lib.check(config)
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=says):
+        config_lib.check(config)
 
 
 def test_image_sizes_are_pairs():

@@ -356,3 +356,17 @@ def test_a_pixelgen_run_can_be_adapted(tmp_path):
     config = finetune.get_config(str(tmp_path))
     config_lib.check(config)
     assert config.teacher.to_dict() == pretrained.teacher.to_dict()
+
+
+def test_what_belongs_to_the_pretrained_runs_data_is_left_behind(tmp_path, monkeypatch):
+    """Its prompts, stored features and further averages; a ~ after the colon is the home folder, as elsewhere."""
+    pretrained = pixelgen256.get_config("smoke")
+    pretrained.sample.prompts, pretrained.sample.images_per_prompt = "prompts.txt", 4
+    pretrained.sample.average = pretrained.sample.guidance_average = "short"
+    pretrained.text.features = pretrained.text.validation_features = "features"
+    (tmp_path / "config.json").write_text(json.dumps(config_lib.to_json(pretrained)))
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    config = finetune.get_config(f"~/{tmp_path.name}")
+    config_lib.check(config)
+    assert (config.sample.average, config.sample.guidance_average) == ("ema", "")
+    assert (config.text.features, config.text.validation_features) == ("", "")

@@ -265,6 +265,9 @@ def test_what_does_not_go_together():
         ({"sample.guidance_average": "ema"}, "guidance_average has no effect"),
         ({"sample.guidance": 99.0}, "outside of what this model learns, 1 to 8"),
         ({"sample.guidance_interval": (-1.0, 1.0)}, "begin at 0"),
+        ({"sample.guidance_interval": (0.6, 0.9)}, "begin at 0.5 or earlier"),
+        ({"sample.guidance_interval": (0.1, 0.3)}, "end at 0.5 or later"),
+        ({"sample.negative_prompt": "blurry"}, "negative_prompt has no effect"),
     ):
         changed = config.copy_and_resolve_references()
         changed.update_from_flattened_dict(changes)

@@ -297,6 +297,20 @@ def test_damaged_files_are_named(tmp_path):
     assert [image["data-step"] for image in page.find("img")] == ["4"]
 
 
+def test_a_spectrum_that_is_not_finite_is_left_out(tmp_path):
+    run = write_run(tmp_path, "run", grids=(2,))
+    curve = [1.0] * 63 + [float("nan")]
+    spectrum = {
+        "checkpoints": [
+            {"name": "x", "dit": {"block": 4, "spectrum": [1.0] * 16}, "velocity": {"block": 8, "spectrum": curve}}
+        ],
+        "data": {"spectrum": [0.5] * 64},
+        "frequency_weights": {"quality": 85, "Y": [1.0] * 64, "Cb": [0.25] * 64},
+    }
+    (run / "spectrum.json").write_text(json.dumps(spectrum))
+    assert "spectrum.json is not as --mode=spectrum writes it" in write_report(run).text
+
+
 def test_many_and_large_grids_stay_small(tmp_path):
     run = write_run(tmp_path, "run", grids=range(1, 31))
     noise = np.random.default_rng(0).integers(0, 256, (300, 200, 3), dtype=np.uint8)

@@ -7,7 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from deco_jax.conditioning.requests import class_requests, even_labels, find_classes, images_per_class
+from deco_jax.conditioning.classes import Classes
+from deco_jax.conditioning.requests import class_requests, data_requests, even_labels, find_classes, images_per_class
+from deco_jax.config import default_config
 from deco_jax.errors import UserError
 
 pytestmark = pytest.mark.fast
@@ -53,6 +55,14 @@ def test_names_that_are_not_known():
     assert find_classes("3, 1", 4) == [3, 1]
     with pytest.raises(UserError, match=r"there is no class 'cat' \(this run's class names are not known\)"):
         find_classes("cat", 4)
+
+
+def test_classes_without_a_name_are_refused():
+    """Not class 0, as where a script's variables are empty: --config.sample.classes="$A,$B"."""
+    config = default_config()
+    config.sample.classes = ","
+    with pytest.raises(UserError, match="names no class; leave it out to draw all"):
+        data_requests(config.sample, Classes(4, NAMES), 4)
 
 
 def test_same_noise_for_every_class():

@@ -107,6 +107,20 @@ def test_pixels_per_patch(pixels, side, tmp_path):
     assert same == (side == 32)
 
 
+@pytest.mark.parametrize("dtype, exact", [("float32", True), ("bfloat16", False)])
+def test_float32_is_float32_on_every_device(dtype, exact):
+    """GPUs and TPUs would take TensorFloat-32 and bfloat16 for products without a precision."""
+    lpips, tap = vgg.frozen_lpips("", "", dtype, 16), vgg.teacher("3", "", dtype, 4)
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    with jax.default_matmul_precision("default"):  # the tests' own is the highest
+        traced = [
+            jax.make_jaxpr(lpips.apply)(lpips.shapes, images, images),
+            jax.make_jaxpr(tap.apply)(tap.shapes, images),  # of patches that aren't resized, which is exact by itself
+        ]
+    for program in traced:
+        assert ("Precision.HIGHEST" in str(program)) == exact
+
+
 def test_flops_of_training_follow_the_resizing():
     config = default_config()
     config.model.patch_size, config.data.image_size = 4, (32, 32)

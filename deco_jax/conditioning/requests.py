@@ -300,4 +300,6 @@ def data_requests(
     classes: Sequence[int] = range(condition.num_classes)
     if settings.classes:
         classes = find_classes(settings.classes, condition.num_classes, condition.names)
+        if not classes:
+            raise UserError(f"config.sample.classes={settings.classes!r} names no class; leave it out to draw all")
     return class_requests(even_labels(count, classes), condition.num_classes, settings.same_noise)

@@ -103,6 +103,12 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
             "config.loss.balance_start balances the perceptual losses, but config.loss.lpips_weight and dino_weight "
             "are 0; set one of them, or balance_start to 0"
         )
+    side = min(height, width) * (config.lpips.pixels_per_patch or model.patch_size) // model.patch_size
+    if loss.lpips_weight and side < 16:
+        raise UserError(
+            f"LPIPS (config.loss.lpips_weight) would see images of {side} pixels a side and needs 16; set "
+            "config.lpips.pixels_per_patch higher"
+        )
     if config.lora.rank and loss.balance_start:
         raise UserError(
             "config.loss.balance_start needs the output layer's gradient, but config.lora.rank freezes that layer; set "
@@ -122,6 +128,11 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
         )
     if model.attention == "cudnn" and model.dtype != "bfloat16":
         raise UserError(f"config.model.attention=cudnn needs config.model.dtype=bfloat16, not {model.dtype}")
+    if model.attention == "cudnn" and (model.width // model.num_heads % 8 or model.width // model.num_heads > 256):
+        raise UserError(
+            f"the head width {model.width // model.num_heads} (config.model.width / config.model.num_heads) must be a "
+            "multiple of 8 and at most 256 for config.model.attention=cudnn; choose auto"
+        )
     if model.mean_velocity and model.attention == "cudnn":
         raise UserError("config.model.attention=cudnn has no forward-mode derivative, which model.mean_velocity needs")
     if model.mean_velocity != loss.mean_flow:
@@ -155,6 +166,11 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
     if model.context_start > model.depth:
         raise UserError(
             f"config.model.context_start={model.context_start} is deeper than config.model.depth={model.depth}"
+        )
+    if model.context_tokens and model.context_start == model.depth:
+        raise UserError(
+            f"config.model.context_start={model.context_start} leaves the config.model.context_tokens no block to act "
+            f"in; choose one below config.model.depth={model.depth}"
         )
     if model.text_width and not model.text_length:
         raise UserError("config.model.text_width is set, so config.model.text_length must be at least 1")
@@ -237,6 +253,11 @@ def _check_mean_flow(config: ml_collections.ConfigDict) -> None:
                 f"config.sample.guidance_{name} has no effect on a model that learnt guidance (config.loss.mean_flow); "
                 f"set it to {plain!r}"
             )
+    if sample.negative_prompt:
+        raise UserError(
+            "config.sample.negative_prompt has no effect on a model that learnt guidance (config.loss.mean_flow); "
+            "leave it out"
+        )
     if not 1 <= sample.guidance <= config.loss.mean_flow_guidance:
         raise UserError(
             f"config.sample.guidance={sample.guidance} is outside of what this model learns, 1 to "
@@ -246,4 +267,10 @@ def _check_mean_flow(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f"config.sample.guidance_interval={tuple(sample.guidance_interval)} begins before 0, which a model with "
             "config.loss.mean_flow doesn't learn; begin at 0"
+        )
+    low, high = sample.guidance_interval
+    if low > 0.5 or high < 0.5:
+        raise UserError(
+            f"config.sample.guidance_interval={(low, high)} is outside of what a model with config.loss.mean_flow "
+            "learns: begin at 0.5 or earlier, and end at 0.5 or later"
         )

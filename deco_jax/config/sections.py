@@ -40,7 +40,8 @@ IMAGE_SIZE = Rule(
     f"a side of at least 8 pixels and at most {MAX_SIDE:,}, or (height, width)",
 )
 INTERVAL = Rule(
-    lambda pair: len(pair) == 2 and -1 <= pair[0] <= pair[1] <= 1, "two times (low, high) within 0..1, or low = -1"
+    lambda pair: len(pair) == 2 and (pair[0] == -1 or pair[0] >= 0) and pair[0] <= pair[1] <= 1,
+    "two times (low, high) within 0..1, or low = -1",
 )
 
 
@@ -443,9 +444,7 @@ class Benchmark:
         "train,forward,sample,input",
         "What to time, comma separated: train, forward, sample, input, inception, torch (PyTorch's input pipeline).",
         Rule(
-            lambda text: (
-                bool(text) and set(text.split(",")) <= {"train", "forward", "sample", "input", "inception", "torch"}
-            ),
+            lambda text: bool(text) and set(text.split(",")) <= BENCHMARK_PARTS,
             "some of train, forward, sample, input, inception, torch, comma separated",
         ),
     )

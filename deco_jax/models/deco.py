@@ -47,7 +47,7 @@ class DeCo(Trunk):
         decoder_width, decoder_depth: of the pixel decoder.
         decoder_patch_size: pixels a side that the decoder treats as one token (1 in the paper's model).
         decoder_interaction: how the decoder takes the condition, "adaln" or "add".
-        decoder_chunk: queries the decoder works on at a time; see `pixel_decoder.PixelDecoder`.
+        decoder_chunk: queries the decoder works on at a time; see `decoder.PixelDecoder`.
         trunk: see `trunk.Trunk`.
     """
 

@@ -127,7 +127,8 @@ def build(model: Mapping[str, Any]) -> Network:
     if "attention" in arguments:
         # Neither cuDNN's attention nor the kernel for TPUs has a forward-mode product, which MeanFlow takes.
         forwards = arguments.get("mean_velocity")
-        chosen = choices.attention(arguments["attention"], arguments["dtype"], "cpu" if forwards else None)
+        head_width = arguments["width"] // arguments["num_heads"]
+        chosen = choices.attention(arguments["attention"], arguments["dtype"], head_width, "cpu" if forwards else None)
         # Whether "auto" is the kernel for TPUs depends on what the program is compiled for.
         if forwards or chosen == "cudnn":
             arguments["attention"] = chosen

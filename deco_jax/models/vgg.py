@@ -240,7 +240,7 @@ def teacher(tap: str, path: str, dtype: str, patch_size: int) -> FrozenNetwork:
         patch_size: of the student, whose tokens' features these are.
     """
     groups, kind = int(tap), jnp.dtype(dtype)
-    network = functional(lambda rngs: Tap(groups, dtype=kind, rngs=rngs))
+    network = functional(lambda rngs: Tap(groups, dtype=kind, rngs=rngs), kind)
 
     def load() -> dict[str, Any]:
         rows, tensors = vgg_table(groups), read_weights(path, "VGG16's", f"download {VGG_URL}")
@@ -281,7 +281,7 @@ def frozen_lpips(vgg: str, lpips: str, dtype: str, patch_size: int, pixels: int 
     """
     pixels = pixels or patch_size
     kind = jnp.dtype(dtype)
-    network = functional(lambda rngs: LPIPS(dtype=kind, rngs=rngs))
+    network = functional(lambda rngs: LPIPS(dtype=kind, rngs=rngs), kind)
     return _frozen(
         network,
         kind,

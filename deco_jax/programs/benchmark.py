@@ -72,7 +72,9 @@ def benchmark(config: ml_collections.ConfigDict, workdir: str, import_seconds: f
         "batch_size": config.data.batch_size,
         "dtype": config.model.dtype,
         "remat": config.model.remat,
-        "attention": choices.attention(config.model.attention, config.model.dtype),
+        "attention": choices.attention(
+            config.model.attention, config.model.dtype, config.model.width // config.model.num_heads
+        ),
         "teacher": bool(config.loss.repa_weight),
         "jax": jax.__version__,
         "rows": {},

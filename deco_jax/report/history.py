@@ -219,7 +219,10 @@ def _curves(spectrum: dict[str, Any], name: str) -> list[tuple[str, list[tuple[s
 
 
 def _values(numbers: Iterable[Any]) -> list[float]:
-    return [float(f"{float(v):.5g}") for v in numbers]
+    values = [float(f"{float(v):.5g}") for v in numbers]
+    if not all(map(math.isfinite, values)):
+        raise ValueError("it holds values that are not finite")
+    return values
 
 
 def is_number(value: Any) -> bool:

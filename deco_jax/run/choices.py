@@ -19,13 +19,14 @@ CHEAPEST_FIRST = ("none", "dots", "attention", "full")
 GPU_SHARE = 0.92
 
 
-def attention(name: str, dtype: DTypeLike, platform: str | None = None) -> str:
+def attention(name: str, dtype: DTypeLike, head_width: int, platform: str | None = None) -> str:
     """Return the implementation that "auto" stands for; other names are returned unchanged.
 
-    It is cuDNN's fused attention on NVIDIA GPUs in bfloat16, `models.flash` on TPUs if it supports the sizes, and XLA's
-    attention elsewhere.
+    It is cuDNN's fused attention on NVIDIA GPUs in bfloat16 if it supports the head width, `models.flash` on TPUs if it
+    supports the sizes, and XLA's attention elsewhere.
 
     Args:
+        head_width: channels of a head.
         platform: "gpu", "tpu" or "cpu"; None: this machine's.
     """
     if name != AUTO:
@@ -33,7 +34,12 @@ def attention(name: str, dtype: DTypeLike, platform: str | None = None) -> str:
     platform = platform or jax.default_backend()
     if platform == "tpu":
         return "flash"
-    return "cudnn" if platform == "gpu" and jnp.dtype(dtype) == jnp.bfloat16 else "xla"
+    return "cudnn" if platform == "gpu" and jnp.dtype(dtype) == jnp.bfloat16 and cudnn_takes(head_width) else "xla"
+
+
+def cudnn_takes(head_width: int) -> bool:
+    """Return whether cuDNN's fused attention takes heads of this width on every GPU; from Hopper on, up to 256 do."""
+    return head_width % 8 == 0 and head_width <= 128
 
 
 class Refused(NamedTuple):
