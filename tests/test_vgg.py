@@ -1,5 +1,6 @@
 """LPIPS against the published implementation: by weights that a rule makes, and by the real ones where they are."""
 
+import contextlib
 import os
 
 import jax
@@ -105,6 +106,17 @@ def test_pixels_per_patch(pixels, side, tmp_path):
         distances = network.apply(network.load(), g["lpips/32/prediction"], g["lpips/32/target"])
     same = relative_error(distances, g["lpips/32/rule/distance"]) < 1e-5
     assert same == (side == 32)
+
+
+@pytest.mark.parametrize(
+    "size, patch_size, pixels", [((16, 32), 4, 0), ((8, 32), 4, 0), ((8, 8), 4, 8), ((8, 8), 4, 7)]
+)
+def test_images_too_small_for_the_last_tap_are_refused(size, patch_size, pixels):
+    images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+    taps = jax.eval_shape(lambda x: vgg.LPIPS(rngs=nnx.Rngs(0)).taps(x, patch_size, pixels or patch_size), images)
+    fits = taps[-1].size > 0
+    with contextlib.nullcontext() if fits else pytest.raises(UserError, match="pixels a side and needs 16"):
+        vgg.check_size(size, patch_size, pixels)
 
 
 @pytest.mark.parametrize("dtype, exact", [("float32", True), ("bfloat16", False)])

@@ -16,7 +16,7 @@ from deco_jax.config.sections import MODEL, SECTIONS, TOP
 from deco_jax.config.words import suggestion
 from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
-from deco_jax.models import teachers
+from deco_jax.models import blocks, teachers, vgg
 from deco_jax.nested import flatten
 from deco_jax.run import storage
 from deco_jax.schema import Setting, wrong
@@ -103,12 +103,8 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
             "config.loss.balance_start balances the perceptual losses, but config.loss.lpips_weight and dino_weight "
             "are 0; set one of them, or balance_start to 0"
         )
-    side = min(height, width) * (config.lpips.pixels_per_patch or model.patch_size) // model.patch_size
-    if loss.lpips_weight and side < 16:
-        raise UserError(
-            f"LPIPS (config.loss.lpips_weight) would see images of {side} pixels a side and needs 16; set "
-            "config.lpips.pixels_per_patch higher"
-        )
+    if loss.lpips_weight:
+        vgg.check_size((height, width), model.patch_size, config.lpips.pixels_per_patch)
     if config.lora.rank and loss.balance_start:
         raise UserError(
             "config.loss.balance_start needs the output layer's gradient, but config.lora.rank freezes that layer; set "
@@ -121,17 +117,18 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
         )
     if model.width % model.num_heads:
         raise UserError(f"config.model.num_heads={model.num_heads} does not divide config.model.width={model.width}")
-    if model.width // model.num_heads % 4:
+    head_width = model.width // model.num_heads
+    if head_width % 4:
         raise UserError(
-            f"the head width {model.width // model.num_heads} (config.model.width / config.model.num_heads) must be "
+            f"the head width {head_width} (config.model.width / config.model.num_heads) must be "
             "a multiple of 4, for the rotary embedding of two axes"
         )
     if model.attention == "cudnn" and model.dtype != "bfloat16":
         raise UserError(f"config.model.attention=cudnn needs config.model.dtype=bfloat16, not {model.dtype}")
-    if model.attention == "cudnn" and (model.width // model.num_heads % 8 or model.width // model.num_heads > 256):
+    if model.attention == "cudnn" and not blocks.cudnn_takes(head_width, hopper=True):
         raise UserError(
-            f"the head width {model.width // model.num_heads} (config.model.width / config.model.num_heads) must be a "
-            "multiple of 8 and at most 256 for config.model.attention=cudnn; choose auto"
+            f"the head width {head_width} (config.model.width / config.model.num_heads) must be a multiple of 8 and at "
+            "most 256 for config.model.attention=cudnn; choose auto"
         )
     if model.mean_velocity and model.attention == "cudnn":
         raise UserError("config.model.attention=cudnn has no forward-mode derivative, which model.mean_velocity needs")

@@ -135,7 +135,8 @@ class LPIPS:
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Raise UserError, with where to get them, if the weights are missing."""
+    """Raise UserError if the images are too small, or, with where to get them, if the weights are missing."""
+    vgg.check_size(image_sides(config.data.image_size), config.model.patch_size, config.lpips.pixels_per_patch)
     for name, url in (("vgg", vgg.VGG_URL), ("linear", vgg.LPIPS_URL)):
         path = config.lpips[name]
         if not path or not os.path.isfile(fetch.local(path)):

@@ -34,6 +34,15 @@ class BlockStyle(NamedTuple):
 PLAIN = BlockStyle()
 
 
+def cudnn_takes(head_width: int, *, hopper: bool = False) -> bool:
+    """Return whether cuDNN's fused attention takes heads of this many channels; JAX refuses others.
+
+    Args:
+        hopper: on GPUs from Hopper on; otherwise on every GPU that has it.
+    """
+    return head_width % 8 == 0 and head_width <= (256 if hopper else 128)
+
+
 class Dropout(NamedTuple):
     """Zeroes a share of the channels and scales up the others, for each example by its own key.
 

@@ -19,6 +19,7 @@ from jax.nn import initializers
 
 from deco_jax.convert.mapping import VECTOR, Row, one_to_one, to_ours
 from deco_jax.convert.torch_files import read_weights
+from deco_jax.errors import UserError
 from deco_jax.models.layers import Dtype, normalize
 from deco_jax.models.network import FrozenNetwork, Network, View, functional
 
@@ -289,6 +290,22 @@ def frozen_lpips(vgg: str, lpips: str, dtype: str, patch_size: int, pixels: int 
         lambda: load_lpips(vgg, lpips),
         lambda size: flops(size, patch_size, pixels=pixels),
     )
+
+
+def check_size(image_size: tuple[int, int], patch_size: int, pixels: int) -> None:
+    """Raise UserError if LPIPS would see images that are smaller than one position of its last tap.
+
+    Args:
+        image_size: (height, width) of the student's images.
+        patch_size, pixels: see `frozen_lpips`.
+    """
+    smallest = 2 ** (len(GROUPS) - 1)
+    side = min(image_size) * (pixels or patch_size) // patch_size
+    if side < smallest:
+        raise UserError(
+            f"LPIPS would see images of {side} pixels a side and needs {smallest}; set config.lpips.pixels_per_patch "
+            "higher"
+        )
 
 
 def make_lpips(config: ml_collections.ConfigDict) -> FrozenNetwork:

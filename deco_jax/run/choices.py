@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from deco_jax.models import blocks
 from deco_jax.run import distributed, monitor, program
 
 AUTO = "auto"
@@ -34,12 +35,8 @@ def attention(name: str, dtype: DTypeLike, head_width: int, platform: str | None
     platform = platform or jax.default_backend()
     if platform == "tpu":
         return "flash"
-    return "cudnn" if platform == "gpu" and jnp.dtype(dtype) == jnp.bfloat16 and cudnn_takes(head_width) else "xla"
-
-
-def cudnn_takes(head_width: int) -> bool:
-    """Return whether cuDNN's fused attention takes heads of this width on every GPU; from Hopper on, up to 256 do."""
-    return head_width % 8 == 0 and head_width <= 128
+    fused = platform == "gpu" and jnp.dtype(dtype) == jnp.bfloat16 and blocks.cudnn_takes(head_width)
+    return "cudnn" if fused else "xla"
 
 
 class Refused(NamedTuple):
