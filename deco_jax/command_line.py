@@ -19,7 +19,9 @@ from deco_jax import config_files
 from deco_jax.errors import UserError
 
 # The schema imports JAX; data workers import this file and must not.
-SAVED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config", "saved.py")
+SAVED, OF_MODEL = (
+    os.path.join(os.path.dirname(os.path.abspath(__file__)), "config", name) for name in ("saved.py", "of_model.py")
+)
 
 
 class Named(NamedTuple):
@@ -58,6 +60,8 @@ def parse(argv: list[str]) -> list[str]:
     named = find_config(argv)
     argv = with_todays_names(argv)
     if named is not None:
+        if model := value_of(argv, r"config\.model\.name"):
+            named = named._replace(path=f"{OF_MODEL}:{model}:{named.path}")
         argv = _with_config(argv, named.path)
     sys.argv[:] = argv  # where ml_collections looks for overrides
     try:
@@ -265,7 +269,7 @@ def _of_another_model(given: str, known: Mapping[str, Any]) -> str:
 def _name_what_is_left_out(named: Named) -> None:
     from deco_jax.config import saved
 
-    _, extra = saved.read(named.path.partition(":")[2])
+    _, extra = saved.read(named.path.partition(f"{SAVED}:")[2])
     if extra:
         print(f"{named.name}: left out {', '.join(extra)}, which this version has no setting for", file=sys.stderr)
 

@@ -167,7 +167,6 @@ def _run() -> None:
             if flags.FLAGS[flag].value != flags.FLAGS[flag].default and flag not in mode.reads:
                 readers = ", ".join(name for name, other in MODES.items() if flag in other.reads)
                 raise UserError(f"--mode={_MODE.value} doesn't read --{flag}, only {readers}; leave it out")
-        config_lib.settle_model(_CONFIG.value, command_line.overridden())
         config_lib.check(_CONFIG.value)
         config_lib.settle_image_size(_CONFIG.value)
         config_lib.settle_paths(_CONFIG.value, workdir=workdir, checkpoint=checkpoint, source=source)

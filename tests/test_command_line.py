@@ -68,6 +68,19 @@ def test_a_run_knows_its_settings(tmp_path):
     assert json.loads((tmp_path / "new" / "config.json").read_text()) == {**own, "seed": 1}
 
 
+def test_a_model_named_on_the_command_line_brings_its_settings(tmp_path):
+    """Settings that both have stay, its own ones can be given beside it, and the run goes on with them."""
+    run = tmp_path / "run"
+    jit = ["--config.model.name=jit", "--config.model.bottleneck=8"]
+    succeed(SMOKE, f"--workdir={run}", "--config.train.num_steps=2", "--config.train.save_every=2", *jit)
+    model = json.loads((run / "config.json").read_text())["model"]
+    assert (model["name"], model["bottleneck"], "decoder_width" in model) == ("jit", 8, False)
+    assert model["width"] == quickstart.get_config("smoke").model.width
+    more = [f"--workdir={run}", "--config.train.num_steps=3"]
+    assert "resumed at step 2" in succeed(*more).stdout
+    assert "already trained to step 3" in succeed(*more, "--config.model.name=jit").stdout
+
+
 def test_configs_by_name(tmp_path):
     """Also where there is no folder `configs`, and with --config behind the overrides."""
     command = [sys.executable, "-m", "deco_jax.main", "--mode=compile", "--config.data.batch_size=2"]

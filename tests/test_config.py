@@ -263,24 +263,6 @@ def test_another_model_keeps_what_both_have():
         config_lib.set_model(config, "unet")
 
 
-def test_a_model_named_on_the_command_line_brings_its_settings():
-    config = quickstart.get_config("smoke")
-    config.model.name = "dit"
-    config_lib.settle_model(config, ["train.num_steps"])
-    with pytest.raises(UserError, match=r"config\.model\.decoder_"):  # the config file says so, by mistake
-        config_lib.check(config)
-    config_lib.settle_model(config, ["model.name", "model.width"])
-    config_lib.check(config)
-    assert config.is_locked
-    assert (config.model.name, config.model.width, "decoder_width" in config.model) == ("dit", 32, False)
-    config.model.name = "deco"
-    config_lib.settle_model(config, ["model.name"])
-    config_lib.check(config)
-    config.model.name = "dit"
-    with pytest.raises(UserError, match=r"model\.decoder_width is not a setting of the model dit; leave it out"):
-        config_lib.settle_model(config, ["model.name", "model.decoder_width"])
-
-
 @pytest.mark.parametrize(
     "changes, says",
     [

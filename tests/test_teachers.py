@@ -180,7 +180,7 @@ def test_every_teacher(name):
     matrices = sum(leaf.size for path, leaf in jax.tree.leaves_with_path(blocks) if path[-1].key == "kernel")
     tokens = 256 + {"dinov2": 1, "siglip2": 0}.get(name, 5)
     width, depth = kind.width(size), len(blocks["norm1"]["scale"])
-    patches = 256 * 3 * kind.pixels(size) ** 2 * width
+    patches = 256 * 3 * {"dinov3": 16, "siglip2": 16}.get(name, 14) ** 2 * width
     assert network.flops(256, 256) == 2 * (matrices * tokens + depth * 2 * tokens**2 * width + patches)
 
 

@@ -25,7 +25,7 @@ from absl import logging
 
 from deco_jax.config import BYTE_WIDTH
 from deco_jax.data.features import caption_hash
-from deco_jax.errors import UserError
+from deco_jax.errors import UserError, reason
 from deco_jax.models import qwen3
 from deco_jax.models.network import FrozenNetwork
 from deco_jax.run import fetch
@@ -154,8 +154,7 @@ class FileTokenizer:
         try:
             tokenizer = tokenizers.Tokenizer.from_file(self.path)
         except Exception as error:  # the package raises plain Exceptions
-            reason = str(error).splitlines()[0][:120]
-            raise UserError(f"{self.path}: not a readable tokenizer ({reason}); {qwen3.WHERE}") from error
+            raise UserError(f"{self.path}: not a readable tokenizer ({reason(error)}); {qwen3.WHERE}") from error
         if tokenizer.token_to_id(PADDING_TOKEN) is None:
             raise UserError(f"{self.path}: has no {PADDING_TOKEN}, which Qwen3's captions are padded with")
         tokenizer.no_padding()

@@ -15,7 +15,6 @@ from deco_jax.config.values import (
     model_differences,
     set_model,
     settle_image_size,
-    settle_model,
     to_json,
     unknown,
 )
@@ -34,7 +33,6 @@ __all__ = [
     "model_differences",
     "set_model",
     "settle_image_size",
-    "settle_model",
     "settle_paths",
     "to_json",
     "unknown",

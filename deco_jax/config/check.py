@@ -211,7 +211,7 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
             f"{teachers.features_width(config.teacher.name, config.teacher.size)}, or choose another config.teacher"
         )
     if loss.repa_weight or loss.dino_weight or loss.class_token_weight:
-        teachers.check_image_size(config, height, width)
+        teachers.features_width(config.teacher.name, config.teacher.size)  # it raises if there is no such teacher
     if loss.repa_schedule != "constant" and not loss.repa_until_step:
         raise UserError(
             f"config.loss.repa_schedule={loss.repa_schedule} falls to 0 at config.loss.repa_until_step, which is 0; "

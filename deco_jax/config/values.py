@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -78,24 +78,6 @@ def set_model(config: ml_collections.ConfigDict, name: str, **settings: Any) -> 
     made = make_config({"model": {**shared, **settings, "name": name}})
     with config.unlocked():
         config.model = made.model
-
-
-def settle_model(config: ml_collections.ConfigDict, given: Collection[str]) -> None:
-    """Apply `set_model` in place if the command line names a model.
-
-    Args:
-        given: dotted names of the settings given on the command line.
-
-    Raises:
-        UserError: one of them belongs to the previous model.
-    """
-    if "model.name" not in given or config.model.name not in MODEL:
-        return
-    name = config.model.name
-    others = [key for key in config.model if key not in MODEL[name] and f"model.{key}" in given]
-    if others:
-        raise UserError(f"config.model.{others[0]} is not a setting of the model {name}; leave it out")
-    set_model(config, name)
 
 
 def settle_image_size(config: ml_collections.ConfigDict) -> None:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from deco_jax.data.source import Source, choose_caption
-from deco_jax.errors import UserError
+from deco_jax.errors import UserError, reason
 from deco_jax.run import files, storage
 
 T = TypeVar("T")
@@ -113,7 +113,7 @@ class Features:
             try:
                 self._open[name] = storage.open_rows(path)
             except (OSError, ValueError) as error:
-                raise UserError(f"{path} can't be read ({str(error).splitlines()[0]}); {REMEDY}") from error
+                raise UserError(f"{path} can't be read ({reason(error, 200)}); {REMEDY}") from error
         return self._open[name]
 
     def __len__(self) -> int:

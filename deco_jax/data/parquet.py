@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from deco_jax.data.source import Source, printable
-from deco_jax.errors import UserError
+from deco_jax.errors import UserError, reason
 from deco_jax.run import storage
 
 # Row groups that a process keeps: so many may lie side by side in the shuffled order (`source.shuffled_blocks`).
@@ -79,7 +79,7 @@ class Parquet(Source):
                 self._labels = np.concatenate(parts)
                 self.class_names = _class_names(next(iter(opened.values())), self._label, self._labels)
         except (OSError, pyarrow.ArrowException) as error:
-            line = storage.refusal(error) or str(error).splitlines()[0]
+            line = storage.refusal(error) or reason(error, 200)
             raise UserError(f"the Parquet files in {root} can't be read: {line}; check them") from error
         finally:
             for file in opened.values():

@@ -18,11 +18,13 @@ import numpy as np
 from flax import nnx
 from jax.nn import initializers
 
-from deco_jax.convert.mapping import MATRIX, TRANSPOSE, VECTOR, Row, fused, one_to_one, to_ours
+from deco_jax.convert.mapping import MATRIX, TRANSPOSE, VECTOR, Row, to_ours
 from deco_jax.convert.torch_files import read_safetensors
-from deco_jax.errors import UserError
+from deco_jax.errors import UserError, reason
 from deco_jax.models.layers import Dtype, LayerNorm, Linear, patchify, run_stack, stack
 from deco_jax.models.network import functional
+from deco_jax.models.official_names import linear_rows
+from deco_jax.models.vit import convolution, joined_rows, norm_rows
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -137,38 +139,15 @@ def square(images: jax.Array, side: int) -> jax.Array:
 # ---------------------------------------------------------------------------------------- files
 
 
-def _convolution(patch: int) -> Any:
-    return one_to_one(
-        "a convolution over patches",
-        4,
-        lambda w: w.transpose(2, 3, 1, 0).reshape(3 * patch**2, len(w)),
-        lambda k: k.reshape(patch, patch, 3, k.shape[1]).transpose(3, 2, 0, 1),
-    )
-
-
-def _norm(torch: str, ours: str, **blocks: Any) -> list[Row]:
-    parts = {"weight": "scale", "bias": "bias"}
-    return [Row(f"{torch}.{name}", f"{ours}.{part}", VECTOR, **blocks) for name, part in parts.items()]
-
-
-def _linear(torch: str, ours: str, **blocks: Any) -> list[Row]:
-    return [
-        Row(f"{torch}.weight", f"{ours}.kernel", TRANSPOSE, **blocks),
-        Row(f"{torch}.bias", f"{ours}.bias", VECTOR, **blocks),
-    ]
-
-
 def _blocks(tower: str, depth: int) -> list[Row]:
     block, many = f"{tower}.encoder.layers.{{i}}", {"count": depth}
-    qkv = [f"{block}.self_attn.{part}_proj" for part in "qkv"]
     return [
-        *_norm(f"{block}.layer_norm1", "blocks.norm1", **many),
-        Row(tuple(f"{part}.weight" for part in qkv), "blocks.qkv.kernel", fused(3), **many),
-        Row(tuple(f"{part}.bias" for part in qkv), "blocks.qkv.bias", fused(3, bias=True), **many),
-        *_linear(f"{block}.self_attn.out_proj", "blocks.out", **many),
-        *_norm(f"{block}.layer_norm2", "blocks.norm2", **many),
-        *_linear(f"{block}.mlp.fc1", "blocks.mlp_in", **many),
-        *_linear(f"{block}.mlp.fc2", "blocks.mlp_out", **many),
+        *norm_rows(f"{block}.layer_norm1", "blocks.norm1", **many),
+        *joined_rows([f"{block}.self_attn.{part}_proj" for part in "qkv"], "blocks.qkv", **many),
+        *linear_rows(f"{block}.self_attn.out_proj", "blocks.out", **many),
+        *norm_rows(f"{block}.layer_norm2", "blocks.norm2", **many),
+        *linear_rows(f"{block}.mlp.fc1", "blocks.mlp_in", **many),
+        *linear_rows(f"{block}.mlp.fc2", "blocks.mlp_out", **many),
     ]
 
 
@@ -176,11 +155,11 @@ def image_table(sizes: Sizes) -> list[Row]:
     """Return the rows of the image tower in Hugging Face's layout."""
     return [
         Row("vision_model.embeddings.class_embedding", "class_token", VECTOR),
-        Row("vision_model.embeddings.patch_embedding.weight", "patch_embed.kernel", _convolution(sizes.patch)),
+        Row("vision_model.embeddings.patch_embedding.weight", "patch_embed.kernel", convolution(sizes.patch)),
         Row("vision_model.embeddings.position_embedding.weight", "positions", MATRIX),
-        *_norm("vision_model.pre_layrnorm", "norm_in"),
+        *norm_rows("vision_model.pre_layrnorm", "norm_in"),
         *_blocks("vision_model", sizes.image.depth),
-        *_norm("vision_model.post_layernorm", "norm_out"),
+        *norm_rows("vision_model.post_layernorm", "norm_out"),
         Row("visual_projection.weight", "project.kernel", TRANSPOSE),
     ]
 
@@ -191,7 +170,7 @@ def text_table(sizes: Sizes) -> list[Row]:
         Row("text_model.embeddings.token_embedding.weight", "embedding", MATRIX),
         Row("text_model.embeddings.position_embedding.weight", "positions", MATRIX),
         *_blocks("text_model", sizes.text.depth),
-        *_norm("text_model.final_layer_norm", "norm_out"),
+        *norm_rows("text_model.final_layer_norm", "norm_out"),
         Row("text_projection.weight", "project.kernel", TRANSPOSE),
     ]
 
@@ -268,7 +247,7 @@ def tokenizer(folder: pathlib.Path, length: int) -> Callable[[list[str]], np.nda
     try:
         made = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises plain Exceptions
-        raise UserError(f"{path}: no readable tokenizer ({str(error).splitlines()[0][:120]}); {WHERE}") from error
+        raise UserError(f"{path}: no readable tokenizer ({reason(error)}); {WHERE}") from error
     made.enable_truncation(length)
     made.no_padding()
 

@@ -32,31 +32,24 @@ class Kind(NamedTuple):
 
     sizes: the names that config.teacher.size may have.
     width: (size) → channels of the features.
-    pixels: (size) → side of what it takes as a token, in pixels.
     make: (size, path of the weights, dtype, patch size of the denoiser) → the network.
     """
 
     sizes: tuple[str, ...]
     width: Callable[[str], int]
-    pixels: Callable[[str], int]
     make: Callable[[str, str, str, int], FrozenNetwork]
 
 
 TEACHERS: dict[str, Kind] = {
-    "dinov2": Kind(tuple(dinov2.SIZES), lambda size: dinov2.sizes(size)[0], lambda size: dinov2.PATCH, dinov2.teacher),
+    "dinov2": Kind(tuple(dinov2.SIZES), lambda size: dinov2.sizes(size)[0], dinov2.teacher),
     "dinov2_reg": Kind(
         tuple(dinov2.SIZES),
         lambda size: dinov2.sizes(size)[0],
-        lambda size: dinov2.PATCH,
         functools.partial(dinov2.teacher, registers=dinov2.REGISTERS),
     ),
-    "dinov3": Kind(
-        tuple(dinov3.SIZES), lambda size: dinov3.SIZES[size].width, lambda size: dinov3.PATCH, dinov3.teacher
-    ),
-    "siglip2": Kind(
-        tuple(siglip2.SIZES), lambda size: siglip2.SIZES[size].width, lambda size: siglip2.PATCH, siglip2.teacher
-    ),
-    "vgg": Kind(tuple(vgg.TAPS), lambda tap: vgg.TAPS[tap], vgg.stride, vgg.teacher),
+    "dinov3": Kind(tuple(dinov3.SIZES), lambda size: dinov3.SIZES[size].width, dinov3.teacher),
+    "siglip2": Kind(tuple(siglip2.SIZES), lambda size: siglip2.SIZES[size].width, siglip2.teacher),
+    "vgg": Kind(tuple(vgg.TAPS), lambda tap: vgg.TAPS[tap], vgg.teacher),
 }
 SIZES = tuple(dict.fromkeys(size for kind in TEACHERS.values() for size in kind.sizes))
 
@@ -84,14 +77,3 @@ def features_width(name: str, size: str) -> int:
     if size not in sizes:
         raise UserError(f"config.teacher.size={size!r} is not a size of {name}; choose one of {', '.join(sizes)}")
     return TEACHERS[name].width(size)
-
-
-def check_image_size(config: Any, height: int, width: int) -> None:
-    """Raise UserError unless the teacher of config.teacher can have the tokens that the denoiser has."""
-    features_width(config.teacher.name, config.teacher.size)
-    pixels, patch = TEACHERS[config.teacher.name].pixels(config.teacher.size), config.model.patch_size
-    if height * pixels % patch or width * pixels % patch:
-        raise UserError(
-            f"the teacher reads the image at {pixels}/{patch} of its size, which is not whole for {height}x{width}; "
-            "change config.data.image_size or config.model.patch_size"
-        )

@@ -226,11 +226,6 @@ def load_lpips(vgg: str | os.PathLike[str], lpips: str | os.PathLike[str]) -> di
     return from_torch(*(read_weights(path, what, f"download {url}") for what, path, url in files))
 
 
-def stride(tap: str) -> int:
-    """Return the side in pixels of what a tap has a feature vector of."""
-    return 2 ** (int(tap) - 1)
-
-
 def teacher(tap: str, path: str, dtype: str, patch_size: int) -> FrozenNetwork:
     """Return VGG16 up to a tap as (params, images) → `View`, images [batch, height, width, 3], uint8 or in [0, 1].
 

@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 from deco_jax import flops
 from deco_jax.conditioning.condition import abstract_condition
 from deco_jax.data.transforms import image_sides
-from deco_jax.errors import UserError
+from deco_jax.errors import UserError, reason
 from deco_jax.method.lora import BASE
 from deco_jax.method.objective import make_method
 from deco_jax.method.optimizer import make_optimizer
@@ -126,7 +126,7 @@ def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
         several = {"num_slices": slices} if slices > 1 else {}
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **several).devices)
     except Exception as error:  # libtpu raises runtime errors of its own
-        raise UserError(f"--topology={topology} is not known to libtpu: {str(error).splitlines()[0][:200]}") from error
+        raise UserError(f"--topology={topology} is not known to libtpu: {reason(error, 200)}") from error
 
 
 class Lowered(NamedTuple):

@@ -21,6 +21,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from deco_jax.config import flatten, to_json
+from deco_jax.errors import reason
 from deco_jax.models.layers import REMAT_POLICIES
 from deco_jax.run import sharding, storage
 from deco_jax.run.choices import AUTO, CHEAPEST_FIRST
@@ -138,7 +139,7 @@ def compiled(
     try:
         report = compile_report(tried, sharding.make_mesh(tried.mesh.data, tried.mesh.fsdp, devices, tried.mesh.slices))
     except Exception as error:  # a combination that fails is a row, not the end of the search
-        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}", "fits": False}
+        return {"error": f"{type(error).__name__}: {reason(error, 200)}", "fits": False}
     finally:
         jax.clear_caches()
     estimate = report["estimate"] or {}

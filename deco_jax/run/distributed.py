@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from deco_jax.data.source import Source
-from deco_jax.errors import UserError
+from deco_jax.errors import UserError, reason
 
 # A stage that takes longer says so, again and again.
 REMINDER_SECONDS = 60.0
@@ -91,7 +91,7 @@ def start(
                     jax.distributed.initialize(**times)
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"could not join the other processes: {str(error).splitlines()[0][:300]}; "
+                f"could not join the other processes: {reason(error, 300)}; "
                 "check --coordinator, --num_processes and --process_id, or the scheduler's environment"
             ) from error
     with stage("starting the devices", timeout):
