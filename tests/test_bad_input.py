@@ -42,6 +42,15 @@ FLAGS = [
     ([SMOKE, "--checkpoint={tmp}/none"], "there is no checkpoint in .*/none"),
     ([SMOKE, "--checkpoint=hdfs://a/run"], "--checkpoint=hdfs://a/run is neither a path nor in a bucket"),
     ([SMOKE, "--config.path.name=energy", "--config.sample.sampler=sde"], "only the straight path's velocity gives"),
+    (
+        [
+            SMOKE,
+            "--config.sample.guidance=2.0",
+            "--config.sample.guidance_rule=zero_star",
+            "--config.sample.num_steps=1",
+        ],
+        "guidance_zero_steps=1 leaves none of config.sample.num_steps=1",
+    ),
     ([SMOKE, "--config.loss.balance_start=1"], "balances the perceptual losses"),
     ([SMOKE, "--config.init_from=hdfs://a/run"], "config.init_from=hdfs://a/run is neither a path nor in a bucket"),
     ([SMOKE, "--config.init_from=~/no such run"], "there is no checkpoint in /.*/no such run"),

@@ -98,6 +98,13 @@ def test_the_captions_of_each_image(source):
     assert "skipped: nothing" in source.notes() or "Parquet" in source.notes()
 
 
+def test_an_empty_file_is_a_caption_that_is_not_there(tmp_path):
+    path = in_folder(tmp_path / "data")
+    (tmp_path / "data" / "0.rare.txt").write_text(" \n")
+    source = sources.open_source(settings("captioned_folder", path))
+    assert source.captions(0)[2] == source[0]["captions"][2] == ""
+
+
 def drawn(source: Source, steps: int, start: int = 0, **options: Any) -> list[tuple[int, str]]:
     """(number, caption) of the images of batches of four."""
     found: list[tuple[int, str]] = []

@@ -14,7 +14,7 @@ from PIL import Image
 from deco_jax.data import comparison
 from deco_jax.data.pipeline import read_one
 from deco_jax.data.sources import ImageFolder
-from deco_jax.data.transforms import center_crop, decode, flip
+from deco_jax.data.transforms import center_crop, decode, flip, random_crop
 
 pytestmark = pytest.mark.fast
 
@@ -90,6 +90,8 @@ def test_crop(side, target, halvings, covering, cut):
 def test_too_elongated_to_cover():
     with pytest.raises(ValueError, match="elongated"):
         center_crop(Image.new("RGB", (4000, 1)), (256, 256))
+    with pytest.raises(ValueError, match="elongated for 256×256"):
+        random_crop(Image.new("RGB", (4000, 1)), (256, 256), np.random.default_rng(0))
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:

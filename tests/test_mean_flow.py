@@ -11,6 +11,7 @@ import pytest
 
 from configs import meanflow256, meanflow_cifar10
 from deco_jax import config as config_lib
+from deco_jax.api.inputs import Inputs
 from deco_jax.convert import deco
 from deco_jax.errors import UserError
 from deco_jax.method.losses import mean_flow
@@ -20,8 +21,9 @@ from deco_jax.method.step import Observed
 from deco_jax.method.times import LogitNormal
 from deco_jax.models import network as network_lib
 from deco_jax.sampling import samplers
-from deco_jax.sampling.guidance import Guidance
+from deco_jax.sampling.guidance import Guidance, ZeroStar
 from deco_jax.sampling.jumps import TrainedGuidance, make_mean_velocity
+from deco_jax.sampling.settings import Sampling
 from tests.helpers import fake_devices, relative_error
 from tests.runs import NO_SAMPLES, rows, succeed
 
@@ -273,6 +275,10 @@ def test_what_does_not_go_together():
         changed.update_from_flattened_dict(changes)
         with pytest.raises(UserError, match=says):
             config_lib.check(changed)
+    inputs = Inputs(config, None, None, None, Sampling.of)
+    assert inputs.sampling(guidance=2.0).guidance.scale == 2.0
+    with pytest.raises(UserError, match=r"learnt its guidance .*; give guidance as a number"):
+        inputs.sampling(guidance=ZeroStar(20.0))
     config.model.mean_velocity = config.loss.mean_flow = False
     with pytest.raises(UserError, match=r"sampler=mean_flow is for models with config.model.mean_velocity"):
         config_lib.check(config)

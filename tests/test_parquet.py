@@ -51,6 +51,7 @@ def write(folder: pathlib.Path) -> pathlib.Path:
                 "image": [{"bytes": picture(i), "path": f"{i}.png"} for i in rows],
                 "label": [i % 3 for i in rows],
                 "text": [f"picture {i}" for i in rows],
+                "kind": pa.array(["picture" for _ in rows]).dictionary_encode(),
             }
         ).replace_schema_metadata({"huggingface": json.dumps(names)})
         pq.write_table(table, folder / "data" / f"{file}.parquet", row_group_size=6)
@@ -84,8 +85,11 @@ def test_captions_by_column(folder):
 @pytest.mark.parametrize(
     "more, says",
     [
-        ({"image_column": "img"}, "has no column img, only image, label, text; set --config.data.image_column"),
+        ({"image_column": "img"}, "has no column img, only image, label, text, kind; set --config.data.image_column"),
         ({"label_column": "text"}, "the column text holds string .* labels are integers"),
+        ({"image_column": "text"}, "the column text of .*test-0.parquet holds string, not images' bytes; set"),
+        ({"label_column": "kind"}, "the column kind holds dictionary<.* labels are integers"),
+        ({"label_column": "image"}, "the column image holds struct<.* labels are integers"),
         ({"split": "validation"}, "has no .parquet file of the split validation"),
         ({"path": "{folder}/none"}, "none has no .parquet file"),
     ],
@@ -100,6 +104,15 @@ def test_a_damaged_file_is_one_line(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"PAR1 not quite")
     with pytest.raises(UserError, match="can't be read"):
         sources.open_source(settings(tmp_path))
+
+
+def test_rows_without_bytes_are_one_line(tmp_path):
+    """`datasets` also writes paths alone."""
+    images = pa.array([{"bytes": None, "path": "0.png"}], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    pq.write_table(pa.table({"image": images, "label": [0]}), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=r"no image can be read, .* has no bytes in the column image") as caught:
+        first_batches(1, sources.open_source(settings(tmp_path)), image_size=(8, 8), batch_size=1, seed=0)
+    assert "\n" not in str(caught.value)
 
 
 def test_blocks_are_shuffled_whole_and_mixed_by_window():

@@ -86,6 +86,31 @@ def test_images_that_were_cropped_smaller_are_not_enlarged(tmp_path):
         sources.open_source(config(tmp_path / "shards", source="prepared", image_size=(64, 8)).data)
 
 
+def test_images_that_were_cropped_are_not_cropped_at_random(tmp_path):
+    folder = make_images(tmp_path / "images", False)
+    for kind in ("pixels", "files"):
+        program.prepare(config(folder, prepared_images=kind), str(tmp_path / kind))
+    sources.open_source(config(tmp_path / "files", source="prepared", random_crop=True).data)
+    with pytest.raises(UserError, match=r"random_crop needs whole images, but .*pixels has cropped ones; set it to"):
+        sources.open_source(config(tmp_path / "pixels", source="prepared", random_crop=True).data)
+
+
+def test_other_columns_are_another_dataset(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    make_images(tmp_path / "images", False)
+    images = [path.read_bytes() for path in sorted((tmp_path / "images").rglob("*.jpg"))]
+    pq.write_table(pa.table({"image": images, "coarse": [0] * 30, "fine": list(range(30))}), tmp_path / "x.parquet")
+    columns = {"image_column": "image", "caption_column": "", "captions": ""}
+    for label in ("coarse", "fine"):
+        settings = config(tmp_path / "x.parquet", source="parquet", label_column=label, **columns)
+        if label == "coarse":
+            program.prepare(settings, str(tmp_path / "shards"))
+        else:
+            with pytest.raises(UserError, match=r"something else \(columns: \['image', 'coarse', ''\] there"):
+                program.prepare(settings, str(tmp_path / "shards"))
+
+
 @pytest.mark.parametrize("setting", ["weights", "prior_path"])
 def test_several_datasets_are_prepared_one_by_one(tmp_path, setting):
     with pytest.raises(UserError, match=rf"config.data.{setting} mixes several; prepare each by itself"):

@@ -17,11 +17,12 @@ from deco_jax.conditioning.condition import open_condition
 from deco_jax.data import sources
 from deco_jax.errors import UserError
 from deco_jax.evaluation.evaluator import Subject
-from deco_jax.evaluation.validation_loss import VALIDATION, ValidationLoss, method_to_compare
+from deco_jax.evaluation.validation_loss import VALIDATION, ValidationLoss, method_to_compare, validation_of_training
 from deco_jax.method import training
 from deco_jax.method.losses.frequency import frequency_loss, jpeg_weights
 from deco_jax.method.objective import make_method
-from deco_jax.run import sharding
+from deco_jax.programs import train
+from deco_jax.run import monitor, sharding
 from tests.helpers import run_main
 from tests.runs import NO_SAMPLES, SMOKE, rows, steps, succeed
 
@@ -52,7 +53,7 @@ def make(config):
     source = sources.open_source(config.data)
     condition = open_condition(config, mesh, source)
     networks, _, _ = training.abstract_networks(config, mesh, condition)
-    return ValidationLoss(config, mesh, condition, networks["denoiser"], source.class_names), networks
+    return ValidationLoss(config, mesh, condition, source.class_names), networks
 
 
 def test_is_the_objective_at_fixed_noise(folder):
@@ -100,6 +101,47 @@ def test_what_it_refuses(folder, settings, said):
     config.update_from_flattened_dict(settings)
     with pytest.raises(UserError, match=said):
         make(config)
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"data.split": "val"}, "validation_split=val is part of config.data.split=val"),
+        ({"data.split": "v", "data.validation_split": "v/a"}, "validation_split=v/a is part of config.data.split=v;"),
+        ({"data.split": "", "data.source": "webdataset"}, "config.data.split is empty, so training reads all of"),
+        ({"data.split": "", "data.source": "tfds", "data.validation_split": "train"}, "is part of config.data.split="),
+    ],
+)
+def test_images_that_are_trained_on_are_not_held_out(folder, settings, said):
+    config = config_for(folder)
+    config.update_from_flattened_dict(settings)
+    with pytest.raises(UserError, match=said):
+        validation_of_training(config, None, None, None)
+
+
+def test_without_dropout_and_with_one_program(folder):
+    """A teacher's weights, which training has until its loss ends, make no other program."""
+    config = config_for(folder)
+    config.model.dropout = 0.5
+    config.loss.repa_weight = 0.5
+    teacher = {"teacher": np.zeros(3, np.float32)}
+    evaluator, networks = make(config)
+    params = networks["denoiser"].init(jax.random.key(1))
+    scores = evaluator(Subject(None, params, teacher)).values
+    with monitor.CompileWatch() as compilations:
+        assert evaluator(Subject(None, params)).values == scores
+    assert compilations.unexpected == 0
+    config.model.dropout = 0.0
+    assert make(config)[0](Subject(None, params)).values == scores
+
+
+def test_is_refused_before_anything_compiles(folder, tmp_path, monkeypatch):
+    config = config_for(folder)
+    config.data.validation_split = ""
+    monkeypatch.setattr(train, "choose_remat", lambda *arguments: pytest.fail("it compiles"))
+    with pytest.raises(UserError, match=r"give them as config.data.validation_split"):
+        train.train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_of_a_prediction_that_was_measured_on_the_data(folder, tmp_path):

@@ -137,6 +137,8 @@ class Inputs:
         config_lib.check(config)
         if rule is None:
             return self._sampling_of(config)
+        if config.model.mean_velocity:
+            raise UserError("this model learnt its guidance (config.loss.mean_flow); give guidance as a number")
         for name in ("rule", "rescale", "times"):
             if given.get(f"guidance_{name}") is not None:
                 raise UserError(f"guidance is a rule here, which has its own numbers; leave out guidance_{name}")

@@ -140,6 +140,12 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
         )
     if model.mean_velocity:
         _check_mean_flow(config)
+    sample = config.sample
+    if sample.guidance_rule == "zero_star" and sample.guidance != 1 and sample.guidance_zero_steps >= sample.num_steps:
+        raise UserError(
+            f"config.sample.guidance_zero_steps={sample.guidance_zero_steps} leaves none of config.sample.num_steps="
+            f"{sample.num_steps} to draw in; set fewer, or more steps"
+        )
     if config.path.name == "energy" and config.sample.sampler == "sde":
         raise UserError(
             "config.sample.sampler=sde needs the score, which only the straight path's velocity gives; on "

@@ -83,7 +83,9 @@ class Data:
         16, "Processes per host that read and decode images; 0: the main process does.", at_least(0, 256)
     )
     validation_split: str = setting(
-        "", "Held-out images, as a subfolder of path (of prepared data, too) or a split of tfds; empty: none."
+        "",
+        "Held-out images, as data.split gives those of training: a subfolder of path (of prepared data, too), or a "
+        "split of tfds and parquet; empty: none.",
     )
     validation_images: int = setting(
         1024, "Held-out images that the validation loss uses at most, in whole batches.", at_least(1, 10_000_000)

@@ -19,6 +19,7 @@ from deco_jax.data.captioned_pairs import (
     NO_CAPTION,
     NO_IMAGE,
     OTHER,
+    EmptyCaptionError,
     PairIndex,
     Shard,
     header_size,
@@ -97,7 +98,7 @@ class CaptionedFolder(Source):
         for suffix in self._suffixes:
             try:
                 found.append(_read_caption(self._path(index), suffix))
-            except FileNotFoundError:
+            except (FileNotFoundError, EmptyCaptionError):
                 found.append("")
         return found
 

@@ -68,6 +68,12 @@ class Parquet(Source):
                         f"{', '.join(file.schema_arrow.names)}; set --config.data.image_column, label_column or "
                         "caption_column (or captions)"
                     )
+                kind = file.schema_arrow.field(self._image).type
+                if not _holds_bytes(kind):
+                    raise UserError(
+                        f"the column {self._image} of {name} holds {kind}, not images' bytes; set "
+                        "--config.data.image_column"
+                    )
             self._groups = np.asarray([group for group in groups if group[2]], np.int64).reshape(-1, 3)
             self._ends = np.cumsum(self._groups[:, 2])
             if not len(self._ends):
@@ -86,8 +92,10 @@ class Parquet(Source):
                 file.close()
 
     def _read_labels(self, file: Any) -> np.ndarray:
+        from pyarrow import types
+
         column = file.read([self._label]).column(0)
-        if column.null_count or not np.issubdtype(column.type.to_pandas_dtype(), np.integer):
+        if column.null_count or not types.is_integer(column.type):
             raise UserError(
                 f"the column {self._label} holds {column.type} and {column.null_count} empty values; labels are "
                 "integers: set --config.data.label_column, or caption_column for texts"
@@ -184,6 +192,16 @@ def _open(name: str) -> Any:
         # Only the footer and the columns' chunks are asked for, each in one request.
         return pq.ParquetFile(storage.system(name).open(name, "rb", cache_type="none"), pre_buffer=True)
     return pq.ParquetFile(name, memory_map=True)
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Return whether a column of this type can hold encoded images: bytes, or a struct of them as `datasets` writes."""
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
 
 
 def _files(root: str, split: str) -> list[str]:

@@ -200,7 +200,7 @@ def read_one(
     captions of each, plus which of them); without `encode_caption` it is dropped. `rng` draws among several captions,
     and the crop where that is random. Raises UserError where no image of the class can be read.
     """
-    used = index
+    used, sample = index, {}
     while True:
         try:
             sample = source[used]
@@ -215,7 +215,7 @@ def read_one(
         except Exception as error:  # on a damaged file PIL raises nearly anything
             used = source.next_of_class(used)
             if used == index:
-                kind = f" of class '{source.class_names[sample['label']]}'" if source.class_names else ""
+                kind = f" of class '{source.class_names[sample['label']]}'" if sample and source.class_names else ""
                 raise UserError(
                     f"no image{kind} can be read, {source.name(index)} for one: {error}; check the files"
                 ) from error

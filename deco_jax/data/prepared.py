@@ -116,6 +116,9 @@ class Prepared(Source):
             same names in the same order.
         image_size: (height, width) to which the images will be cropped, if it is known.
 
+    Attributes:
+        cropped: (height, width) to which the images were cropped when they were stored; None for whole images.
+
     Raises:
         UserError: the folder is not complete, or not such a folder, or has smaller images.
     """
@@ -132,7 +135,7 @@ class Prepared(Source):
             with (storage.path(root) / "labels.npy").open("rb") as file:
                 self._labels = np.load(io.BytesIO(file.read()))
             names = index.get("captions", [])
-            cropped = tuple(index["image_size"]) if index.get("images", "files") != "files" else None
+            self.cropped = tuple(index["image_size"]) if index.get("images", "files") != "files" else None
         except FileNotFoundError:
             raise UserError(
                 f"{root} has no complete {INDEX}; run --mode=prepare with --workdir={root}, which continues where it "
@@ -140,9 +143,9 @@ class Prepared(Source):
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{root}/{INDEX} can't be read ({error}); prepare the data again") from error
-        if image_size and cropped and (image_size[0] > cropped[0] or image_size[1] > cropped[1]):
+        if image_size and self.cropped and (image_size[0] > self.cropped[0] or image_size[1] > self.cropped[1]):
             raise UserError(
-                f"{root} was prepared with config.data.image_size={cropped}, which is smaller than {image_size}; "
+                f"{root} was prepared with config.data.image_size={self.cropped}, which is smaller than {image_size}; "
                 "prepare the data again at that size"
             )
         if names != list(captions or {}):

@@ -309,7 +309,13 @@ def open_source(data: Any) -> Source:
                 f"config.data.split={split}: prepared data of a split are in a subfolder of that name, which {path} "
                 f"lacks; run --mode=prepare with --workdir={root}, or leave the split empty"
             )
-        return Prepared(root, captions, image_sides(data.image_size))
+        stored = Prepared(root, captions, image_sides(data.image_size))
+        if stored.cropped and data.get("random_crop"):
+            raise UserError(
+                f"config.data.random_crop needs whole images, but {root} has cropped ones; set it to False, or prepare "
+                "the data again with --config.data.prepared_images=files"
+            )
+        return stored
     root = os.path.join(path, split) if split else path
     with storage.answering(root):
         where = storage.path(root)

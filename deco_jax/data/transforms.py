@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 
 import numpy as np
@@ -55,8 +56,7 @@ def center_crop(image: Image.Image, size: tuple[int, int], fast: bool = False) -
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = max(width / image.width, height / image.height)
     covering = round(image.width * scale), round(image.height * scale)
-    if covering[0] * covering[1] > max(Image.MAX_IMAGE_PIXELS or 0, 16 * width * height):
-        raise ValueError(f"an image of {image.width}×{image.height} pixels is too elongated for {width}×{height}")
+    _check_elongation(image, covering, size)
     top, left = (covering[1] - height) // 2, (covering[0] - width) // 2
     window = (left, top, left + width, top + height)
     if fast:
@@ -78,9 +78,15 @@ def random_crop(image: Image.Image, size: tuple[int, int], rng: np.random.Genera
     scale = max(wide / image.width, tall / image.height)
     # Of the covering picture only what may be cut: all of the longer side, so that every part has its chance.
     covering = max(tall, round(image.height * scale)), max(wide, round(image.width * scale))
+    _check_elongation(image, covering, size)
     pixels = center_crop(image, covering)
     top, left = rng.integers(covering[0] - height + 1), rng.integers(covering[1] - width + 1)
     return pixels[top : top + height, left : left + width]
+
+
+def _check_elongation(image: Image.Image, covering: tuple[int, int], size: tuple[int, int]) -> None:
+    if math.prod(covering) > max(Image.MAX_IMAGE_PIXELS or 0, 16 * math.prod(size)):
+        raise ValueError(f"an image of {image.width}×{image.height} pixels is too elongated for {size[1]}×{size[0]}")
 
 
 def flip(image: np.ndarray) -> np.ndarray:

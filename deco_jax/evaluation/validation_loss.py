@@ -26,11 +26,14 @@ from deco_jax.evaluation.image_sets import ImageSet
 from deco_jax.method.objective import Method, make_method
 from deco_jax.method.step import Draws
 from deco_jax.method.training import TRAINING, Batch, load_frozen, make_observer
-from deco_jax.models.network import Network, Params, build
+from deco_jax.models.network import Params, build
 from deco_jax.run import checkpoint, preemption, sharding, storage
 
 # Keeps its noise separate from that of training and samples.
 VALIDATION = TRAINING + 1
+
+# Sources that read everything below config.data.path.
+WHOLE_TREES = ("captioned_folder", "webdataset", "parquet")
 
 
 class ValidationLoss:
@@ -55,7 +58,6 @@ class ValidationLoss:
         config: ml_collections.ConfigDict,
         mesh: Mesh,
         condition: Condition,
-        denoiser: Network,
         class_names: Sequence[str] | None,
         frozen: Mapping[str, Params] | None = None,
     ) -> None:
@@ -81,8 +83,10 @@ class ValidationLoss:
                 f"{config.data.validation_images} of {len(self._source):,} images don't fill one"
             )
         self._indices = np.arange(count, dtype=np.int64) * len(self._source) // count
-        method = method_to_compare(config)
+        method, denoiser = method_to_compare(config), build(config.model.to_dict())
         observe, self._measured = make_observer(method, condition), method.measured
+        # Training has them until their loss ends; without them, the program is the same before and after.
+        self._unused = make_method(config).frozen.keys() - method.frozen.keys()
         names = ["validation_loss", *(f"validation_{loss.name}" for loss in method.losses)]
         self.titles = {name: name.replace("_", " ") for name in names}
 
@@ -101,7 +105,7 @@ class ValidationLoss:
 
         def measure(params: Any, batch: Batch, number: jax.Array, frozen: dict[str, Any]) -> dict[str, jax.Array]:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), VALIDATION), number)
-            draws = method.draw(key, batch["image"].shape)
+            draws = method.draw(key, batch["image"].shape)._replace(keys=None)  # no dropout
             # An average has the same layout as the denoiser's parameters.
             arguments = (sharding.specs(mesh, params), sharding.BATCH, sharding.BATCH, sharding.specs(mesh, frozen))
             return sharding.each_device(of_rows, mesh, arguments, sharding.WHOLE)(params, batch, draws, frozen)
@@ -120,6 +124,7 @@ class ValidationLoss:
             )
         data = self._config.data
         frozen = {**subject.frozen, **(subject.model.frozen if subject.model else {}), **self._frozen}
+        frozen = {name: value for name, value in frozen.items() if name not in self._unused}
         if self._measured and "measured" not in frozen:
             assert subject.model is not None
             where = storage.path(subject.model.name)
@@ -158,6 +163,33 @@ def method_to_compare(config: ml_collections.ConfigDict) -> Method:
     method = make_method(config)
     losses = tuple(loss.comparable() for loss in method.losses if not loss.trained)
     return dataclasses.replace(method, losses=losses, balance=None)
+
+
+def validation_of_training(
+    config: ml_collections.ConfigDict, mesh: Mesh, condition: Condition, source: sources.Source
+) -> ValidationLoss:
+    """Make the evaluator of a training.
+
+    Args:
+        condition, source: those of training.
+
+    Raises:
+        UserError: the training images include those of config.data.validation_split, or as `ValidationLoss`.
+    """
+    held_out_config(config)
+    data = config.data
+    trained = data.split or ("train" if data.source == "tfds" else "")
+    if data.validation_split == trained or data.validation_split.startswith(f"{trained}/"):
+        raise UserError(
+            f"config.data.validation_split={data.validation_split} is part of config.data.split={data.split}; choose "
+            "images that aren't trained on"
+        )
+    if not trained and data.source in WHOLE_TREES:
+        raise UserError(
+            f"config.data.split is empty, so training reads all of config.data.path, with "
+            f"config.data.validation_split={data.validation_split}; set it to the subfolder of the other images"
+        )
+    return ValidationLoss(config, mesh, condition, source.class_names)
 
 
 def held_out_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -209,7 +241,6 @@ def make(setup: Setup) -> ValidationLoss:
         config,
         mesh,
         condition,
-        build(config.model.to_dict()),
         json.loads(names.read_text()) if names.is_file() else None,
         load_frozen(method_to_compare(config), mesh),
     )

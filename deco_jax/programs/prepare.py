@@ -61,6 +61,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> None:
         "images": data.prepared_images,
         "shard": SHARD_IMAGES,
     }
+    if data.source == "parquet":
+        made_of["columns"] = [data.image_column, data.label_column, data.caption_column]
     if source.caption_weights:
         made_of["captions"] = list(parse_weights(data.captions))
     make_workdir(folder)

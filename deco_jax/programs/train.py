@@ -24,7 +24,7 @@ from deco_jax.errors import UserError
 from deco_jax.evaluation.adm import ADM, make_quick_fid
 from deco_jax.evaluation.evaluator import Subject
 from deco_jax.evaluation.image_sets import drawn_images
-from deco_jax.evaluation.validation_loss import ValidationLoss, method_to_compare
+from deco_jax.evaluation.validation_loss import method_to_compare, validation_of_training
 from deco_jax.method.lora import adapter_of
 from deco_jax.method.objective import make_method
 from deco_jax.method.optimizer import make_optimizer
@@ -114,13 +114,12 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     check_average(config.sample, averages)
     other = load_other(config, mesh)
     frozen = load_frozen(method, mesh) | condition.load()  # before anything compiles: a file may be missing
+    compared = method_to_compare(config)
+    validation = validation_of_training(config, mesh, condition, source) if config.train.validate_every else None
+    requests = grid_requests(config, condition, frozen, prompts) if config.train.sample_every else None
     settled, remat = choose_remat(config, mesh, condition)
     networks, observe, _ = abstract_networks(settled, mesh, condition)
     shapes = state_shapes(networks, optimizer, mesh, averages, method.measured)
-    requests = grid_requests(config, condition, frozen, prompts) if config.train.sample_every else None
-    validation, compared = None, method_to_compare(config)
-    if config.train.validate_every:
-        validation = ValidationLoss(config, mesh, condition, networks["denoiser"], source.class_names)
     if adaptation:
         with distributed.stage("reading the pretrained weights"):
             frozen |= adaptation.load(source.class_names)

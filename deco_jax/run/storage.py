@@ -24,6 +24,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -40,6 +41,10 @@ CHECKPOINT_RETRIES = 6
 INDEX_BLOCK = 2**18
 TEMPORARY = "deco_jax_of_"  # then the process
 PUT_SECONDS = 30.0  # between two uploads of a growing file
+
+# NumPy reads headers by Python's parser, which in CPython 3.11 fails now and then when two threads enter it at once
+# ("AST constructor recursion depth mismatch").
+_OPENING = threading.Lock()
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -180,7 +185,8 @@ def load_array(name: str | os.PathLike[str]) -> np.ndarray:
 
 def open_rows(name: str | os.PathLike[str]) -> Any:
     """Open a .npy file by rows: memory-mapped, or, in a bucket, read in ranges."""
-    return ArrayRows(os.fspath(name)) if is_remote(name) else np.load(name, mmap_mode="r")
+    with _OPENING:
+        return ArrayRows(os.fspath(name)) if is_remote(name) else np.load(name, mmap_mode="r")
 
 
 class ArrayRows:
