@@ -64,7 +64,7 @@ def get_config(variant: str = "XL") -> ml_collections.ConfigDict:
         config.text.features = config.text.validation_features = ""
         config.data.image_size = tuple(pretrained.data.image_size)
         config.data.source = pretrained.data.source if pretrained.model.text_width else "image_folder"
-        config.init_from = variant
+        config.init_from, config.init_optimizer = variant, False
     config.lora.rank, config.lora.alpha = 16, 16.0
     config.lora.whole = "label_embed" if config.model.num_classes else ""
     config.loss.repa_weight = 0.0

@@ -1,13 +1,15 @@
-"""Ctrl-C before there is anything to save: one line and status 130, whatever was going on."""
+"""Ctrl-C before there is anything to save: one line and status 130, whatever was going on; and commands that may save
+before they end."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -74,6 +76,35 @@ def waits_for(what: str) -> Iterator[None]:
         thread.join()
         os.close(reading)
         os.close(writing)
+
+
+def run(command: Sequence[str], folder: str | os.PathLike[str]) -> int:
+    """Run a command in a folder and return its status.
+
+    Asked to stop, by Ctrl-C or SIGTERM, this process exits with a status for that, but only once the command has ended,
+    which may have something to save.
+    """
+    asked: list[int] = []
+    process: subprocess.Popen | None = None
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        if process is not None and number != signal.SIGINT:  # which a terminal sends to both
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        process = subprocess.Popen(command, cwd=folder)
+        if asked:  # meanwhile
+            process.terminate()
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked:
+        print(LINE, file=sys.stderr)
+        sys.exit(128 + asked[0])
+    return code
 
 
 def end() -> NoReturn:

@@ -202,7 +202,12 @@ def _run() -> None:
         }
         given |= {"what": _WHAT.value, "search": _SEARCH.value}
         given["import_seconds"] = time.monotonic() - _STARTED
-        program(_CONFIG.value, workdir, *(given[name] for name in mode.reads))
+        arguments = [given[name] for name in mode.reads]
+        if mode.joins:
+            with distributed.ending_with_the_others():
+                program(_CONFIG.value, workdir, *arguments)
+        else:
+            program(_CONFIG.value, workdir, *arguments)
     except UserError as error:
         command_line.fail(str(error))
     except KeyboardInterrupt:  # before there was anything to save, or in between

@@ -108,6 +108,10 @@ def measure(row: Row, folder: pathlib.Path, seconds: float) -> dict[str, Any]:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         status = "out of time"
+    except BaseException:  # Ctrl-C: a process that is left would keep the GPU
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
     else:
         status = "ok" if process.returncode == 0 else "failed"
     if status == "failed" and any(word in output for word in ("RESOURCE_EXHAUSTED", "out of memory", "OUT_OF_MEMORY")):

@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for a checkout that isn't installed
 
-from deco_jax import config_files  # noqa: E402
+from deco_jax import config_files, interrupts  # noqa: E402
 from deco_jax.errors import UserError  # noqa: E402
 from deco_jax.report import curves  # noqa: E402
 from deco_jax.run import files, storage, tracking  # noqa: E402
@@ -374,8 +374,9 @@ def main(argv: list[str]) -> int:
                 print(shlex.join(command))
             else:
                 print(f"running {name}, {mode}", flush=True)
+                # A stop only ends the sweep when the run has saved.
                 # A training that did not reach its last step has nothing to measure yet, whatever its status.
-                if subprocess.run(command, cwd=ROOT).returncode or (mode == "train" and not is_done(task, mode, more)):
+                if interrupts.run(command, ROOT) or (mode == "train" and not is_done(task, mode, more)):
                     failed.append(run.folder.name)
                     break
                 if mode != "train":

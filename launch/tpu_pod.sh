@@ -7,14 +7,15 @@
 #
 # Without --type, the slice --name must exist, with the code in --folder on every host, installed by:
 #   pip install ".[tpu,gs]"    # [tpu,s3] for a workdir in s3://
-# With --type, the script requests N slices as a queued resource, waits for them, and runs --setup in the home folder of
-# every host (git clone, pip install). If the slices are taken away, it requests them again and the run continues, up to
-# --restarts times. It also restarts after a process was killed, hung or was asked to stop (75), but not after an error (1).
-# The workdir must be in a bucket, or on a file system that all hosts share. Slices are left running at the end; this
-# machine must stay on (tmux). For several slices, also give --config.mesh.slices=N.
+# With --type, the script requests N slices as a queued resource, waits for them, and runs --setup (git clone, pip
+# install) in the home folder of every host where it hasn't succeeded yet. If the slices are taken away, it requests them
+# again and the run continues, up to --restarts times. It also restarts after a process was killed, hung or was asked to
+# stop (75), but not after an error (1). The workdir must be in a bucket, or on a file system that all hosts share.
+# Slices are left running at the end; this machine must stay on (tmux). For several slices, also give
+# --config.mesh.slices=N.
 set -euo pipefail
 
-usage() { sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,16s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
 dry_run=""
 name=""
@@ -110,14 +111,22 @@ everywhere() {
   return "$code"
 }
 
+# Runs --setup on the hosts where it has not succeeded yet, whoever requested them: each keeps a note of it.
+set_up() {
+  local note
+  [[ $setup ]] || return 0
+  note="\$HOME/.deco_jax_setup_$(printf %s "$setup" | cksum | cut -d" " -f1)"
+  everywhere "test -e $note || { ( eval $(printf %q "$setup") ) && touch $note; }"
+}
+
 # Waits until the slices exist; requests them again if they were taken away.
 ready() {
-  local now fresh=""
+  local now
   while :; do
     now=$(state) || exit 1
     case $now in
       ACTIVE) break ;;
-      NONE) if create; then fresh=1; elif [[ $(state) == NONE ]]; then exit 1; fi ;;
+      NONE) if ! create && [[ $(state) == NONE ]]; then exit 1; fi ;;
       FAILED | SUSPENDED)
         echo "the slices are $now: requesting them again" >&2
         gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
@@ -127,7 +136,7 @@ ready() {
     esac
     sleep "$poll"
   done
-  [[ -z $fresh || -z $setup ]] || everywhere "$setup"
+  set_up
 }
 
 # A host restarts a process that was killed, or that ended with 75, as the others then do. After SIGTERM, which a host
@@ -138,7 +147,7 @@ remote="cd $(printf '%q' "$folder") && for i in \$(seq 0 $restarts); do $program
 if [[ $dry_run ]]; then
   if [[ $type ]]; then
     create
-    [[ -z $setup ]] || everywhere "$setup"
+    set_up
   fi
   everywhere "$remote"
   exit 0

@@ -206,8 +206,8 @@ class S3Bucket:
     def has(self, name: str) -> bool:
         return name in self.names(name)
 
-    def upload(self, name: str, data: bytes) -> None:
-        self._s3.put_object(Bucket=NAME, Key=name, Body=data)
+    def upload(self, name: str, data: bytes, **options: str) -> None:
+        self._s3.put_object(Bucket=NAME, Key=name, Body=data, **options)
 
     def remove(self, name: str) -> None:
         self._s3.delete_object(Bucket=NAME, Key=name)

@@ -1,14 +1,25 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import ml_collections
 import pytest
 
-from configs import reg256
+from configs import quickstart, reg256
+from deco_jax.errors import UserError
 from deco_jax.programs import benchmark
 from deco_jax.run import sharding
 from tests.helpers import run_main
+
+
+def test_a_missing_pytorch_is_found_before_anything_is_timed(tmp_path, monkeypatch):
+    config = quickstart.get_config("smoke")
+    config.benchmark.parts = "train,torch"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"torch needs PyTorch, pip install torch; or leave it out"):
+        benchmark.benchmark(config, str(tmp_path / "run"), 0.0)
+    assert not (tmp_path / "run").exists()
 
 
 def test_figures_of_a_row():

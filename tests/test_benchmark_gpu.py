@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -99,6 +100,22 @@ def test_a_full_memory_is_told_from_other_failures(tmp_path, monkeypatch):
     process(monkeypatch, "raise ValueError('something else')")
     found = benchmark_gpu.measure(ROW, tmp_path / "row", 60)
     assert (found["status"], found["output"][-1]) == ("failed", "ValueError: something else")
+
+
+def test_ctrl_c_leaves_no_process_on_the_gpu(tmp_path, monkeypatch):
+    process(monkeypatch, "import time; time.sleep(600)")
+    started, wait = [], subprocess.Popen.communicate
+
+    def interrupted(self, input=None, timeout=None):
+        started.append(self)
+        if timeout is not None:
+            raise KeyboardInterrupt
+        return wait(self, input)
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark_gpu.measure(benchmark_gpu.smoke_rows()[0], tmp_path / "row", 60.0)
+    assert started[0].returncode == -signal.SIGKILL
 
 
 def test_a_row_that_takes_too_long_is_ended(tmp_path, monkeypatch):

@@ -143,16 +143,17 @@ def test_a_process_that_waits_in_vain_names_the_stage(process, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def together(workdir, *arguments: str, config: str = SMOKE) -> list[subprocess.Popen]:
-    """Two processes with four devices each."""
+def together(workdir, *arguments: str, config: str = SMOKE, change: str = "") -> list[subprocess.Popen]:
+    """Two processes with four devices each, running the program after `change` has replaced parts of it."""
     port = free_port()
+    script = f"import sys\nfrom deco_jax import main\n{change}\nsys.argv[0] = 'main'\nmain.cli()\n"
+    program = ["-c", script] if change else ["-m", "deco_jax.main"]
     environment = {**os.environ, **fake_devices(4)}
     return [
         subprocess.Popen(
             [
                 sys.executable,
-                "-m",
-                "deco_jax.main",
+                *program,
                 config,
                 f"--workdir={workdir}",
                 *MESH,
@@ -229,6 +230,49 @@ def test_two_hosts_pass_over_a_checkpoint_that_is_damaged(tmp_path):
     assert sorted(steps(tmp_path)) == ["1", "2", "2.damaged", "3"]
 
 
+READ_FAILS = """
+from deco_jax.run.checkpoint import read
+whole = read._read
+def failing(path, shapes):
+    if "/2/params" in str(path) and "--process_id=1" in sys.argv:
+        raise OSError("stale file handle")
+    return whole(path, shapes)
+read._read = failing
+"""
+
+
+@pytest.mark.slow
+def test_two_hosts_pass_over_a_checkpoint_that_one_fails_to_read(tmp_path):
+    """The checks found nothing wrong with it."""
+    run = ("--config.train.save_every=1", "--config.train.sample_every=0")
+    finish(together(tmp_path, "--config.train.num_steps=2", *run))
+    outputs = finish(together(tmp_path, "--config.train.num_steps=3", *run, change=READ_FAILS))
+    assert "2 is damaged and passed over: stale file handle" in outputs[1]
+    assert "resumed at step 1" in outputs[0]
+    assert sorted(steps(tmp_path)) == ["1", "2", "2.damaged", "3"]
+
+
+DIES = """
+import os
+from deco_jax.run import distributed
+same = distributed.check_same_data
+def dies(source):
+    if "--process_id=1" in sys.argv:
+        os._exit(9)
+    return same(source)
+distributed.check_same_data = dies
+"""
+
+
+@pytest.mark.slow
+def test_a_host_that_is_lost_before_training_is_worth_a_restart(tmp_path):
+    processes = together(tmp_path, change=DIES)
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [distributed.RESTART, 9], outputs[0]
+    assert "ending with status 75: start all processes again" in outputs[0]
+    assert "Traceback" not in outputs[0]
+
+
 @pytest.mark.slow
 def test_two_hosts_encode_captions_like_one(tmp_path):
     config, batch = "--config=configs/t2i_256.py:smoke", "--config.data.batch_size=64"
@@ -243,10 +287,16 @@ def test_two_hosts_encode_captions_like_one(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signalled, number", [(0, signal.SIGTERM), (1, signal.SIGTERM), (1, signal.SIGINT)])
-def test_a_signal_to_any_host_saves_the_same_step_on_all(signalled, number, tmp_path):
+@pytest.mark.parametrize(
+    "signalled, number, save_every", [(0, signal.SIGTERM, 100000), (1, signal.SIGTERM, 1), (1, signal.SIGINT, 100000)]
+)
+def test_a_signal_to_any_host_saves_the_same_step_on_all(signalled, number, save_every, tmp_path):
     processes = together(
-        tmp_path, "--config.train.num_steps=100000", "--config.train.save_every=100000", "--config.train.sample_every=0"
+        tmp_path,
+        "--config.train.num_steps=100000",
+        f"--config.train.save_every={save_every}",
+        "--config.train.sample_every=0",
+        "--config.train.keep_checkpoints=1",
     )
     metrics = tmp_path / "metrics.jsonl"
     deadline = time.monotonic() + 400

@@ -82,3 +82,39 @@ main.cli()
     assert done.returncode == 1
     assert done.stderr.count("\\n") <= 1
     assert "a device is out of memory; raise --config.optimizer.accumulate_steps" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------- a command that is run
+
+SAVES = """
+import pathlib, signal, sys, time
+def save(*_):
+    time.sleep(1)  # longer than subprocess.run waits
+    pathlib.Path(sys.argv[1]).touch()
+    sys.exit(75)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, save)
+print("runs", flush=True)
+time.sleep(60)
+"""
+RUNS = "import sys; from deco_jax import interrupts; sys.exit(interrupts.run(sys.argv[1:], '.'))"
+
+
+@pytest.mark.parametrize("number, to_both", [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_a_command_that_is_asked_to_stop_may_save(number, to_both, tmp_path):
+    """A terminal's Ctrl-C goes to both processes, a scheduler's SIGTERM perhaps only to the first."""
+    with subprocess.Popen(
+        [sys.executable, "-c", RUNS, sys.executable, "-c", SAVES, str(tmp_path / "saved")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout.readline() == "runs\n"
+        (os.killpg if to_both else os.kill)(process.pid, number)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert said == "interrupted; the same command continues from what is saved\n"
+    assert (tmp_path / "saved").exists()
+    assert interrupts.run([sys.executable, "-c", "raise SystemExit(3)"], ROOT) == 3

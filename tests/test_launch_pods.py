@@ -54,7 +54,7 @@ class Play:
             capture_output=True,
             text=True,
             timeout=120,
-            env={**os.environ, "PATH": path, "PLAY": str(self.folder), **environment},
+            env={**os.environ, "PATH": path, "PLAY": str(self.folder), "HOME": str(self.folder), **environment},
         )
 
 
@@ -97,6 +97,20 @@ def test_slices_that_are_taken_away_are_asked_for_again(play):
         assert flag in create
     assert play.calls("train") == [f"-m deco_jax.main --distributed {' '.join(ARGUMENTS)}"] * 2
     assert "continuing on new ones (1 of 3)" in result.stderr
+
+
+def test_hosts_are_set_up_until_it_succeeds(play):
+    """Also by a script that did not request them itself, because an earlier one was stopped while it waited."""
+    play.play("gcloud", *["ACTIVE"] * 6, script=GCLOUD)
+    play.play("install", "1", "0")
+    play.play("train", "0")
+    queued = [*QUEUED[:-1], "--setup=install 'a b'  # twice"]
+    codes = [play.run(*POD, *queued, "--", *ARGUMENTS, PYTHON="train").returncode for _ in range(3)]
+    assert codes == [1, 0, 0]
+    assert play.calls("install") == ["a b"] * 2
+    assert len(play.calls("train")) == 2
+    assert play.run(*POD, *QUEUED[:-1], "--setup=install other", "--", *ARGUMENTS, PYTHON="train").returncode == 0
+    assert play.calls("install")[2:] == ["other"]
 
 
 def test_a_command_that_fails_does_not_mean_that_nothing_is_there(play):

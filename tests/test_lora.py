@@ -330,7 +330,10 @@ def test_own_classes_start_from_those_of_the_same_name(pretrained, tmp_path):
     config.lora.whole = ""
     with pytest.raises(UserError, match=r"has 10 classes, but config.model.num_classes is 3; add label_embed to"):
         adapted.Adaptation(config, tmp_path, "", mesh)
-    config.init_from = ""
+    config.init_optimizer = True
+    with pytest.raises(UserError, match=r"takes over the moments of weights that config.lora.rank freezes; set it to"):
+        adapted.Adaptation(config, tmp_path, "", mesh)
+    config.init_from, config.init_optimizer = "", False
     with pytest.raises(UserError, match=r"config.lora.rank adapts the weights of config.init_from, which is empty"):
         adapted.Adaptation(config, tmp_path, "", mesh)
 

@@ -13,6 +13,7 @@ from configs import quickstart
 from deco_jax.errors import UserError
 from deco_jax.programs.sample import keep_earlier, sample
 from tests.runs import random_checkpoint
+from tests.test_lock import hold
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,18 @@ def test_same_noise(workdir, tmp_path):
     np.testing.assert_array_equal(noise, again)
     own = model.sample(classes=[2, 2], guidance=1.0, num_steps=1, sampler="euler")
     assert np.abs(images["same"][2:].astype(int) - own).max() <= 1
+
+
+def test_two_requests_at_once_do_not_mix(workdir):
+    """The parts of one would be taken for those of the other."""
+    (workdir / "samples").mkdir(exist_ok=True)
+    with hold(workdir / "samples") as process:
+        with pytest.raises(UserError, match=rf"samples is in use by process {process.pid} on "):
+            sample(settings(), str(workdir))
+        process.kill()
+    assert not (workdir / "samples" / "parts").exists()
+    sample(settings(), str(workdir))
+    assert not (workdir / "samples" / ".lock").exists()
 
 
 def test_an_earlier_request_is_kept(workdir, tmp_path, capsys):

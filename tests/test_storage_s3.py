@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tarfile
+import threading
+import time
 
 import jax
 import numpy as np
@@ -183,6 +185,53 @@ def test_weights_of_s3_are_fetched_once_and_checked(s3, capsys):
     assert fetch.local("s3://bucket/weights/model.bin").read_bytes() == b"second"
     with pytest.raises(UserError, match="no such file"):
         fetch.local("s3://bucket/missing.bin")
+
+
+def test_an_etag_under_a_key_of_kms_is_no_md5(s3, monkeypatch, capsys):
+    """moto's is one even then, so here it is another."""
+    s3.upload("plain/a.bin", b"a" * 100)
+    s3.upload("secret/a.bin", b"a" * 100, ServerSideEncryption="aws:kms")
+    assert [storage.has_kms_key(f"s3://bucket/{name}/a.bin") for name in ("plain", "secret")] == [False, True]
+    assert not storage.has_kms_key("gs://bucket/a.bin")
+    monkeypatch.setattr(storage, "md5", lambda info: b"0" * 16)
+    with pytest.raises(UserError, match="arrived damaged"):
+        fetch.local("s3://bucket/plain/a.bin")
+    assert fetch.local("s3://bucket/secret/a.bin").read_bytes() == b"a" * 100
+    assert "which the bucket does not give" in capsys.readouterr().err
+    assert checksums._listed("s3://bucket/plain") == {"a.bin": [100, {"md5": (b"0" * 16).hex()}]}
+    assert checksums._listed("s3://bucket/secret") == {"a.bin": [100, {}]}
+
+
+def record(beat: int = 0, **changes) -> bytes:
+    """A lock of this machine and container, by a process that exists."""
+    values = {"host": "here", "process": os.getppid(), "machine": lock._machine(), "beat": beat, "time": time.time()}
+    return json.dumps({**values, "processes": lock._process_namespace(), **changes}).encode()
+
+
+def test_a_lock_in_s3_counts_while_it_beats(s3, monkeypatch):
+    """Containers of a machine number their processes on their own, and a number is given to others in time."""
+    monkeypatch.setattr(lock, "SILENT_SECONDS", 1.5)
+    folder, done = storage.path("s3://bucket/other"), threading.Event()
+
+    def beat() -> None:
+        for number in range(1, 1000):
+            if done.wait(0.2):
+                return
+            s3.upload("other/.lock", record(number, process=os.getpid(), processes="pid:[another container]"))
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    time.sleep(0.5)
+    with pytest.raises(UserError, match="is in use by process"):
+        lock.RunLock(folder).acquire()
+    done.set()
+    thread.join()
+    for name, left in {"silent": record(), "gone": record(process=2**22 + 1)}.items():
+        s3.upload(f"{name}/.lock", left)
+        began, ours = time.monotonic(), lock.RunLock(storage.path(f"s3://bucket/{name}"))
+        ours.acquire()
+        assert (time.monotonic() - began > 1) == (name == "silent")
+        ours.release()
 
 
 def test_one_run_at_a_time_in_s3(s3, monkeypatch):

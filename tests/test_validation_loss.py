@@ -135,6 +135,20 @@ def test_without_dropout_and_with_one_program(folder):
     assert make(config)[0](Subject(None, params)).values == scores
 
 
+def test_classes_of_imagenet_have_two_names(tmp_path):
+    """Folders have WordNet's numbers, and classes.json of a run has words."""
+    for split in ("train", "val"):
+        for i, name in enumerate(("n01440764", "n01443537")):
+            path = tmp_path / split / name / "0.png"
+            path.parent.mkdir(parents=True)
+            Image.fromarray(np.full((16, 16, 3), 99 * i, np.uint8)).save(path)
+    config, mesh = config_for(tmp_path), sharding.make_mesh(1, 1)
+    condition = open_condition(config, mesh, sources.open_source(config.data))
+    ValidationLoss(config, mesh, condition, ["tench", "goldfish"])
+    with pytest.raises(UserError, match=r"the classes in .* differ from those"):
+        ValidationLoss(config, mesh, condition, ["goldfish", "tench"])
+
+
 def test_is_refused_before_anything_compiles(folder, tmp_path, monkeypatch):
     config = config_for(folder)
     config.data.validation_split = ""

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from deco_jax.conditioning.condition import Condition, open_condition
 from deco_jax.conditioning.texts import open_features
-from deco_jax.data import pipeline, sources
+from deco_jax.data import imagenet, pipeline, sources
 from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
 from deco_jax.evaluation.evaluator import Scores, Setup, Subject
@@ -70,7 +70,8 @@ class ValidationLoss:
             features = open_features(held_out, self._source)
             features.check(self._source)
             self._encode_caption = features
-        if class_names is not None and list(self._source.class_names) != list(class_names):
+        # A run's classes.json has ImageNet's words, its folders the WordNet numbers.
+        if class_names is not None and imagenet.readable(self._source.class_names) != imagenet.readable(class_names):
             raise UserError(
                 f"the classes in config.data.validation_split={config.data.validation_split} differ from those of the "
                 "training images; give it a folder with the same classes"

@@ -7,6 +7,7 @@ separately. Comparing the images/s of both shows which of the two a run would wa
 from __future__ import annotations
 
 import functools
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -49,6 +50,8 @@ def benchmark(config: ml_collections.ConfigDict, workdir: str, import_seconds: f
         import_seconds: time from the start of the process to here.
     """
     began = time.monotonic()
+    if "torch" in config.benchmark.parts.split(",") and not importlib.util.find_spec("torch"):
+        raise UserError("config.benchmark.parts: torch needs PyTorch, pip install torch; or leave it out")
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, slices=config.mesh.slices)
     sharding.check_batch(mesh, config.data.batch_size, "config.data.batch_size", config.optimizer.accumulate_steps)
     source = sources.open_source(config.data)
@@ -261,10 +264,7 @@ def input_per_core(
     if step is not None:
         values["cores_per_device"] = step["images_per_second"] / devices / rate
     if "torch" in config.benchmark.parts.split(","):
-        try:
-            values["against_torch"] = comparison.against_torch(source, sides, fast)
-        except ImportError:
-            raise UserError("config.benchmark.parts: torch needs PyTorch, pip install torch; or leave it out") from None
+        values["against_torch"] = comparison.against_torch(source, sides, fast)
     return values
 
 

@@ -23,7 +23,7 @@ from deco_jax.conditioning.requests import Prompts, Requests
 from deco_jax.config import to_json
 from deco_jax.data import prompts as prompts_lib
 from deco_jax.data import sources
-from deco_jax.run import distributed, files, storage
+from deco_jax.run import distributed, files, lock, storage
 from deco_jax.run.progress import Progress
 from deco_jax.run.workdir import make_workdir
 from deco_jax.run.writer import save_png, write_atomically, write_json
@@ -41,7 +41,22 @@ def sample(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str
     requests = requests_lib.sampling_requests(config.sample, model.condition, prompts)
     folder = storage.path(workdir) / "samples"
     make_workdir(folder)
+    # Another request at the same time would take this one's parts for its own.
+    held = lock.RunLock(folder)
+    distributed.on_main_host(held.acquire)
+    try:
+        _sample(config, folder, model, requests, prompts)
+    finally:
+        held.release()
 
+
+def _sample(
+    config: ml_collections.ConfigDict,
+    folder: pathlib.Path,
+    model: api.Model,
+    requests: Requests,
+    prompts: Prompts | None,
+) -> None:
     fingerprint = generate.fingerprint(config, model.name, requests.names)
     parts = Parts(folder / "parts", fingerprint)
     main_host = jax.process_index() == 0

@@ -117,9 +117,6 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     compared = method_to_compare(config)
     validation = validation_of_training(config, mesh, condition, source) if config.train.validate_every else None
     requests = grid_requests(config, condition, frozen, prompts) if config.train.sample_every else None
-    settled, remat = choose_remat(config, mesh, condition)
-    networks, observe, _ = abstract_networks(settled, mesh, condition)
-    shapes = state_shapes(networks, optimizer, mesh, averages, method.measured)
     if adaptation:
         with distributed.stage("reading the pretrained weights"):
             frozen |= adaptation.load(source.class_names)
@@ -136,6 +133,10 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     if copies and adaptation and not checkpoints.steps():
         # They have factors for the frozen weights of an earlier start, which may have been others.
         copies.clear()
+    with goodput.spending("compile"):
+        settled, remat = choose_remat(config, mesh, condition)
+    networks, observe, _ = abstract_networks(settled, mesh, condition)
+    shapes = state_shapes(networks, optimizer, mesh, averages, method.measured)
     with distributed.stage("reading the newest checkpoint"), goodput.spending("restore"):
         state = copies.restore(shapes, newer_than=max(checkpoints.steps(), default=0)) if copies else None
         if state is None:

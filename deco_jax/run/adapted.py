@@ -50,6 +50,10 @@ class Adaptation:
             raise UserError(
                 f"config.lora.rank only adapts the denoiser, but a loss trains {others}; set that loss's weight to 0"
             )
+        if config.init_optimizer:
+            raise UserError(
+                "config.init_optimizer takes over the moments of weights that config.lora.rank freezes; set it to False"
+            )
         # Frozen weights in a workdir without a checkpoint are from an earlier start, perhaps from other weights.
         self._run: pathlib.Path | None = workdir if checkpoint_lib.complete_steps(workdir) else None
         if self._run is None and checkpoint:

@@ -73,11 +73,13 @@ def _listed(root: str) -> dict[str, list[Any]]:
     """List all objects under `root`, from the bucket's service: relative path → [bytes, {"md5" or "crc32c": …}]."""
     found = storage.system(root).find(root, detail=True)
     prefix = root.rstrip("/").removeprefix(root[:5]) + "/"
-    return {name.removeprefix(prefix): [int(info["size"]), _sums(info)] for name, info in sorted(found.items())}
+    # What was written together is encrypted alike.
+    hidden = bool(found) and storage.has_kms_key(f"{root[:5]}{min(found)}")
+    return {name.removeprefix(prefix): [int(info["size"]), _sums(info, hidden)] for name, info in sorted(found.items())}
 
 
-def _sums(info: dict[str, Any]) -> dict[str, str]:
-    md5, crc32c = storage.md5(info), info.get("crc32c")
+def _sums(info: dict[str, Any], hidden: bool) -> dict[str, str]:
+    md5, crc32c = None if hidden else storage.md5(info), info.get("crc32c")
     return {**({"md5": md5.hex()} if md5 else {}), **({"crc32c": crc32c} if crc32c else {})}
 
 

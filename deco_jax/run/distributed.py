@@ -25,6 +25,8 @@ REMINDER_SECONDS = 60.0
 # Exit status of a run that can go on if it is started again: it was asked to stop, or another process or a device no
 # longer answers. EX_TEMPFAIL of sysexits.h. Launchers restart such a run; 1 means an error that would happen again.
 RESTART = 75
+# Kinds of errors that are the program's own, and would happen again.
+OF_THE_PROGRAM = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 # Waiting for another host's compilation may take long.
 BARRIER_SECONDS = 3600
 
@@ -211,7 +213,7 @@ def ending_with_the_others() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+        if jax.process_count() == 1 or any(kind in str(error) for kind in OF_THE_PROGRAM):
             raise
         end_for_restart(f"a transfer between the processes failed ({' '.join(str(error).split())[:200]})")
 

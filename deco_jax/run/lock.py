@@ -3,8 +3,8 @@
 WORKDIR/.lock is locked with flock(2), which the system releases when the process ends, however it ends. Some shared
 file systems only keep such locks within one machine, or have none. So the file also says who holds it, with a number
 that the holder increments every few seconds; a holder on another machine whose number stands still is gone. A bucket
-has no locks. There, only the record decides: the request that creates it fails if there is one, and on the same machine
-a lock counts while its process exists.
+has no locks. There, only the record decides: the request that creates it fails if there is one, and a lock counts while
+its number moves; on the same machine, in the same container, a lock whose process is gone counts no longer.
 """
 
 from __future__ import annotations
@@ -120,12 +120,14 @@ class RunLock:
     def _check_other_machines(self) -> None:
         """Return once no holder on another machine shows that it is alive."""
         record = _read(self.path)
-        if record and storage.is_remote(self.path) and record.get("machine") == _machine():
-            if _is_alive(int(record.get("process", 0))):
-                raise self._in_use(record)
+        if not record:
             return
-        if not record or record.get("machine") == _machine():
-            return  # the lock is ours, so a holder on this machine is gone
+        if record.get("machine") == _machine():
+            if not storage.is_remote(self.path):
+                return  # the lock is ours, so a holder on this machine is gone
+            # Processes have other numbers in another container, and a number may be another process's by now.
+            if record.get("processes") == _process_namespace() and not _is_alive(int(record.get("process", 0))):
+                return
         if time.time() - float(record.get("time", 0)) > LONG_AGO_SECONDS:
             return
         logging.warning(
@@ -155,6 +157,7 @@ class RunLock:
             "host": socket.gethostname(),
             "process": os.getpid(),
             "machine": _machine(),
+            "processes": _process_namespace(),
             "token": self._token,
             "beat": self._beat,
             "time": time.time(),
@@ -208,6 +211,14 @@ def _is_alive(process: int) -> bool:
     except OSError:  # another user's
         return True
     return process != os.getpid()
+
+
+def _process_namespace() -> str:
+    """Return an id of the container, within whose processes a number is unique."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _machine() -> str:

@@ -217,8 +217,18 @@ def md5(info: dict[str, Any]) -> bytes | None:
 
     if info.get("md5Hash"):
         return base64.b64decode(info["md5Hash"])
-    etag = str(info.get("ETag", "")).strip('"')  # the MD5 if the object was uploaded in one part, without its own key
-    return bytes.fromhex(etag) if len(etag) == 32 and "SSEKMSKeyId" not in info else None
+    # The MD5 if the object was uploaded in one part, except where `has_kms_key`.
+    etag = str(info.get("ETag", "")).strip('"')
+    return bytes.fromhex(etag) if len(etag) == 32 else None
+
+
+def has_kms_key(name: str) -> bool:
+    """Return whether an object is encrypted by a key of Amazon's KMS, so that its ETag isn't its MD5."""
+    if not name.startswith("s3://"):
+        return False
+    bucket, _, key = name.removeprefix("s3://").partition("/")
+    head = system(name).call_s3("head_object", Bucket=bucket, Key=key)
+    return str(head.get("ServerSideEncryption", "")).startswith("aws:kms")
 
 
 # ---------------------------------------------------------------------------------------- writing

@@ -56,6 +56,17 @@ def _settle_and_close(loop: asyncio.AbstractEventLoop, close: Callable[[], None]
     close()
 
 
+class Manager(ocp.CheckpointManager):
+    """Leaves JAX's preemption service to `preemption.Watch`.
+
+    The service expects calls with ascending numbers, and a stop is lost if two callers count differently. Orbax would
+    call it with the step.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class OneByOne(ocp.type_handlers.NumpyHandler):
     """Writes host arrays one after the other, and only then reads each of them (`mapping.Unread`).
 

@@ -146,7 +146,7 @@ def checked_state(path: pathlib.Path, shapes: State, config: ml_collections.Conf
 
 
 def _check(path: pathlib.Path, config: ml_collections.ConfigDict, *items: str) -> None:
-    """Check a checkpoint, or some of its items, before Orbax reads it: there all hosts wait for each other."""
+    """Check a checkpoint, or some of its items, before Orbax reads it."""
 
     def check() -> None:
         check_model(path, config)
@@ -236,7 +236,7 @@ def _stored_shapes(path: pathlib.Path) -> Any:
     """Return the shapes of an item's arrays as they are stored."""
     if orbax_s3.stands_for(path):
         orbax_s3.enable()
-    with ocp.StandardCheckpointer() as reader:
+    with _reader() as reader:
         stored = reader.metadata(path).item_metadata.tree
     return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), stored)
 
@@ -244,5 +244,13 @@ def _stored_shapes(path: pathlib.Path) -> Any:
 def _read(path: pathlib.Path, shapes: Any) -> Any:
     if orbax_s3.stands_for(path):
         orbax_s3.enable()
-    with ocp.StandardCheckpointer() as reader:
+    with _reader() as reader:
         return reader.restore(path, shapes)
+
+
+def _reader() -> ocp.StandardCheckpointer:
+    """Make a reader that doesn't wait for the other hosts: if reading fails on one, they couldn't agree on that."""
+    here = jax.process_index()
+    return ocp.StandardCheckpointer(
+        multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+    )

@@ -18,7 +18,7 @@ from deco_jax.errors import UserError
 from deco_jax.run import checksums, distributed, lock, orbax_s3, storage
 from deco_jax.run.best import Best
 from deco_jax.run.checkpoint.folder import FOLDER, MEASURED_ITEM, average_item, complete_steps, first_line
-from deco_jax.run.checkpoint.orbax import OneByOne, hush_orbax, settle_failed_writes, without_patterns
+from deco_jax.run.checkpoint.orbax import Manager, OneByOne, hush_orbax, settle_failed_writes, without_patterns
 from deco_jax.run.checkpoint.read import LostOptimizerError, checked_state, without_empty
 from deco_jax.run.state import State
 
@@ -64,7 +64,7 @@ class Checkpoints:
         self._writing = -1
         if not copy:
             ocp.type_handlers.register_type_handler(np.ndarray, OneByOne(deepcopy_host_arrays=False), override=True)
-        self._manager = ocp.CheckpointManager(without_patterns(self.folder), options=options)
+        self._manager = Manager(without_patterns(self.folder), options=options)
 
     def steps(self) -> list[int]:
         """Return the steps with a complete checkpoint, ascending."""
@@ -102,6 +102,8 @@ class Checkpoints:
             action()
             self._manager.check_for_errors()
         except Exception as error:  # Orbax and TensorStore raise many kinds, from their own threads
+            if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+                raise  # another host is gone
             what = "a checkpoint" if step is None else f"the checkpoint of step {step} (or the one before)"
             kept = complete_steps(self.folder.parent)
             rest = f"step {kept[-1]} is intact and the run resumes from it" if kept else "none is complete yet"
@@ -123,7 +125,7 @@ class Checkpoints:
             path, state = self.folder / str(step), None
             try:
                 state = checked_state(path, shapes, config)
-            except UserError:
+            except (UserError, jax.errors.JaxRuntimeError):  # the latter: another host is gone, or memory is full
                 raise
             except Exception as error:
                 weights = path if isinstance(error, LostOptimizerError) and weights is None else weights
