@@ -3,6 +3,7 @@ before they end."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -108,15 +109,16 @@ def run(command: Sequence[str], folder: str | os.PathLike[str]) -> int:
 
 
 def end() -> NoReturn:
-    """Print the line and exit with status 130.
+    """Print the line and end this process with status 130, after what is registered with atexit.
 
-    Python remembers a KeyboardInterrupt that hit code compiled from a string, even if it was caught; dataclasses and
-    named tuples compile much such code while modules are imported. Under -m the process would then end itself with
-    SIGINT. Running any other code from a string makes Python forget it.
+    The interpreter's own shutdown is skipped. JAX compiles in threads of its own, and an interrupt only ends the wait
+    for them; in a shutdown, they would go on with what has been deleted, and crash the process.
     """
-    exec("")
     print(LINE, file=sys.stderr)
-    sys.exit(130)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(130)
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:

@@ -13,7 +13,7 @@ import pytest
 
 from deco_jax import interrupts
 from tests.helpers import ROOT
-from tests.runs import SMOKE
+from tests.runs import SMOKE, signal_when
 
 
 @pytest.mark.parametrize("seconds", [1.0, 2.0, 4.0])
@@ -118,3 +118,19 @@ def test_a_command_that_is_asked_to_stop_may_save(number, to_both, tmp_path):
     assert said == "interrupted; the same command continues from what is saved\n"
     assert (tmp_path / "saved").exists()
     assert interrupts.run([sys.executable, "-c", "raise SystemExit(3)"], ROOT) == 3
+
+
+def test_a_compilation_that_goes_on_in_jaxs_threads_is_left_alone(tmp_path, monkeypatch):
+    """The first ones are those of the state's arrays, during which nothing asks to wait."""
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
+    run = (SMOKE, f"--workdir={tmp_path}")
+    for seconds in (0.0, 0.3, 0.6):
+        began = []
+
+        def due(_, began=began, seconds=seconds):
+            if not began and (tmp_path / ".lock").exists():  # it is compiled from then on
+                began.append(time.monotonic())
+            return bool(began) and time.monotonic() - began[0] >= seconds
+
+        code, said = signal_when(signal.SIGINT, due, *run)
+        assert (code, "Fatal" in said) == (130, False), said
