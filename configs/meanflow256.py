@@ -50,3 +50,4 @@ def mean_flow(config: ml_collections.ConfigDict) -> None:
     config.optimizer.b2 = 0.95
     config.sample.sampler, config.sample.num_steps, config.sample.shift = "mean_flow", 1, 1.0
     config.sample.guidance, config.sample.guidance_interval = 3.0, (0.1, 0.9)
+    config.sample.guidance_times = "step"  # it learns guidance instead

@@ -58,7 +58,7 @@ def parse(argv: list[str]) -> list[str]:
     """
     config_files.make_importable()
     named = find_config(argv)
-    argv = with_todays_names(argv)
+    argv = without_earlier(with_todays_names(argv))
     if named is not None:
         if model := value_of(argv, r"config\.model\.name"):
             named = named._replace(path=f"{OF_MODEL}:{model}:{named.path}")
@@ -102,7 +102,8 @@ def find_config(argv: list[str]) -> Named | None:
         return _config_of_run(argv)
     path, colon, variant = os.path.expanduser(name).partition(":")
     whole = os.path.expanduser(name)
-    if _is_file(os.path.join(whole, "config.json")):
+    known = any(os.path.isfile(place) for place in _places_of(path))
+    if not known and _is_file(os.path.join(whole, "config.json")):  # a name means the config, not a folder beside us
         whole = os.path.join(whole, "config.json")
     if whole.endswith(".json"):
         if not _is_file(whole):
@@ -195,6 +196,13 @@ def with_todays_names(argv: list[str]) -> list[str]:
             if i + 1 < len(argv):
                 renamed[i + 1] = _converted(argv[i + 1], setting.convert)
     return renamed
+
+
+def without_earlier(argv: list[str]) -> list[str]:
+    """Return the arguments without settings that are given again later, whose values ml_collections would join if they
+    are tuples."""
+    keys = [match[1] if (match := re.match(r"--?(config\.[\w.]+)=", argument)) else None for argument in argv]
+    return [argument for i, argument in enumerate(argv) if keys[i] is None or keys[i] not in keys[i + 1 :]]
 
 
 def _converted(value: str, convert: Callable[[Any], Any]) -> str:

@@ -167,6 +167,11 @@ def _run() -> None:
             if flags.FLAGS[flag].value != flags.FLAGS[flag].default and flag not in mode.reads:
                 readers = ", ".join(name for name, other in MODES.items() if flag in other.reads)
                 raise UserError(f"--mode={_MODE.value} doesn't read --{flag}, only {readers}; leave it out")
+        if checkpoint and mode.trains and _CONFIG.value.init_from and "init_from" not in command_line.overridden():
+            print(
+                f"--checkpoint continues a run, so config.init_from={_CONFIG.value.init_from} is left out", flush=True
+            )
+            _CONFIG.value.init_from = ""
         config_lib.check(_CONFIG.value)
         config_lib.settle_image_size(_CONFIG.value)
         config_lib.settle_paths(_CONFIG.value, workdir=workdir, checkpoint=checkpoint, source=source)
@@ -190,7 +195,7 @@ def _run() -> None:
             from deco_jax.run.hardware import check_attention
             from deco_jax.run.memory import check_memory
 
-            check_attention(_CONFIG.value.model.attention)
+            check_attention(_CONFIG.value.model)
             check_memory(_CONFIG.value, mode.trains)
         module, _, function = mode.program.partition(":")
         program = getattr(importlib.import_module(f"deco_jax.programs.{module}"), function)

@@ -46,8 +46,11 @@ from deco_jax.errors import UserError  # noqa: E402
 from deco_jax.report import curves  # noqa: E402
 from deco_jax.run import files, storage, tracking  # noqa: E402
 from deco_jax.run.metrics import read_rows  # noqa: E402
+from launch.slurm_array import array_script  # noqa: E402
 
 METRICS = "metrics.jsonl"
+# Settings after the -- that a trained run can't have got since.
+TRAINED = ("seed", "path.", "loss.", "optimizer.", "lora.", "data.batch_size", "model.prediction", "model.dropout")
 # Modes that a sweep can run, and the file that each writes in the workdir when it is done.
 MODES = {"train": "", "sample": "samples/grid.png", "evaluate": "evaluation.json", "spectrum": "spectrum.json"}
 VARIANT = "variant"
@@ -155,8 +158,10 @@ def last_metrics(run: Run) -> dict[str, Any]:
         ]
         metrics["hours"] = sum(seconds) / 3600
     evaluation = run.folder / "evaluation.json"
-    if evaluation.exists():
-        values = json.loads(evaluation.read_text())
+    values = json.loads(evaluation.read_text()) if evaluation.exists() else {}
+    measured = str((values.get("samples") or values.get("weights") or {}).get("from", ""))
+    step = re.search(r"/checkpoints/(\d+)$", measured)
+    if step is None or int(step[1]) >= metrics.get("step", 0):  # not one from before the run was trained on
         metrics |= {key: value for key, value in values.items() if isinstance(value, int | float)}
     return metrics
 
@@ -180,11 +185,11 @@ def equal(text: str, value: Any) -> bool:
     return value in (read, text) or value == [read, read]  # one side means both of data.image_size
 
 
-def check_settings(run: Run) -> None:
-    """Raise SystemExit if the folder holds a run with other settings; names leave out sections, so sweeps can clash."""
+def check_settings(run: Run, settings: dict[str, str]) -> None:
+    """Raise SystemExit if the folder holds a run with others; names leave out sections, so sweeps can clash."""
     path = run.folder / "config.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
-    for key, text in run.settings.items():
+    for key, text in settings.items():
         value: Any = stored
         for part in key.split("."):
             value = value.get(part, text) if isinstance(value, dict) else text
@@ -288,22 +293,6 @@ def gather(
     return table
 
 
-def array_script(count: int, options: list[str], workdir: pathlib.Path, command: list[str], more: list[str]) -> str:
-    """Write a SLURM batch script whose task i does run i of a sweep's command."""
-    after = f" -- {shlex.join(more)}" if more else ""
-    lines = [
-        "#!/usr/bin/env bash",
-        "#SBATCH --job-name=sweep",
-        f"#SBATCH --array=0-{count - 1}",
-        f"#SBATCH --output={workdir.absolute()}/slurm-%A_%a.log",
-        *(f"#SBATCH {option}" for option in options),
-        "set -euo pipefail",
-        f"cd {shlex.quote(str(ROOT))}",
-        f'exec {shlex.join(command)} --only="$SLURM_ARRAY_TASK_ID"{after}',
-    ]
-    return "\n".join(lines) + "\n"
-
-
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
@@ -323,6 +312,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true")
     at = argv.index("--") if "--" in argv else len(argv)
     arguments, more = parser.parse_args(argv[:at]), argv[at + 1 :]
+    arguments.list = arguments.list and arguments.list.expanduser()
     if arguments.list and not arguments.list.is_file():
         raise SystemExit(f"error: there is no file {arguments.list} (--list)")
     lines = arguments.list.read_text().splitlines() if arguments.list else []
@@ -332,7 +322,7 @@ def main(argv: list[str]) -> int:
         raise SystemExit(f"error: {arguments.config} already names a variant; leave it out, or --variants")
     # The runs start in this repository, wherever the sweep does.
     try:
-        arguments.workdir = storage.absolute(arguments.workdir)
+        arguments.workdir = storage.absolute(os.path.expanduser(arguments.workdir))
     except UserError as error:
         raise SystemExit(f"error: {error}") from error
     if arguments.slurm and storage.is_remote(arguments.workdir):
@@ -355,7 +345,7 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("WANDB_RUN_GROUP", arguments.workdir.name)  # the group of the runs at Weights & Biases
     failed = []
     for run in runs:
-        check_settings(run)
+        check_settings(run, run.settings)
     if arguments.only is not None and arguments.only not in range(len(runs)):
         raise SystemExit(f"error: --only={arguments.only}: the runs are 0 to {len(runs) - 1}")
     chosen = runs if arguments.only is None else [runs[arguments.only]]
@@ -369,6 +359,9 @@ def main(argv: list[str]) -> int:
             name = task.folder.relative_to(arguments.workdir)
             command = task.command(arguments.config, mode, more)
             if is_done(task, mode, more):
+                if mode == "train":
+                    given = overrides(more).items()
+                    check_settings(task, {key: text for key, text in given if key.startswith(TRAINED)})
                 print(f"already done: {name}, {mode}", flush=True)
             elif arguments.dry_run:
                 print(shlex.join(command))

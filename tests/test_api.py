@@ -212,6 +212,11 @@ def test_another_guidance_rule(model):
         (lambda m: m.sample(classes=1, guidance_interval=(1, 0)), "guidance_interval=(1, 0)"),
         (lambda m: m.sample(classes=1, shift=0), "shift=0"),
         (lambda m: m.sample(classes=1, seed=-1), "seed=-1"),
+        (lambda m: m.sample(classes=1, size=16.0), "size=16.0 must be one side or (height, width)"),
+        (lambda m: m.sample(classes=jnp.asarray([3, 11])), "there is no class 11; choose one from 0 to 9"),
+        (lambda m: m.sample(classes=1, guidance=2.0, guidance_model="~/no such run"), "there is no checkpoint in /"),
+        (lambda m: m.velocity(np.zeros((1, 16, 16, 3)), 0.5, np.asarray([11])), "other labels than 0 to 10 (no class)"),
+        (lambda m: m.velocity(np.zeros((1, 16, 16, 3)), 0.5, np.asarray(["cat"])), "there is no class 'cat'"),
         (lambda m: m.sample(classes=1, size=18), "patch_size=4 does not divide the image, 18x18"),
         (lambda m: m.sample(classes=1, steps=3), "there is no setting 'steps'; choose from"),
         (lambda m: m.sample(classes=1, batch_size=-1), "batch_size=-1 must be at least 1"),
@@ -237,6 +242,41 @@ def test_what_cannot_be(model, call, says):
         call(model)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_arrays_of_labels(model):
+    """As a user has them at hand; where guidance is written around `velocity`, also the label of no class."""
+    settings = {**EULER, "num_steps": 1}
+    images = model.sample(classes=[3, 7], **settings)
+    for classes in (np.asarray([3, 7]), jnp.asarray([3, 7]), np.asarray(["3", "7"])):
+        np.testing.assert_array_equal(model.sample(classes=classes, **settings), images)
+    for one in (np.asarray(3), jnp.int32(3)):
+        np.testing.assert_array_equal(model.sample(classes=one, **settings)[0], model.sample(classes=3, **settings)[0])
+    state = np.random.default_rng(0).standard_normal((2, 16, 16, 3)).astype(np.float32)
+    conditional, null = (np.asarray(model.velocity(state, 0.0, np.asarray(c))) for c in ([3, 7], [10, 10]))
+    drawn = model.sample(classes=[3, 7], noise=state, **{**settings, "guidance_interval": (-1.0, 1.0)})
+    by_hand = np.clip(127.5 * (state + null + 2.0 * (conditional - null) + 1), 0, 255)
+    assert np.abs(drawn - by_hand).max() <= 1
+
+
+def test_settings_of_a_later_version_are_left_out(tmp_path):
+    folder = random_checkpoint(tmp_path / "run", quickstart.get_config("smoke"))
+    (place,) = folder.glob("checkpoints/*/config/metadata")
+    values = json.loads(place.read_text())
+    values["loss"]["edge_weight"] = 0.5
+    place.write_text(json.dumps(values))
+    assert deco_jax.load(folder).sample(classes=1, **EULER).shape == (1, 16, 16, 3)
+    values["model"]["colour"] = 3
+    place.write_text(json.dumps(values))
+    with pytest.raises(deco_jax.UserError, match=r"has settings of the model deco .* model.colour; use the version"):
+        deco_jax.load(folder)
+
+
+def test_a_run_with_cudnns_attention_opens_on_any_machine(tmp_path):
+    config = quickstart.get_config("smoke")
+    config.model.attention, config.model.dtype = "cudnn", "bfloat16"
+    model = deco_jax.load(random_checkpoint(tmp_path / "run", config))
+    assert model.sample(classes=1, **EULER).shape == (1, 16, 16, 3)
 
 
 def test_text_to_image(tmp_path):

@@ -14,6 +14,7 @@ import torch
 
 from configs import meanflow_cifar10, quickstart
 from deco_jax.errors import UserError
+from deco_jax.evaluation.evaluator import Scores
 from deco_jax.evaluation.image_sets import ImageSet
 from deco_jax.evaluation.measuring import Reader, Rows, read
 from deco_jax.models import network as network_lib
@@ -60,6 +61,31 @@ def test_a_combination_that_cannot_be_drawn_is_refused_before_the_first(monkeypa
     learnt.evaluate.update({"guidances": (2.0, 99.0), "search_images": 10})
     with pytest.raises(UserError, match=r"guidance=99.0 is outside of what this model learns"):
         best_of.check(learnt, model, evaluators)
+
+
+def test_rows_that_a_search_has_not_come_to_are_kept(tmp_path, monkeypatch):
+    """It may be stopped before, or search others; and nothing is measured twice, unless the reference is another."""
+    model = types.SimpleNamespace(name="run", config=settings())
+    config = settings(guidances=(1.0, 2.0, 3.0), search_images=10)
+    measured = []
+
+    def scores_of(model, candidate):
+        measured.append(candidate.sample.guidance)
+        if candidate.sample.guidance == 1.5:
+            raise KeyboardInterrupt
+        return Scores({"fid": candidate.sample.guidance})
+
+    best_of.search(config, model, tmp_path, scores_of, "a reference")
+    config.evaluate.guidances = (1.0, 1.5, 2.5)
+    with pytest.raises(KeyboardInterrupt):
+        best_of.search(config, model, tmp_path, scores_of, "a reference")
+    config.evaluate.guidances = (3.0, 2.0)
+    best, _ = best_of.search(config, model, tmp_path, scores_of, "a reference")
+    assert measured == [1.0, 2.0, 3.0, 1.5]
+    assert best.sample.guidance == 2.0
+    assert [row["guidance"] for row in json.loads((tmp_path / "best_of.json").read_text())["rows"]] == [3.0, 2.0]
+    best_of.search(config, model, tmp_path, scores_of, "another reference")
+    assert measured == [1.0, 2.0, 3.0, 1.5, 3.0, 2.0]
 
 
 def test_table_is_sorted_and_names_the_best():

@@ -6,6 +6,7 @@ import gc
 import json
 import pathlib
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -185,6 +186,32 @@ def test_the_best_is_kept_and_a_resumed_run_knows_it(tmp_path, state):
         more.add(step, {"precision": value}, [step])
     assert more.step([1, 2, 3]) == 2
     assert more.step([9]) is None
+
+
+def test_scores_that_were_measured_otherwise_are_not_compared(tmp_path):
+    """More samples give a lower FID. The best of before is kept as well."""
+    config, *_ = make()
+    config.train.keep_best = "fid"
+    fids = {1: 9.0, 2: 7.0, 3: 8.0, 4: 5.0, 5: 6.0}
+    lines = [json.dumps({"step": step, "fid": fid}) + "\n" for step, fid in fids.items()]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    changes = [(1, "train.log_every"), (3, "evaluate.during_training_images"), (4, "train.save_every")]
+    lines = [json.dumps({"step": step, "changed": {name: [1, 2]}}) + "\n" for step, name in changes]
+    (tmp_path / "config_history.jsonl").write_text("".join(lines))
+
+    def kept(changed, scores):
+        best = Best(config, ["fid"])
+        best.read(tmp_path, 5, changed)
+        for step, fid in scores.items():
+            best.add(step, {"fid": fid}, range(1, step + 1))
+        steps = range(1, 8)
+        found = best.should_preserve([types.SimpleNamespace(step=step) for step in steps], context=None)
+        return [step for step, keep in zip(steps, found, strict=True) if keep]
+
+    assert kept([], {6: 5.5, 7: 6.0}) == [2, 4]
+    assert kept([], {6: 5.5, 7: 4.0}) == [2, 7]
+    assert kept(["train.num_steps"], {}) == [2, 4]
+    assert kept(["sample.guidance_interval"], {6: 99.0, 7: 88.0}) == [2, 4, 7]
 
 
 def test_half_written_ones_are_passed_over_and_removed(workdir, state):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import types
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from configs import imagenet256, quickstart
 from deco_jax.conditioning.condition import abstract_condition
 from deco_jax.config import default_config
+from deco_jax.errors import UserError
 from deco_jax.method import training
 from deco_jax.programs import compile as compile_lib
 from deco_jax.programs import train
@@ -38,6 +40,26 @@ def test_attention(name, dtype, platform, chosen):
 @pytest.mark.parametrize("head_width, taken", [(36, False), (72, True), (128, True), (136, False), (288, False)])
 def test_cudnns_attention_is_for_head_widths_that_it_takes(head_width, taken):
     assert (choices.attention("auto", jnp.bfloat16, head_width, "gpu") == "cudnn") == taken
+
+
+@pytest.mark.parametrize(
+    "capability, narrow, wide",
+    [("7.5", False, False), ("8.0", True, False), ("9.0", True, True), ("gfx90a", False, False), ("10.3", True, True)],
+)
+def test_gpus_without_cudnns_attention_use_xlas(capability, narrow, wide, monkeypatch):
+    """A T4, an A100, an H100, an AMD."""
+    gpu = types.SimpleNamespace(compute_capability=capability, device_kind="a GPU")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
+    assert (choices.attention("auto", jnp.bfloat16, 72) == "cudnn") == narrow
+    assert choices.attention("auto", jnp.bfloat16, 192) == "xla"  # "auto" only takes what every GPU that has it does
+    for width, has in ((72, narrow), (192, wide)):
+        model = types.SimpleNamespace(attention="cudnn", width=2 * width, num_heads=2)
+        if has:
+            hardware.check_attention(model)
+        else:
+            with pytest.raises(UserError, match=rf"cudnn for heads of {width} channels needs .*, not a GPU; use auto"):
+                hardware.check_attention(model)
 
 
 def program(peak: float, cycles: int = 0):

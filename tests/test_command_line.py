@@ -14,6 +14,7 @@ import pytest
 from configs import quickstart
 from deco_jax import command_line
 from deco_jax import config as config_lib
+from deco_jax.command_line import find_config, without_earlier
 from deco_jax.config import reference, words
 from deco_jax.main import MODES
 from tests.helpers import ROOT, run_main
@@ -131,6 +132,22 @@ def test_renamed_settings_of_a_saved_config(renamed):
     del older["train"]["log_every"], older["train"]["save_every"]
     config.train.log_every, config.train.save_every = 9, 180
     assert config_lib.complete(older) == config_lib.to_json(config)
+
+
+def test_the_last_of_a_setting_given_twice_counts():
+    """ml_collections joins tuples."""
+    given = ["main", "--config.a.b=1,2", "--config.c=3", "--config.a.b=4", "--noconfig.d", "--config.e", "5", "--f=1"]
+    assert without_earlier(given) == ["main", *given[2:]]
+
+
+def test_a_name_means_a_config_and_not_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("cifar10", "run"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    assert find_config(["main", "--config=cifar10"]).path.endswith("configs/cifar10.py")
+    assert find_config(["main", "--config=run"]).saved
+    assert find_config(["main", "--config=./cifar10"]).saved
 
 
 def test_only_what_is_near_is_suggested():

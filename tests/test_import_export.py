@@ -209,6 +209,15 @@ def test_a_workdir_with_a_run_is_refused(imported):
         checkpoints.import_checkpoint(golden_config(), str(imported), str(FILE))
 
 
+def test_an_adapted_run_is_not_imported(tmp_path):
+    config = golden_config()
+    config.lora.rank = 4
+    with pytest.raises(UserError, match=r"whole weights, but config.lora.rank stores what adapts others"):
+        checkpoints.import_checkpoint(config, str(tmp_path / "run"), str(FILE))
+    with pytest.raises(UserError, match=r"--mode=import reads .ckpt and .pth; deco_jax.load opens an exported"):
+        checkpoints.import_checkpoint(golden_config(), str(tmp_path / "run"), "ema.safetensors")
+
+
 def test_mistakes_on_the_command_line_are_one_line(tmp_path):
     result = run_main(*ARGUMENTS, "--mode=import", f"--workdir={tmp_path / 'run'}")
     assert (result.returncode, len(result.stderr.strip().splitlines())) == (1, 1)

@@ -138,6 +138,13 @@ def test_a_run_of_other_settings_is_not_taken_for_ones_own(tmp_path):
     refused = run(*command, "--grid=sample.seed=1")
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "seed=1 holds a run with sample.seed=0, not 1; give another --workdir" in refused.stderr
+    stored["optimizer"] = {"learning_rate": 1e-4}
+    (tmp_path / "seed=1" / "config.json").write_text(json.dumps(stored))
+    # What was trained can't have got it since; what is drawn or printed can.
+    words = ("--config.sample.num_steps=3", "--config.train.log_every=2", "--config.optimizer.learning_rate=1e-4")
+    assert "already done" in run(*command, "--grid=seed=1", "--", *words).stdout
+    refused = run(*command, "--grid=seed=1", "--", "--config.optimizer.learning_rate=2e-4")
+    assert "holds a run with optimizer.learning_rate=0.0001, not 2e-4; give another --workdir" in refused.stderr
     refused = run(*command, "--grid=seed=1", "--only=1")
     assert (refused.returncode, "the runs are 0 to 0" in refused.stderr) == (1, True)
 
@@ -166,7 +173,12 @@ def test_table_is_sorted_and_unfinished_runs_come_last(tmp_path):
     runs = sweep.plan(tmp_path, ["seed=0,1,2"], [])
     finished(runs[0].folder, 2.0)
     finished(runs[1].folder, 1.0, step=5)
-    (runs[0].folder / "evaluation.json").write_text(json.dumps({"fid": 3.5, "files": {}}))
+    evaluation = runs[0].folder / "evaluation.json"
+    for step, column in ((9, ""), (10, " fid |")):  # one from before the last step was trained doesn't count
+        evaluation.write_text(json.dumps({"fid": 3.5, "samples": {"from": f"drawn from /x/checkpoints/{step}"}}))
+        table = sweep.gather(runs, tmp_path, "loss", descending=False).splitlines()
+        assert table[0] == f"| seed | done | loss | step |{column}"
+    evaluation.write_text(json.dumps({"fid": 3.5, "files": {}}))
     table = sweep.gather(runs, tmp_path, "loss", descending=False).splitlines()
     assert table[0] == "| seed | done | loss | step | fid |"
     assert [line.split(" | ")[0] for line in table[2:]] == ["| 1", "| 0", "| 2"]

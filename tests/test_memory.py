@@ -14,8 +14,10 @@ from deco_jax.run import memory, sharding
 from deco_jax.run.state import create_state
 
 
-def test_training_needs_the_state_and_its_gradient():
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_training_needs_the_state_and_its_gradient(name):
     config = quickstart.get_config("smoke")
+    config.optimizer.name = name
     networks = {"denoiser": network.build(config.model.to_dict())}
     mesh = sharding.make_mesh(-1, 1)
     state = create_state(0, networks, make_optimizer(config.optimizer), mesh)

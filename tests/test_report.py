@@ -209,6 +209,18 @@ def test_scores_and_what_is_missing(full):
     assert "b: no evaluation.json" in page.text
 
 
+def test_a_validation_loss_is_a_score(tmp_path):
+    """Nothing was drawn for it, so nothing of what is measured on samples is missing."""
+    (tmp_path / "run").mkdir()
+    values = {"validation_loss": 0.5, "validation_pixel": 0.25, "weights": {"from": "run", "average": "ema"}}
+    (tmp_path / "run" / "evaluation.json").write_text(json.dumps(values))
+    page = write_report(tmp_path / "run")
+    assert page.row("validation loss") == ["0.5"]
+    assert page.row("validation pixel") == ["0.25"]
+    assert page.row("sampling") == ["no images"]
+    assert "Inception Score" not in page.text
+
+
 def test_imported_weights_that_were_only_measured(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "evaluation.json").write_text(json.dumps({"fid": 1.625}))

@@ -122,6 +122,12 @@ def test_goes_on_from_another_runs_checkpoint(tmp_path, undisturbed):
     assert losses(tmp_path / "fork") == {step: undisturbed[step] for step in range(2, 6)}
     refused = run_main(*command, f"--config.init_from={source}")
     assert (refused.returncode, "give only one of them" in refused.stderr) == (1, True)
+    # A run that began with another's weights is gone on with like any other, by its own settings.
+    began = [f"--workdir={tmp_path / 'began'}", f"--config.init_from={source}", "--config.train.num_steps=1"]
+    succeed(*SHORT, *began)
+    said = succeed(f"--workdir={tmp_path / 'on'}", f"--checkpoint={tmp_path / 'began'}", *began[2:]).stdout
+    assert f"config.init_from={source} is left out" in said
+    assert "resumed at step 1" in said
 
 
 def test_a_model_of_ten_classes_learns_two_of_ones_own(tmp_path):

@@ -76,6 +76,15 @@ def test_a_size_that_only_the_config_asks_for_is_refused(tmp_path):
     settings.check_drawn(config, ["path.noise_scale"], str(tmp_path), "")
 
 
+def test_another_optimizer_is_refused_before_its_state_is_read(tmp_path):
+    config = quickstart.get_config("smoke")
+    settings.record(tmp_path, config, 0)
+    settings.check_kept(tmp_path, config)
+    config.optimizer.name = "muon"
+    with pytest.raises(UserError, match=r"config.optimizer.name was adamw and is muon; leave --config out"):
+        settings.check_kept(tmp_path, config)
+
+
 def test_what_a_run_trains_with_is_what_its_config_says(tmp_path):
     run = two_steps(tmp_path)
     before = files(run)

@@ -8,11 +8,14 @@ import re
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from configs import quickstart
+from deco_jax.programs.actions import Evaluate
 from deco_jax.run import files
 from deco_jax.run import writer as writer_lib
 from deco_jax.run.writer import Writer
@@ -153,3 +156,19 @@ def test_the_overview_counts_every_parameter(tmp_path):
         [" b    ", " (5,)   ", " int8    ", " 5    "],
     ]
     assert "Total: 17 -- 53 bytes" in table
+
+
+def test_measuring_during_training_prints_nothing_between_json_lines(capsys):
+    config = quickstart.get_config("smoke")
+    config.train.log_json = True
+    written = {}
+    writer = types.SimpleNamespace(add=lambda step, name, value: written.update({name: value}))
+    run = types.SimpleNamespace(config=config, writer=writer, best=None)
+
+    def scores(state):
+        print("6 of 6 images measured")
+        return {"fid": 2.0}
+
+    Evaluate(run, 2, scores)(2, None)
+    said = capsys.readouterr()
+    assert (said.out, said.err, written) == ("", "6 of 6 images measured\n", {"fid": 2.0})

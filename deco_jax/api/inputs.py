@@ -132,9 +132,13 @@ class Inputs:
         given["guidance"] = None if rule else guidance
         values["sample"] |= {name: _plain(value) for name, value in given.items() if value is not None}
         if size is not None:
-            values["data"]["image_size"] = image_sides(_plain(size))
+            sides = _plain(size)
+            if not isinstance(sides, (int, tuple)):
+                raise UserError(f"size={size} must be one side or (height, width), in whole pixels")
+            values["data"]["image_size"] = image_sides(sides)
         config = config_lib.make_config(values)
         config_lib.check(config)
+        config_lib.settle_paths(config)
         if rule is None:
             return self._sampling_of(config)
         if config.model.mean_velocity:
@@ -174,7 +178,7 @@ class Inputs:
             raise UserError("no classes are given; classes=[0] draws one image of the first class")
         return requests_lib.class_requests(labels, self.config.model.num_classes)
 
-    def _checked(self, context: np.ndarray) -> np.ndarray:
+    def _checked(self, context: Any) -> Any:
         """Return labels or text features if they are some of this model's; UserError otherwise."""
         model = self.config.model
         shape = (model.text_length, model.text_width) if model.text_width else ()
@@ -196,17 +200,22 @@ class Inputs:
         return requests_lib.prompt_requests(self.condition, [""], negative, self.frozen).null
 
     def context(self, condition: Any, count: int) -> Any:
-        """Turn classes or prompts into labels int32 [count], or text features [count, length, text_width]."""
+        """Turn classes or prompts into labels int32 [count], or text features [count, length, text_width].
+
+        Labels in an array may be num_classes, no class, and a prompt may be empty.
+        """
         text = bool(self.config.model.text_width)
-        if isinstance(condition, (jax.Array, np.ndarray)) and (condition.ndim == 3 if text else condition.ndim == 1):
-            context: Any = condition
-            if not text and not isinstance(condition, jax.core.Tracer):
-                context = np.asarray(
-                    requests_lib.find_classes(np.asarray(condition).tolist(), self.config.model.num_classes)
-                )
+        is_array = isinstance(condition, (jax.Array, np.ndarray)) and condition.dtype.kind not in "US"
+        if is_array and (condition.ndim == 3 if text else condition.ndim == 1):
+            traced = isinstance(condition, jax.core.Tracer)
+            context: Any = condition if text or traced else np.asarray(condition)
+            if text or not traced:
+                self._checked(context)
         elif text:
-            prompts = [condition] if isinstance(condition, str) else list(condition)
-            context = self.requests(None, prompts, None, None).context(np.arange(len(prompts)))
+            prompts = [condition] if isinstance(condition, str) else [str(prompt) for prompt in condition]
+            assert isinstance(self.condition, Texts)
+            asked = requests_lib.prompt_requests(self.condition, [text.strip() for text in prompts], "", self.frozen)
+            context = asked.context(np.arange(len(prompts)))
         else:
             context = np.asarray(requests_lib.find_classes(condition, self.config.model.num_classes, self.class_names))
         if len(context) == 1 and count > 1:

@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 from deco_jax import config as config_lib
 from deco_jax.api.model import Model
 from deco_jax.conditioning.condition import Condition, open_condition
+from deco_jax.config import saved
 from deco_jax.convert import deco, infer, jit_files, torch_files
 from deco_jax.data.sources import Source
 from deco_jax.errors import NPZ_ERRORS, UserError
-from deco_jax.run import checkpoint, fetch, sharding, storage
+from deco_jax.run import checkpoint, fetch, hardware, sharding, storage
 from deco_jax.sampling import generate
 
 MEASURED = "measured.npz"  # in an exported folder: what a prediction goes by
@@ -47,6 +48,8 @@ def load(
     """
     path = storage.path(os.path.expanduser(path))
     mesh = sharding.make_mesh(-1, 1)
+    if path.suffix == ".safetensors" and path.is_file():
+        raise UserError(f"{path} is one average of an exported model; give its folder, {path.parent}")
     if path.is_file():
         return _load_official(path, average, config, mesh)
     if config is not None:
@@ -54,7 +57,7 @@ def load(
     if list(path.glob("*.safetensors")) and not (path / checkpoint.FOLDER).is_dir():
         return _load_exported(path, average, mesh)
     where = checkpoint.find(str(path))
-    stored = config_lib.make_config(config_lib.complete(checkpoint.load_config(where)))
+    stored = config_lib.make_config(saved.known(checkpoint.load_config(where), where))
     return _load_checkpoint(where, stored, average, mesh)
 
 
@@ -76,6 +79,16 @@ def open_model(
     return _load_checkpoint(where, config, config.sample.average, mesh, condition)
 
 
+def _for_this_machine(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Return a config with an attention that this machine has; all of them compute the same."""
+    model = config.model
+    if model.attention != "cudnn" or hardware.has_cudnn_attention(model.width // model.num_heads):
+        return config
+    changed = config.copy_and_resolve_references()
+    changed.model.attention = "auto"
+    return changed
+
+
 def class_names(where: pathlib.Path) -> list[str] | None:
     """Read the class names that a checkpoint's run, or an exported folder, stored; None if it didn't."""
     for folder in (where, where.parent.parent):
@@ -92,6 +105,7 @@ def class_names(where: pathlib.Path) -> list[str] | None:
 def _load_checkpoint(
     where: pathlib.Path, config: ml_collections.ConfigDict, average: str, mesh: Mesh, condition: Condition | None = None
 ) -> Model:
+    config = _for_this_machine(config)
     denoiser = generate.make_denoiser(config)
     params = checkpoint.load_average(where, denoiser.network.shapes, config, mesh, average)
     denoiser = denoiser.given(checkpoint.load_measured(where, denoiser.prediction.measured, mesh))
@@ -106,9 +120,10 @@ def _load_exported(folder: pathlib.Path, average: str, mesh: Mesh) -> Model:
         there = ", ".join(sorted(file.stem for file in folder.glob("*.safetensors")))
         raise UserError(f"{folder} has no average {average!r}; it has {there}")
     try:
-        config = config_lib.make_config(config_lib.complete(json.loads((folder / "config.json").read_text())))
+        values = config_lib.complete(json.loads((folder / "config.json").read_text()))
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{folder / 'config.json'} can't be read ({error}); export it again") from error
+    config = config_lib.make_config(saved.known(values, folder / "config.json"))
     tensors, measured = torch_files.read_safetensors(fetch.local(weights)), {}
     if (folder / MEASURED).is_file():
         try:
@@ -140,6 +155,7 @@ def _of_tensors(
     measured: Mapping[str, np.ndarray] | None = None,
 ) -> Model:
     """Make a model from tensors under their official names, and from what its prediction depends on."""
+    config = _for_this_machine(config)
     denoiser = generate.make_denoiser(config)
     if lost := set(denoiser.prediction.measured) - set(measured or {}):
         raise UserError(f"{path.parent} has no {min(lost)} in {MEASURED}; export it again")

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import ml_collections
 import ml_dtypes
 import numpy as np
@@ -133,6 +134,8 @@ def find_classes(
     Raises:
         UserError: there is no such class.
     """
+    if isinstance(chosen, (jax.Array, np.ndarray)):
+        chosen = np.asarray(chosen).ravel().tolist()
     if isinstance(chosen, (str, int, np.integer)):
         chosen = [chosen]
     by_name = {name: label for label, name in enumerate(names or ())}

@@ -27,15 +27,24 @@ def get_config(path: str) -> ml_collections.ConfigDict:
     Raises:
         UserError: it isn't a saved config, or has settings of the model that this version doesn't know.
     """
-    values, extra = read(path)
+    values, _ = read(path)
+    return make_config(known(values, path))
+
+
+def known(values: Mapping[str, Any], path: str | pathlib.Path) -> dict[str, Any]:
+    """Return saved values, under today's names, without those that this version doesn't know.
+
+    Raises:
+        UserError: it doesn't know some of the model's.
+    """
+    extra = unknown(values)
     of_model = [name for name in extra if name.startswith("model.")]
     if of_model:
         raise UserError(
             f"{path} has settings of the model {values['model'].get('name')} that this version doesn't know: "
             f"{', '.join(of_model)}; use the version that wrote it"
         )
-    flat = flatten(values)
-    return make_config(unflatten({key: value for key, value in flat.items() if not _within(key, extra)}))
+    return unflatten({key: value for key, value in flatten(values).items() if not _within(key, extra)})
 
 
 def read(path: str | pathlib.Path) -> tuple[dict[str, Any], list[str]]:

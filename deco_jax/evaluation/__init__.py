@@ -1,5 +1,9 @@
 """Scores of models and samples: one file per family of metrics, one interface (`evaluator.Evaluator`)."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 # Names in config.evaluate.metrics → modules with `check(config)`, which makes sure that all files exist, and
 # `make(setup)`, which makes the evaluator. Modules are given by name because they read the settings that list them.
 EVALUATORS = {
@@ -29,3 +33,11 @@ TITLES = {
 }
 # Scores of which lower is better; a search over samplers can use them.
 DISTANCES = ("fid", "sfid", "kid", "fd_dinov2")
+
+
+def titles_of(names: Iterable[str]) -> dict[str, str]:
+    """Return the scores' names in tables, in the order of TITLES; the validation losses come last."""
+    names = list(names)
+    losses = sorted(name for name in names if name.startswith("validation"))
+    known = {name: title for name, title in TITLES.items() if name in names}
+    return known | {name: name.replace("_", " ") for name in losses}

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from deco_jax.api import Model
 
 
+VERSION = 2  # of the measurement: what another version stored is measured again
+
+
 class LPIPS:
     """Scores a model by its reconstructions, and samples by the distances within their classes."""
 
@@ -70,7 +73,10 @@ class LPIPS:
                 found[second] = self._distance(batch[second - 1], batch[second])
             rows.add(found)
 
-        named, save_every = fingerprint_of(samples, self._weights, "pairs"), self._config.evaluate.save_every
+        named, save_every = (
+            fingerprint_of(samples, self._weights, "pairs", f"version {VERSION}"),
+            self._config.evaluate.save_every,
+        )
         return [self._newest(named, lambda: Reader(Rows(1, named), add, self._path, save_every))]
 
     def __call__(self, subject: Subject) -> Scores:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -245,7 +246,11 @@ class Evaluate:
         return self._run.at(step, self._every)
 
     def __call__(self, step: int, state: State) -> None:
-        run, scores = self._run, self._scores(state)
+        run = self._run
+        # There, measuring images may print lines of its own.
+        quiet = contextlib.redirect_stdout(sys.stderr) if run.config.train.log_json else contextlib.nullcontext()
+        with quiet:
+            scores = self._scores(state)
         for name, value in scores.items():
             run.writer.add(step, name, value)
         if run.best and run.best.add(step, scores, {*run.checkpoints.steps(), step}):

@@ -23,7 +23,7 @@ from deco_jax import api
 from deco_jax import config as config_lib
 from deco_jax.config import to_json
 from deco_jax.errors import UserError
-from deco_jax.evaluation import TITLES
+from deco_jax.evaluation import TITLES, lpips, titles_of
 from deco_jax.evaluation.evaluator import Evaluator, Scores, metric_names
 from deco_jax.report import style
 from deco_jax.run import checkpoint, distributed, files, storage
@@ -107,12 +107,14 @@ def search(
     model: api.Model,
     folder: pathlib.Path,
     scores_of: Callable[[api.Model, ml_collections.ConfigDict], Scores],
+    measured_with: str = "",
 ) -> tuple[ml_collections.ConfigDict, api.Model]:
     """Score all combinations; return the settings of the best, and the model with its average.
 
     Args:
         model: with any average of the weights.
         scores_of: (model, settings) → scores of samples drawn that way.
+        measured_with: names the reference and the weights that scores depend on, besides the settings.
     """
     by, path = config.evaluate.best_by, folder / f"{NAME}.json"
     known = {row["key"]: row for row in _read(path)}
@@ -120,7 +122,7 @@ def search(
     for number, candidate in enumerate(tried, start=1):
         small = candidate.copy_and_resolve_references()
         small.sample.num_images = config.evaluate.search_images
-        row = _described(small, _key(small, model.name))
+        row = _described(small, _key(small, model.name, measured_with))
         if distributed.from_main_host(row["key"] in known):
             row = known.get(row["key"], row)
         else:
@@ -136,13 +138,16 @@ def search(
         if jax.process_index() == 0:
             score = row["scores"][by]
             print(f"{number} of {len(tried)}: {_named(row)}: {TITLES[by]} {score:.4g}", flush=True)
-            _write(folder, {"best_by": by, "rows": rows})
+            # Rows of earlier searches that this one hasn't come to yet, or won't, aren't lost.
+            keys = {row["key"] for row in rows}
+            others = [row for row in known.values() if row["key"] not in keys]
+            _write(folder, {"best_by": by, "rows": rows, "others": others})
     best = distributed.from_main_host(
         min(range(len(rows)), key=lambda i: rows[i]["scores"][by]) if jax.process_index() == 0 else 0
     )
     if jax.process_index() == 0:
         print(f"best: {_named(rows[best])}; now measuring it with {config.sample.num_images:,} samples", flush=True)
-        _write(folder, {"best_by": by, "rows": rows, "best": rows[best]["key"]})
+        _write(folder, {"best_by": by, "rows": rows, "others": others, "best": rows[best]["key"]})
     return tried[best], _with_average(model, tried[best])
 
 
@@ -158,15 +163,16 @@ def _with_average(model: api.Model, config: ml_collections.ConfigDict) -> api.Mo
     return other
 
 
-def _key(config: ml_collections.ConfigDict, name: str) -> str:
+def _key(config: ml_collections.ConfigDict, name: str, measured_with: str) -> str:
     """Return a digest of everything that a score depends on: how samples are drawn and how they are measured."""
     varied = (*VARIED, "search_images", "best_by", "save_every", "cache", "batch_size", "every")
     values = to_json(config)
     measured = {name: value for name, value in values["evaluate"].items() if name not in varied}
     drawn = generate.fingerprint(config, name)
     if "lpips" in metric_names(config):
-        measured |= {"lpips": values["lpips"]}
-    return hashlib.sha256(json.dumps([drawn, measured, values["data"]], sort_keys=True).encode()).hexdigest()[:16]
+        measured |= {"lpips": values["lpips"], "version": lpips.VERSION}
+    everything = [drawn, measured, values["data"], values["text"], measured_with]
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _described(config: ml_collections.ConfigDict, key: str) -> Row:
@@ -194,7 +200,8 @@ def _read(path: pathlib.Path) -> list[Row]:
     if not path.exists():
         return []
     try:
-        return [row for row in json.loads(path.read_text())["rows"] if {"key", "scores"} <= row.keys()]
+        found = json.loads(path.read_text())
+        return [row for row in [*found["rows"], *found.get("others", [])] if {"key", "scores"} <= row.keys()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}); remove it to search again") from error
 
@@ -208,7 +215,7 @@ def _write(folder: pathlib.Path, result: dict[str, Any]) -> None:
 def finish(folder: pathlib.Path, evaluation: dict[str, Any]) -> None:
     """Add the full evaluation of the best combination to the table."""
     result = json.loads((folder / f"{NAME}.json").read_text())
-    result["evaluation"] = {name: evaluation[name] for name in TITLES if name in evaluation}
+    result["evaluation"] = {name: evaluation[name] for name in titles_of(evaluation)}
     result["evaluation"]["images"] = evaluation["samples"]["images"]
     _write(folder, result)
     print(f"wrote {', '.join(str(folder / f'{NAME}.{end}') for end in ('json', 'md', 'png'))}")
@@ -217,8 +224,8 @@ def finish(folder: pathlib.Path, evaluation: dict[str, Any]) -> None:
 def table(result: dict[str, Any]) -> str:
     """Return all rows as a Markdown table, the best first, followed by the best one's full scores."""
     by, rows = result["best_by"], result["rows"]
-    names = [name for name in TITLES if any(name in row["scores"] for row in rows)]
-    lines = [_line(["average", "guidance", "interval", "steps", *(TITLES[name] for name in names)])]
+    names = titles_of(name for row in rows for name in row["scores"])
+    lines = [_line(["average", "guidance", "interval", "steps", *names.values()])]
     lines.append(_line(["---"] * (4 + len(names))))
     for row in sorted(rows, key=lambda row: row["scores"][by]):
         interval = "" if row["guidance"] == 1 else "({:g}, {:g}]".format(*row["interval"])
@@ -227,7 +234,7 @@ def table(result: dict[str, Any]) -> str:
     lines += ["", f"{rows[0]['images']:,} samples each."]
     if "evaluation" in result:
         full = result["evaluation"]
-        scores = [f"{TITLES[name]} {full[name]:.4f}" for name in TITLES if full.get(name) is not None]
+        scores = [f"{title} {full[name]:.4f}" for name, title in names.items() if full.get(name) is not None]
         best = next(row for row in rows if row["key"] == result["best"])
         lines += ["", f"{_named(best)}, {full['images']:,} samples: {', '.join(scores)}."]
     return "\n".join(lines) + "\n"

@@ -46,6 +46,15 @@ def import_checkpoint(config: ml_collections.ConfigDict, workdir: str, source: s
         raise UserError("--mode=import needs --source=FILE, the checkpoint to import: a .ckpt, or JiT's .pth")
     if checkpoint.complete_steps(workdir):
         raise UserError(f"--workdir={workdir} already has checkpoints; choose an empty folder for the imported one")
+    if config.lora.rank:
+        raise UserError(
+            "an official checkpoint has whole weights, but config.lora.rank stores what adapts others; import it with "
+            "--config.lora.rank=0, and give that run as config.init_from"
+        )
+    if source.endswith(".safetensors"):
+        raise UserError(
+            f"--source={source}: --mode=import reads .ckpt and .pth; deco_jax.load opens an exported folder"
+        )
     prediction = make_prediction(config)
     if prediction.measured:
         raise UserError(

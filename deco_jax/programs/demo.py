@@ -37,6 +37,7 @@ HOST = "127.0.0.1"
 MAX_IMAGES = 16
 MAX_FRAMES = 40  # in an animation
 FRAME_SECONDS, LAST_FRAME_SECONDS = 0.1, 2.0
+OUT_OF_MEMORY = "the device is out of memory; draw fewer images, or smaller ones"
 PREVIEW_SECONDS = 0.2  # between two previews
 SMALLEST_SHOWN = 256  # pixels; smaller images are enlarged
 
@@ -269,6 +270,10 @@ def make_page(gradio: Any, model: api.Model) -> Any:
                 yield from fulfil(model, read_request({name: values[field] for name, field in asked.items()}), progress)
             except UserError as error:
                 raise gradio.Error(str(error), print_exception=False) from error
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                raise gradio.Error(OUT_OF_MEMORY, print_exception=False) from error
 
         events = [start.click] + ([asked["prompt"].submit] if "prompt" in asked else [])
         drawing = gradio.on(

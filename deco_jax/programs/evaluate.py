@@ -28,9 +28,9 @@ from deco_jax.evaluation.evaluator import (
     make_evaluators,
     metric_names,
 )
-from deco_jax.evaluation.image_sets import ImageSet, drawn_images, folder_images, npz_images
-from deco_jax.evaluation.inception_features import open_reference
-from deco_jax.evaluation.measuring import FOLDER, read
+from deco_jax.evaluation.image_sets import ImageSet, drawn_images, folder_images, npz_images, source_images
+from deco_jax.evaluation.inception_features import inception_path, open_reference
+from deco_jax.evaluation.measuring import FOLDER, file_identity, read
 from deco_jax.evaluation.statistics import NpzImages
 from deco_jax.programs import best_of
 from deco_jax.run import checkpoint, distributed, fetch, sharding, storage, tracking
@@ -68,7 +68,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: s
         def scores_of(model: api.Model, candidate: ml_collections.ConfigDict) -> Scores:
             return score(evaluators, subject_of(drawn_samples(candidate, model), model), setup)
 
-        config, model = best_of.search(config, model, folder, scores_of)
+        config, model = best_of.search(config, model, folder, scores_of, measured_with(config))
         samples = drawn_samples(config, model)
     with interrupts.waits_for("the batch that is measured"):
         scores = score(evaluators, subject_of(samples, model), setup)
@@ -109,6 +109,17 @@ def _track(
         if step.isdigit():
             tracker.log(int(step), scores)
         tracker.summary(scores)
+
+
+def measured_with(config: ml_collections.ConfigDict) -> str:
+    """Return a text that changes with the reference and the Inception weights, also where their paths stay."""
+    metrics = set(metric_names(config))
+    found = [file_identity(inception_path(config))] if metrics & {"adm", "kid"} else []
+    if config.evaluate.reference:
+        found.append(file_identity(fetch.local(config.evaluate.reference)))
+    elif metrics - {"clip_score"}:
+        found.append(source_images(config).identity)
+    return ", ".join(found)
 
 
 def score(evaluators: Sequence[Evaluator], subject: Subject, setup: Setup) -> Scores:

@@ -161,7 +161,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, checkpoint_path: str 
     start = int(state["step"])
     checkpoints.set_aside_after(start)
     if best:
-        best.read(folder, start)
+        best.read(folder, start, changed)
     if adaptation and not checkpoints.steps():
         checkpoint.save_base(folder, adaptation.base)
     if main_host and (start < config.train.num_steps or not (folder / "config.json").exists()):

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from deco_jax.config import flatten
-from deco_jax.evaluation import ADM_TITLES, TITLES
+from deco_jax.evaluation import ADM_TITLES, titles_of
 from deco_jax.report.history import Run, finite
 from deco_jax.report.pieces import button, image, missing, note_list, swatch, table, text
 
@@ -221,16 +221,19 @@ def _scores(runs: list[Run]) -> str:
         keys = ("sampler", "num_steps", "guidance", "guidance_interval", "shift", "seed")
         return ", ".join(f"{key.replace('_', ' ')} {sample.get(key)}" for key in keys)
 
+    def not_drawn(evaluation: dict[str, Any]) -> str:
+        return "images that were there already" if "samples" in evaluation else "no images"
+
     columns = measured.values()
+    drawn = ADM_TITLES if any({"samples", *ADM_TITLES} & values.keys() for values in columns) else {}
     rows = [
         (title, [(_score(values, name), reason(values, name)) for values in columns])
-        for name, title in TITLES.items()
-        if name in ADM_TITLES or any(name in values for values in columns)
+        for name, title in titles_of([*drawn, *(name for values in columns for name in values)]).items()
     ]
     rows += [
         ("samples", [(counted(values, "samples"), "not said") for values in columns]),
         ("reference", [(counted(values, "reference"), "not said") for values in columns]),
-        ("sampling", [(sampling(values), "images that were there already") for values in columns]),
+        ("sampling", [(sampling(values), not_drawn(values)) for values in columns]),
     ]
     lines.append(table(measured, rows))
     warnings = [(name, values.get("warnings")) for name, values in measured.items()]

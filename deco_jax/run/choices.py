@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from deco_jax.models import blocks
-from deco_jax.run import distributed, monitor, program
+from deco_jax.run import distributed, hardware, monitor, program
 
 AUTO = "auto"
 # From the policy that computes least to the one that needs the least memory; names in `models.layers.REMAT_POLICIES`.
@@ -23,20 +23,20 @@ GPU_SHARE = 0.92
 def attention(name: str, dtype: DTypeLike, head_width: int, platform: str | None = None) -> str:
     """Return the implementation that "auto" stands for; other names are returned unchanged.
 
-    It is cuDNN's fused attention on NVIDIA GPUs in bfloat16 if it supports the head width, `models.flash` on TPUs if it
-    supports the sizes, and XLA's attention elsewhere.
+    It is cuDNN's fused attention in bfloat16 on NVIDIA GPUs that have it, if it supports the head width, `models.flash`
+    on TPUs if it supports the sizes, and XLA's attention elsewhere.
 
     Args:
         head_width: channels of a head.
-        platform: "gpu", "tpu" or "cpu"; None: this machine's.
+        platform: "gpu" (any that has the fused attention), "tpu" or "cpu"; None: this machine's.
     """
     if name != AUTO:
         return name
-    platform = platform or jax.default_backend()
+    here, platform = platform is None, platform or jax.default_backend()
     if platform == "tpu":
         return "flash"
     fused = platform == "gpu" and jnp.dtype(dtype) == jnp.bfloat16 and blocks.cudnn_takes(head_width)
-    return "cudnn" if fused else "xla"
+    return "cudnn" if fused and not (here and not hardware.has_cudnn_attention(head_width)) else "xla"
 
 
 class Refused(NamedTuple):

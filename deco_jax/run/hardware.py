@@ -11,7 +11,7 @@ import os
 import platform
 import re
 from importlib.metadata import version
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -80,10 +80,27 @@ def device_memory(device: jax.Device, mesh: Mesh) -> float | None:
 _CPU_KERNELS = "--xla_cpu_experimental_ynn_fusion_type"
 
 
-def check_attention(attention: str) -> None:
+def has_cudnn_attention(head_width: int) -> bool:
+    """Return whether this machine's GPUs have cuDNN's fused attention for heads of this many channels.
+
+    NVIDIA's have it from Ampere on (compute capability 8.0), and for wide heads from Hopper on (9.0).
+    """
+    from deco_jax.models import blocks  # only now, for the sake of modes that need no model
+
+    # AMD's name their architecture here.
+    capability = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(jax.local_devices()[0], "compute_capability", "")))
+    major = int(capability[1]) if capability else 0
+    return major >= 8 and blocks.cudnn_takes(head_width, hopper=major >= 9)
+
+
+def check_attention(model: Any) -> None:
     """Raise UserError if this machine lacks what config.model.attention needs."""
-    if attention == "cudnn" and jax.default_backend() != "gpu":
-        raise UserError(f"config.model.attention=cudnn needs an NVIDIA GPU, not a {jax.default_backend()}; use xla")
+    width = model.width // model.num_heads
+    if model.attention == "cudnn" and not has_cudnn_attention(width):
+        raise UserError(
+            f"config.model.attention=cudnn for heads of {width} channels needs an NVIDIA GPU of compute capability 8.0 "
+            f"or more (above 128 channels 9.0), not {jax.local_devices()[0].device_kind}; use auto"
+        )
 
 
 # For NVIDIA's GPUs, after the GPU performance guides of JAX and of NVIDIA's JAX-Toolbox; not measured with this model.

@@ -16,6 +16,7 @@ import numpy as np
 from deco_jax.errors import UserError
 from deco_jax.method.averages import parse_averages
 from deco_jax.method.lora import adapter_of
+from deco_jax.method.optimizer import make_optimizer
 from deco_jax.models import network
 from deco_jax.run.hardware import device_memory
 from deco_jax.run.sharding import make_mesh
@@ -52,8 +53,9 @@ def training_bytes(config: ml_collections.ConfigDict, devices: int, fsdp: int) -
     """Return the bytes per device that a training step needs at least, by purpose."""
     model = config.model
     averages = len(parse_averages(config.optimizer.ema_decay, config.optimizer.get("averages", "")))
-    # Weights, gradients, Adam's two moments, averages; for a low-rank adaptation, the frozen and the merged weights.
-    arrays = 2 if adapter_of(config) else 1 + 1 + 2 + averages
+    # Weights, gradients, averages; for a low-rank adaptation, the frozen and the merged weights.
+    arrays = 2 if adapter_of(config) else 1 + 1 + averages
+    moments = 0 if adapter_of(config) else num_moments(config)
     height, width = config.data.image_size
     images = config.data.batch_size / devices
     at_once = images / config.optimizer.accumulate_steps
@@ -61,7 +63,7 @@ def training_bytes(config: ml_collections.ConfigDict, devices: int, fsdp: int) -
     # Even if everything is recomputed, the backward pass starts from each block's input.
     saved = at_once * tokens * model.width * model.depth * jnp.dtype(model.dtype).itemsize
     return {
-        "weights and optimizer": num_params(config) * FLOAT32 * arrays / fsdp,
+        "weights and optimizer": (num_params(config) * arrays + moments) * FLOAT32 / fsdp,
         # The uint8 images; the noise, the state and the output of the part that is worked on.
         "a batch": images * pixels + at_once * pixels * FLOAT32 * 3 + saved,
     }
@@ -78,6 +80,13 @@ def num_params(config: ml_collections.ConfigDict) -> int:
     """Count the denoiser's parameters, from shapes alone."""
     shapes = network.build(config.model.to_dict()).shapes
     return sum(int(np.prod(leaf.shape, dtype=object)) for leaf in jax.tree.leaves(shapes))
+
+
+def num_moments(config: ml_collections.ConfigDict) -> int:
+    """Count the values of the optimizer's state: AdamW has two for each parameter, Muon one for those of matrices."""
+    shapes = {"denoiser": network.build(config.model.to_dict()).shapes}
+    state = jax.eval_shape(make_optimizer(config.optimizer).init, shapes)
+    return sum(int(np.prod(leaf.shape, dtype=object)) for leaf in jax.tree.leaves(state))
 
 
 def host_memory() -> float:

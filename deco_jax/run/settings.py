@@ -17,12 +17,14 @@ import ml_collections
 from deco_jax.config import complete, flatten, saved, to_json
 from deco_jax.errors import UserError
 from deco_jax.run import storage
+from deco_jax.run.metrics import read_rows
 from deco_jax.run.writer import write_json
 
 HISTORY = "config_history.jsonl"
-# What a resumed run may not change, besides its model, because its images, captions or trained parameters would differ.
+# What a resumed run may not change, besides its model, because its images, captions, trained parameters or
+# the optimizer's state would differ.
 KEPT = (
-    *("data.source", "data.split", "data.image_size", "text.encoder"),
+    *("data.source", "data.split", "data.image_size", "text.encoder", "optimizer.name"),
     *("lora.rank", "lora.alpha", "lora.matrices", "lora.whole"),
 )
 
@@ -70,6 +72,12 @@ def record(folder: pathlib.Path, config: ml_collections.ConfigDict, step: int) -
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         storage.append(folder / HISTORY, json.dumps({"step": step, "time": now, "changed": changed}) + "\n")
     write_json(path, to_json(config))
+
+
+def history(folder: pathlib.Path) -> list[tuple[int, list[str]]]:
+    """Return the steps from which on settings differed, each with the dotted names of these settings."""
+    rows, _ = read_rows(folder / HISTORY)
+    return [(row["step"], list(row["changed"])) for row in rows]
 
 
 def check_drawn(config: ml_collections.ConfigDict, given: Collection[str], workdir: str, checkpoint: str) -> None:

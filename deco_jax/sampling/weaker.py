@@ -11,6 +11,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from deco_jax import config as config_lib
+from deco_jax.config import saved
 from deco_jax.data.transforms import image_sides
 from deco_jax.errors import UserError
 from deco_jax.models.network import Params
@@ -72,7 +73,7 @@ def load_other(config: ml_collections.ConfigDict, mesh: Mesh) -> Other | None:
         return None
     average = config.sample.guidance_average or "ema"
     where = checkpoint.find(config.sample.guidance_model)
-    stored = config_lib.make_config(config_lib.complete(checkpoint.load_config(where)))
+    stored = config_lib.make_config(saved.known(checkpoint.load_config(where), where))
     alike = {
         "takes another condition": ("model.num_classes", "model.text_width", "model.text_length"),
         "has other states": ("model.class_token", "path.name", "path.noise_scale"),
