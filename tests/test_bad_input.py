@@ -89,7 +89,10 @@ VALUES = [
 MACHINE = [
     (["--config.mesh.data=1024"], "1024 x 1 = 1024 devices, but this machine has"),
     (["--config.mesh.fsdp=1024"], "1024"),
-    (["--config.model.attention=cudnn", "--config.model.dtype=bfloat16"], "cudnn needs an NVIDIA GPU, not a cpu"),
+    (
+        ["--config.model.attention=cudnn", "--config.model.dtype=bfloat16"],
+        "cudnn for heads of 8 channels needs an NVIDIA GPU of .*, not cpu; use auto",
+    ),
     (["--config.data.source=image_folder"], "data.path is empty"),
     (["--config.data.source=image_folder", "--config.data.path={tmp}/none"], "no such folder: .*/none"),
     (["--config.data.source=image_folder", "--config.data.path={tmp}"], "no class folders"),

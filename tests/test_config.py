@@ -302,3 +302,12 @@ def test_cifar10s_rows_have_equal_parameters(size, share):
     for row in (*cifar10.ROWS, "patch2"):
         assert abs(count(row) / count("deco") - 1) < share, row
         config_lib.check(cifar10.get_config(f"{row}-smoke"))
+
+
+def test_the_home_folder_in_lists_of_paths(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = quickstart.get_config("smoke")
+    config.report.workdirs, config.init_from, config.data.prior_path = "~/a,b,~/c", "~/x,~/y", "a~"
+    config_lib.settle_paths(config)
+    assert config.report.workdirs == "/home/me/a,b,/home/me/c"
+    assert (config.init_from, config.data.prior_path) == ("/home/me/x,~/y", "a~")  # one path each

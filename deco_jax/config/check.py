@@ -21,6 +21,7 @@ from deco_jax.nested import flatten
 from deco_jax.run import storage
 from deco_jax.schema import Setting, wrong
 
+LISTS_OF_PATHS = ("config.report.workdirs", "config.spectrum.checkpoints", "config.data.path")  # comma-separated
 BYTE_WIDTH = 257  # the values of a byte, and padding
 
 
@@ -46,7 +47,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def settle_paths(config: ml_collections.ConfigDict, **flags: str) -> None:
-    """Replace a leading ~ or ~user in settings by the home folder.
+    """Replace a leading ~ or ~user in settings, or in each part of those that list paths, by the home folder.
 
     Raises:
         UserError: a flag or a setting is a URL that isn't supported, or names a user who doesn't exist.
@@ -59,13 +60,17 @@ def settle_paths(config: ml_collections.ConfigDict, **flags: str) -> None:
                 f"{name}={value} is neither a path nor in a bucket of a supported kind ({', '.join(storage.SCHEMES)}); "
                 "mount it and give that path"
             )
-        user = re.match(r"~(\w[\w.-]*)?(/|$)", value) if isinstance(value, str) else None
-        if user is None:
+        if not isinstance(value, str):
             continue
-        if os.path.expanduser(value) == value:
-            raise UserError(f"{name}={value}: there is no user {user[1]} with a home folder; give the full path")
-        if name.startswith("config."):
-            config.update_from_flattened_dict({name.removeprefix("config."): os.path.expanduser(value)})
+        parts = value.split(",") if name in LISTS_OF_PATHS else [value]
+        for i, part in enumerate(parts):
+            if (user := re.match(r"~(\w[\w.-]*)?(/|$)", part)) is None:
+                continue
+            parts[i] = os.path.expanduser(part)
+            if parts[i] == part:
+                raise UserError(f"{name}={value}: there is no user {user[1]} with a home folder; give the full path")
+        if name.startswith("config.") and ",".join(parts) != value:
+            config.update_from_flattened_dict({name.removeprefix("config."): ",".join(parts)})
 
 
 def _check_keys(

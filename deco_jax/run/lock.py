@@ -126,7 +126,8 @@ class RunLock:
             if not storage.is_remote(self.path):
                 return  # the lock is ours, so a holder on this machine is gone
             # Processes have other numbers in another container, and a number may be another process's by now.
-            if record.get("processes") == _process_namespace() and not _is_alive(int(record.get("process", 0))):
+            here = record.get("processes", _process_namespace()) == _process_namespace()
+            if here and not _is_alive(int(record.get("process", 0))):
                 return
         if time.time() - float(record.get("time", 0)) > LONG_AGO_SECONDS:
             return
