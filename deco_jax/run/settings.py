@@ -77,7 +77,7 @@ def record(folder: pathlib.Path, config: ml_collections.ConfigDict, step: int) -
 def history(folder: pathlib.Path) -> list[tuple[int, list[str]]]:
     """Return the steps from which on settings differed, each with the dotted names of these settings."""
     rows, _ = read_rows(folder / HISTORY)
-    return [(row["step"], list(row["changed"])) for row in rows]
+    return [(row["step"], list(row.get("changed", ()))) for row in rows]
 
 
 def check_drawn(config: ml_collections.ConfigDict, given: Collection[str], workdir: str, checkpoint: str) -> None:
