@@ -12,12 +12,12 @@ them as it learns to draw. To use Qwen3 instead: --config.text.encoder=qwen3 --c
 --config.model.text_width=2048.
 
 Hardware and time: `:cpu` took 44 minutes for 6k steps of 32 images on two otherwise idle cores of an AMD EPYC with
-AVX-512, at 76 images/s, and 66 minutes on another machine. With LPIPS (--config.loss.lpips_weight=0.1, and the weights as
-in the README) it has 53 images/s on the former. The default, 60k steps of 64 on one GPU: not measured yet.
+AVX-512, at 76 images/s, and 66 minutes on another machine. With LPIPS (--config.loss.lpips_weight=0.1, and the weights
+as in the README) it has 53 images/s on the former. The default, 60k steps of 64 on one GPU: not measured yet.
 
-docs/emoji.png shows what `:cpu` with LPIPS draws. Some people match the name, flags and skin tones don't reliably; rarer
-things only get a shape and a colour, because so few pictures teach no words beyond their own. FID of 1,000 samples for
-`:cpu`: 102, with LPIPS 88 (docs/results.md).
+docs/emoji.png shows what `:cpu` with LPIPS draws. Some people match the name, flags and skin tones don't reliably;
+rarer things only get a shape and a colour, because so few pictures teach no words beyond their own. FID of 1,000
+samples for `:cpu`: 102, with LPIPS 88 (docs/results.md).
 """
 
 from __future__ import annotations
